@@ -1,0 +1,68 @@
+"""Prometheus metrics of the service (https://prometheus.io/docs/practices/naming/)."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from edge.errors import QwedgeError
+from edge.scheduler import FinishReason, SchedulerStats, Timings
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TPOT_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+
+
+class Metrics:
+    """Counters of one service in a registry of their own; safe to update from any thread."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "qwedge_requests", "Requests that ended, by outcome (stop, length or error code)", ["outcome"],
+            registry=self._registry,
+        )  # fmt: skip
+        self._prompt_tokens = Counter("qwedge_prompt_tokens", "Tokens prefilled", registry=self._registry)
+        self._output_tokens = Counter("qwedge_output_tokens", "Tokens generated", registry=self._registry)
+        self._ttft = Histogram(
+            "qwedge_ttft_seconds", "Time to first token, queue included", buckets=_TTFT_BUCKETS, registry=self._registry
+        )
+        self._tpot = Histogram(
+            "qwedge_tpot_seconds", "Mean time per output token", buckets=_TPOT_BUCKETS, registry=self._registry
+        )
+        self._queue = Histogram(
+            "qwedge_queue_seconds", "Time in the queue", buckets=_TTFT_BUCKETS, registry=self._registry
+        )
+        self._waiting = Gauge("qwedge_waiting_requests", "Requests in the queue", registry=self._registry)
+        self._running = Gauge("qwedge_running_requests", "Requests in prefill or decode", registry=self._registry)
+        self._slots = Gauge("qwedge_slots", "Requests that can run at once", registry=self._registry)
+
+    def finished(self, reason: FinishReason, timings: Timings) -> None:
+        """Count a complete answer."""
+        self._requests.labels(reason).inc()
+        self._count_work(timings)
+        self._ttft.observe(timings.ttft_s)
+        self._queue.observe(timings.queue_s)
+        if timings.tpot_s:
+            self._tpot.observe(timings.tpot_s)
+
+    def failed(self, error: QwedgeError, timings: Timings) -> None:
+        """Count a request that ended without a complete answer, and the work it cost."""
+        self._requests.labels(error.code).inc()
+        self._count_work(timings)
+
+    def refused(self, error: QwedgeError) -> None:
+        """Count a request that was not accepted."""
+        self._requests.labels(error.code).inc()
+
+    def render(self, stats: SchedulerStats) -> bytes:
+        """The text exposition, with the gauges set from ``stats``."""
+        self._waiting.set(stats.num_waiting)
+        self._running.set(stats.num_running)
+        self._slots.set(stats.slots)
+        return generate_latest(self._registry)
+
+    def _count_work(self, timings: Timings) -> None:
+        # A request that never left the queue prefilled nothing.
+        if timings.num_output_tokens:
+            self._prompt_tokens.inc(timings.num_prompt_tokens)
+            self._output_tokens.inc(timings.num_output_tokens)

@@ -1,0 +1,414 @@
+"""Which sequence the engine works on next: admission, chunked prefill, batched decode, deadlines and cancellation.
+
+One thread owns the engine. Each turn of its loop decodes one token for every running sequence, then prefills one chunk
+of one waiting sequence, so that a long prompt delays running streams by one chunk at most. Running sequences occupy the
+rows 0..n-1 of the engine's KV pool and the sequence in prefill occupies row n: a decode step is always one contiguous
+batch. When a sequence leaves, the last row moves into its place.
+
+The scheduler sees token ids only. What a token means (text, stop strings) is the consumer's business, see
+:class:`Consumer`; the service is the one that implements it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.engine.sampler import Sampler
+from edge.errors import CancelledError, DeadlineError, EngineError, OverloadedError, QwedgeError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+FinishReason = Literal["stop", "length"]
+_EWMA = 0.2
+"""Weight of the newest request in the running mean that retry hints and ETAs are made from."""
+
+
+class Engine(Protocol):
+    """What the scheduler needs of an engine; :class:`edge.engine.engine.Engine` is the real one."""
+
+    slots: int
+    """Rows of the KV pool: sequences that can be in prefill or decode at once."""
+    context_length: int
+    """Tokens that one row holds."""
+    prefill_chunk: int
+    """Most tokens of one prefill step."""
+
+    def prefill(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """Append ``ids`` [n] to the ``past`` tokens of ``row``; returns the last position's logits [padded_vocab]."""
+        ...
+
+    def decode(self, ids: SequenceABC[int], past: SequenceABC[int]) -> NDArray[np.float32]:
+        """Append ``ids[i]`` to the ``past[i]`` tokens of row i, for rows 0..n-1; returns logits [n, padded_vocab].
+
+        The returned array is valid until the next call.
+        """
+        ...
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` tokens of a row over another row."""
+        ...
+
+
+class Consumer(Protocol):
+    """Receives what happens to one sequence. Called on the engine's thread: must return quickly and never raise."""
+
+    def queued(self, position: int, eta_s: float) -> None:
+        """``position`` sequences are ahead in the queue (0 = next)."""
+        ...
+
+    def started(self) -> None:
+        """Prefill begins."""
+        ...
+
+    def token(self, token_id: int) -> FinishReason | None:
+        """A token was generated (never an eos id); a reason ends the sequence with this token."""
+        ...
+
+    def finished(self, reason: FinishReason, timings: Timings) -> None:
+        """Terminal: the sequence is complete."""
+        ...
+
+    def failed(self, error: QwedgeError, timings: Timings) -> None:
+        """Terminal: cancelled, out of time, or the engine failed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where a sequence's time went; seconds on the monotonic clock. Zero where a phase was not reached."""
+
+    queue_s: float
+    prefill_s: float
+    """From leaving the queue to the first token: the engine's part of TTFT."""
+    decode_s: float
+    """From the first token to the last."""
+    num_prompt_tokens: int
+    num_output_tokens: int
+    """Generated tokens, the closing eos included."""
+    num_cached_tokens: int = 0
+    """Prompt tokens whose keys and values were there already."""
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token, the queue included."""
+        return self.queue_s + self.prefill_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time per output token after the first; 0 with fewer than two tokens."""
+        return self.decode_s / (self.num_output_tokens - 1) if self.num_output_tokens > 1 else 0.0
+
+
+class SequenceStatus(Enum):
+    """The life of a sequence."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt and its growing answer."""
+
+    prompt_ids: NDArray[np.int64]  # [num_prompt_tokens]
+    max_tokens: int
+    """Most tokens to generate."""
+    eos_ids: frozenset[int]
+    sampler: Sampler
+    consumer: Consumer
+    deadline: float | None = None
+    """On the clock of :func:`time.monotonic`."""
+
+    status: SequenceStatus = SequenceStatus.WAITING
+    row: int = -1
+    num_computed_tokens: int = 0
+    """Tokens whose keys and values are in the row: 0 <= num_computed <= num_prompt + num_output."""
+    num_output_tokens: int = 0
+    last_token: int = -1
+    cancelled: bool = False
+    submitted_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    first_token_at: float | None = None
+
+    def timings(self) -> Timings:
+        """Timings up to now."""
+        now = time.monotonic()
+        started = self.started_at if self.started_at is not None else now
+        first = self.first_token_at if self.first_token_at is not None else now
+        return Timings(
+            queue_s=started - self.submitted_at,
+            prefill_s=first - started,
+            decode_s=now - first,
+            num_prompt_tokens=len(self.prompt_ids),
+            num_output_tokens=self.num_output_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    """A snapshot for health, metrics and the MQTT load topic."""
+
+    num_waiting: int
+    num_running: int
+    """In prefill or decode."""
+    slots: int
+    max_queue: int
+    accepting: bool
+    seconds_since_progress: float
+    """0 when idle; else since the engine last finished a step. Health follows this."""
+
+
+class Scheduler:
+    """Runs sequences on an engine, in order of arrival.
+
+    Args:
+        engine: the engine; after :meth:`start` only the scheduler's thread touches it.
+        max_queue: sequences that may wait; one more is refused with :class:`OverloadedError`.
+    """
+
+    def __init__(self, engine: Engine, *, max_queue: int) -> None:
+        self._engine = engine
+        self._max_queue = max_queue
+        self._changed = threading.Condition()
+        self._waiting: deque[Sequence] = deque()  # guarded by _changed
+        self._accepting = False  # guarded by _changed
+        self._stopping = False  # guarded by _changed
+        self._running: list[Sequence] = []  # _running[i].row == i; the engine's thread only
+        self._prefilling: Sequence | None = None  # the engine's thread only
+        self._progress_at = time.monotonic()
+        self._mean_request_s = 1.0
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the engine's thread and accept sequences."""
+        with self._changed:
+            self._accepting = True
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """Refuse new sequences, give the present ones ``drain_s`` seconds, cancel the rest, end the thread."""
+        with self._changed:
+            self._accepting = False
+            self._changed.notify_all()
+            self._changed.wait_for(self._idle, timeout=drain_s)
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            OverloadedError: the queue is full.
+            UnavailableError: the scheduler is stopping.
+        """
+        with self._changed:
+            if not self._accepting:
+                raise UnavailableError("the server is shutting down", hint="try again when it is back", retry_after_s=5)
+            position = len(self._waiting)
+            if position >= self._max_queue:
+                retry = max(1.0, self._eta_s(position) / 2)
+                raise OverloadedError(f"{position} requests are waiting", hint="try again later", retry_after_s=retry)
+            self._waiting.append(sequence)
+            sequence.consumer.queued(position, self._eta_s(position))
+            self._changed.notify_all()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence at the next step; harmless when it has ended already."""
+        with self._changed:
+            sequence.cancelled = True
+            self._changed.notify_all()
+
+    def stats(self) -> SchedulerStats:
+        """The state right now; cheap enough for every health check."""
+        with self._changed:
+            running = len(self._running) + (self._prefilling is not None)
+            busy = bool(running or self._waiting)
+            return SchedulerStats(
+                num_waiting=len(self._waiting),
+                num_running=running,
+                slots=self._engine.slots,
+                max_queue=self._max_queue,
+                accepting=self._accepting,
+                seconds_since_progress=time.monotonic() - self._progress_at if busy else 0.0,
+            )
+
+    def _idle(self) -> bool:
+        return not (self._waiting or self._running or self._prefilling)
+
+    def _eta_s(self, position: int) -> float:
+        """Seconds until a sequence at ``position`` may start, from the mean duration of recent requests."""
+        return (position + 1) * self._mean_request_s / self._engine.slots
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.notify_all()  # stop() waits for idleness
+                if self._idle():
+                    self._changed.wait_for(lambda: self._stopping or not self._idle())
+                    self._progress_at = time.monotonic()
+                if self._stopping:
+                    break
+            self._step()
+        self._fail_all(UnavailableError("the server shut down", hint="send the request again", retry_after_s=5))
+
+    def _step(self) -> None:
+        """One turn: drop what must end, decode all running sequences, prefill one chunk."""
+        self._reap()
+        self._admit()
+        if self._running:
+            self._guarded(self._decode, self._running)
+        if self._prefilling is not None:
+            self._guarded(self._prefill, [self._prefilling])
+        self._progress_at = time.monotonic()
+
+    def _reap(self) -> None:
+        """End cancelled and late sequences, wherever they are."""
+        now = time.monotonic()
+        with self._changed:
+            ended = [sequence for sequence in self._waiting if _verdict(sequence, now)]
+            for sequence in ended:
+                self._waiting.remove(sequence)
+        active = [*self._running, *([self._prefilling] if self._prefilling else [])]
+        for sequence in [*ended, *active]:
+            if error := _verdict(sequence, now):
+                self._fail(sequence, error)
+        if ended:
+            self._announce_positions()
+
+    def _admit(self) -> None:
+        """Move the oldest waiting sequence into prefill when a row is free."""
+        if self._prefilling is not None or len(self._running) >= self._engine.slots:
+            return
+        with self._changed:
+            if not self._waiting:
+                return
+            sequence = self._waiting.popleft()
+            self._prefilling = sequence
+        sequence.status = SequenceStatus.PREFILL
+        sequence.row = len(self._running)
+        sequence.started_at = time.monotonic()
+        sequence.consumer.started()
+        self._announce_positions()
+
+    def _announce_positions(self) -> None:
+        with self._changed:
+            for position, sequence in enumerate(self._waiting):
+                sequence.consumer.queued(position, self._eta_s(position))
+
+    def _prefill(self) -> None:
+        """Prefill one chunk; after the last one the first token is there."""
+        sequence = self._prefilling
+        assert sequence is not None
+        assert sequence.row == len(self._running)
+        past = sequence.num_computed_tokens
+        chunk = sequence.prompt_ids[past : past + self._engine.prefill_chunk]
+        logits = self._engine.prefill(sequence.row, chunk, past)
+        sequence.num_computed_tokens = past + len(chunk)
+        if sequence.num_computed_tokens == len(sequence.prompt_ids):
+            self._prefilling = None
+            self._running.append(sequence)
+            sequence.status = SequenceStatus.DECODE
+            self._next_token(sequence, logits)
+
+    def _decode(self) -> None:
+        """One token for every running sequence."""
+        batch = list(self._running)
+        logits = self._engine.decode(
+            [sequence.last_token for sequence in batch], [sequence.num_computed_tokens for sequence in batch]
+        )
+        for sequence in batch:
+            sequence.num_computed_tokens += 1
+        for i, sequence in enumerate(batch):
+            self._guarded(partial(self._next_token, sequence, logits[i]), [sequence])
+
+    def _next_token(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
+        """Sample from ``logits`` [padded_vocab] and let the token take effect."""
+        token = sequence.sampler.sample(logits)
+        sequence.last_token = token
+        sequence.num_output_tokens += 1
+        if sequence.first_token_at is None:
+            sequence.first_token_at = time.monotonic()
+        if token in sequence.eos_ids:
+            self._finish(sequence, "stop")
+        elif reason := sequence.consumer.token(token):
+            self._finish(sequence, reason)
+        elif sequence.num_output_tokens >= sequence.max_tokens or self._context_is_full(sequence):
+            self._finish(sequence, "length")
+
+    def _context_is_full(self, sequence: Sequence) -> bool:
+        return len(sequence.prompt_ids) + sequence.num_output_tokens >= self._engine.context_length
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._release(sequence)
+        timings = sequence.timings()
+        total = timings.prefill_s + timings.decode_s
+        self._mean_request_s += _EWMA * (total - self._mean_request_s)
+        sequence.consumer.finished(reason, timings)
+
+    def _fail(self, sequence: Sequence, error: QwedgeError) -> None:
+        self._release(sequence)
+        sequence.consumer.failed(error, sequence.timings())
+
+    def _fail_all(self, error: QwedgeError) -> None:
+        with self._changed:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for sequence in [*self._running, *([self._prefilling] if self._prefilling else []), *waiting]:
+            self._fail(sequence, error)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take a sequence off its row and close the gap, so that decode stays one contiguous batch."""
+        if sequence.status is SequenceStatus.PREFILL:
+            self._prefilling = None
+        elif sequence.status is SequenceStatus.DECODE:
+            last = self._running.pop()
+            if last is not sequence:
+                self._move(last, sequence.row)
+                self._running[last.row] = last
+            if self._prefilling is not None:
+                self._move(self._prefilling, len(self._running))
+        sequence.status = SequenceStatus.FINISHED
+
+    def _move(self, sequence: Sequence, row: int) -> None:
+        self._engine.move_row(sequence.row, row, sequence.num_computed_tokens)
+        sequence.row = row
+
+    def _guarded(self, work: Callable[[], None], sequences: list[Sequence]) -> None:
+        """Run engine work; a failure ends the sequences it was for, and only those."""
+        try:
+            work()
+        except QwedgeError as error:
+            failure: QwedgeError = error
+        except Exception:  # whatever the engine throws, the service lives on
+            log.exception("the engine failed")
+            failure = EngineError("the engine failed on this request", hint="see the server's log; try again")
+        else:
+            return
+        for sequence in list(sequences):
+            self._fail(sequence, failure)
+
+
+def _verdict(sequence: Sequence, now: float) -> QwedgeError | None:
+    if sequence.cancelled:
+        return CancelledError("the request was cancelled")
+    if sequence.deadline is not None and now >= sequence.deadline:
+        return DeadlineError("the deadline passed", hint="allow more time, ask for fewer tokens, or send it later")
+    return None

@@ -1,0 +1,272 @@
+"""One request in, one stream of events out: what every front end talks to.
+
+A front end turns its wire format into a :class:`GenerationRequest` (see ``edge.openai``), submits it with a callback
+and receives :data:`Event` values: ``Queued`` (any number), ``Started`` (at most one), ``Delta`` (any number) and
+exactly one terminal event, ``Finished`` or ``Failed``. Callbacks run on the engine's thread, or on
+the submitting thread for the first ``Queued``; they must only hand the event over. :func:`events` does so for asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from edge.bundle import Manifest
+from edge.chat import ChatTemplate
+from edge.engine.sampler import Sampler, SamplingParams
+from edge.errors import ContextOverflowError, ModelNotFoundError, QwedgeError, RequestError
+from edge.metrics import Metrics
+from edge.scheduler import FinishReason, Scheduler, SchedulerStats, Timings
+from edge.scheduler import Sequence as EngineSequence
+from edge.text_stream import TextStream
+from edge.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What to generate; independent of the wire format."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    max_tokens: int | None = None
+    """Most tokens to generate; None = until the context is full."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer and are not part of it."""
+    deadline_s: float | None = None
+    """Seconds from submission after which the request fails with 408."""
+    ignore_eos: bool = False
+    """Generate past end-of-sequence tokens: for benchmarks."""
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The request waits behind ``position`` others."""
+
+    position: int
+    eta_s: float
+
+
+@dataclass(frozen=True)
+class Started:
+    """Prefill begins."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A token was generated."""
+
+    text: str
+    """Text that became final: valid UTF-8, free of stop strings; may be empty."""
+    token_id: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Terminal: the answer is complete."""
+
+    reason: FinishReason
+    text: str
+    """Text held back until now; append it to the deltas."""
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Terminal: no (complete) answer."""
+
+    error: QwedgeError
+    timings: Timings
+
+
+Event = Queued | Started | Delta | Finished | Failed
+OnEvent = Callable[[Event], None]
+
+
+class Ticket:
+    """A submitted request."""
+
+    def __init__(self, scheduler: Scheduler, sequence: EngineSequence) -> None:
+        self._scheduler = scheduler
+        self._sequence = sequence
+
+    def cancel(self) -> None:
+        """End the request at the engine's next step, wherever it is; its terminal event is ``Failed``."""
+        self._scheduler.cancel(self._sequence)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the service serves: the manifest and the text side of a bundle."""
+
+    manifest: Manifest
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    eos_ids: frozenset[int]
+    sampling_defaults: Mapping[str, float | int] = field(default_factory=dict)
+    """Fields of :class:`SamplingParams` as the model's makers recommend them."""
+    context_length: int = 0
+    """Tokens per sequence as served: at most the manifest's."""
+    loaded_at: float = field(default_factory=time.time)
+    """Unix time, for OpenAI's ``created``."""
+
+    def check_name(self, name: str | None) -> None:
+        """Accept None and the served model's name.
+
+        Raises:
+            ModelNotFoundError: another name.
+        """
+        if name not in {None, "", self.manifest.name}:
+            hint = f"this device serves {self.manifest.name}; see GET /v1/models"
+            raise ModelNotFoundError(f"the model {name!r} is not served here", hint=hint, param="model")
+
+    def sampling(self, given: Mapping[str, Any]) -> SamplingParams:
+        """Sampling parameters of a request: what it gives over the model's defaults.
+
+        Raises:
+            RequestError: a value is out of range.
+        """
+        return SamplingParams(**{**self.sampling_defaults, **given})
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> tuple[int, ...]:
+        """Prompt ids of a conversation; ``options`` are those of :meth:`edge.chat.ChatTemplate.encode`.
+
+        Raises:
+            RequestError: the messages are malformed, or the model has no chat template.
+        """
+        if self.template is None:
+            hint = "use /v1/completions with this model"
+            raise RequestError("this model has no chat template", hint=hint, param="messages")
+        return tuple(self.template.encode(self.tokenizer, messages, **options))
+
+
+class Service:
+    """Accepts requests for one model and streams back their events.
+
+    Args:
+        model: the served model's text side.
+        scheduler: runs the sequences; started and stopped by the service.
+        metrics: where counts and durations go.
+        default_max_tokens: for requests that name no limit; None = until the context is full.
+    """
+
+    def __init__(
+        self, model: Model, scheduler: Scheduler, metrics: Metrics, *, default_max_tokens: int | None = None
+    ) -> None:
+        self.model = model
+        self.metrics = metrics
+        self._scheduler = scheduler
+        self._default_max_tokens = default_max_tokens
+
+    def start(self) -> None:
+        """Accept requests."""
+        self._scheduler.start()
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """Refuse new requests, finish those that can within ``drain_s`` seconds, fail the rest with 503."""
+        self._scheduler.stop(drain_s)
+
+    def stats(self) -> SchedulerStats:
+        """How busy the service is."""
+        return self._scheduler.stats()
+
+    def submit(self, request: GenerationRequest, on_event: OnEvent) -> Ticket:
+        """Queue a request; its events arrive at ``on_event`` until a terminal one.
+
+        Raises:
+            ContextOverflowError: the prompt leaves no room for a token.
+            RequestError: the prompt is empty or holds an id the model does not have.
+            OverloadedError: the queue is full.
+            UnavailableError: the service is stopping.
+        """
+        sequence = self._sequence(request, on_event)
+        try:
+            self._scheduler.submit(sequence)
+        except QwedgeError as error:
+            self.metrics.refused(error)
+            raise
+        return Ticket(self._scheduler, sequence)
+
+    def _sequence(self, request: GenerationRequest, on_event: OnEvent) -> EngineSequence:
+        model, n_prompt = self.model, len(request.prompt_ids)
+        if n_prompt == 0:
+            raise RequestError("the prompt is empty", hint="send at least one token", param="prompt")
+        if n_prompt >= model.context_length:
+            raise ContextOverflowError(n_prompt, model.context_length)
+        ids = np.asarray(request.prompt_ids, dtype=np.int64)
+        if ids.min() < 0 or ids.max() >= model.manifest.padded_vocab_size:
+            raise RequestError("the prompt holds a token id outside the vocabulary", param="prompt")
+        room = model.context_length - n_prompt
+        wanted = request.max_tokens or self._default_max_tokens or room
+        return EngineSequence(
+            prompt_ids=ids,
+            max_tokens=min(wanted, room),
+            eos_ids=frozenset() if request.ignore_eos else model.eos_ids,
+            sampler=Sampler(request.sampling, request.prompt_ids, model.manifest.vocab_size),
+            consumer=_EventConsumer(on_event, TextStream(model.tokenizer, request.stop), self.metrics),
+            deadline=None if request.deadline_s is None else time.monotonic() + request.deadline_s,
+        )
+
+
+class _EventConsumer:
+    """Turns what the scheduler reports of one sequence into events."""
+
+    def __init__(self, on_event: OnEvent, text: TextStream, metrics: Metrics) -> None:
+        self._on_event = on_event
+        self._text = text
+        self._metrics = metrics
+
+    def queued(self, position: int, eta_s: float) -> None:
+        self._emit(Queued(position, eta_s))
+
+    def started(self) -> None:
+        self._emit(Started())
+
+    def token(self, token_id: int) -> FinishReason | None:
+        self._emit(Delta(self._text.push(token_id), token_id))
+        return "stop" if self._text.stopped else None
+
+    def finished(self, reason: FinishReason, timings: Timings) -> None:
+        self._metrics.finished(reason, timings)
+        self._emit(Finished(reason, self._text.flush(), timings))
+
+    def failed(self, error: QwedgeError, timings: Timings) -> None:
+        self._metrics.failed(error, timings)
+        self._emit(Failed(error, timings))
+
+    def _emit(self, event: Event) -> None:
+        try:
+            self._on_event(event)
+        except Exception:  # a front end's fault must not reach the engine's thread
+            log.exception("a front end failed to take an event")
+
+
+async def events(service: Service, request: GenerationRequest) -> AsyncIterator[Event]:
+    """Submit a request and iterate over its events; leaving the iteration early cancels the request.
+
+    Raises:
+        QwedgeError: what :meth:`Service.submit` raises, before the first event.
+    """
+    loop = asyncio.get_running_loop()
+    # Bounded by the request itself: one event per generated token and one per queue movement.
+    queue: asyncio.Queue[Event] = asyncio.Queue()
+
+    def on_event(event: Event) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    ticket = service.submit(request, on_event)
+    try:
+        while True:
+            event = await queue.get()
+            yield event
+            if isinstance(event, Finished | Failed):
+                return
+    finally:
+        ticket.cancel()
