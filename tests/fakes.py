@@ -1,0 +1,204 @@
+"""The fake at the engine seam: real scheduler, service and text side over an engine that plays back written answers.
+
+A :class:`FakeEngine` obeys :class:`edge.scheduler.Engine`. It reads the prompt back as text, asks its ``reply``
+function for the answer, and returns logits that make exactly that answer the likeliest, byte by byte. So front ends are
+tested fast and without a model, while queueing, cancelling, streaming and stop strings are the product's own.
+
+    service = make_service(FakeEngine(reply=lambda prompt: "Hello"))
+    service.start()
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from edge.bundle import GENERATION, GRAPH, TOKENIZER, WEIGHTS, FileEntry, KVLayout, Manifest, Source
+from edge.chat import ChatTemplate
+from edge.metrics import Metrics
+from edge.scheduler import Scheduler
+from edge.service import Model, Service
+from edge.tokenizer import Tokenizer
+
+MODEL_NAME = "fake-0.1b"
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+EOS_ID = 256 + SPECIAL_TOKENS.index("<|im_end|>")
+VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+PADDED_VOCAB_SIZE = 264
+CHAT_TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+# Tools
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}
+{%- for call in message.tool_calls %}
+<tool_call>
+{{ call.function | tojson }}
+</tool_call>
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}
+{%- endif %}"""
+
+Reply = Callable[[str], str]
+
+
+def last_user_message(prompt: str) -> str:
+    """What the user said last, from a prompt rendered with :data:`CHAT_TEMPLATE`; a plain prompt stays itself."""
+    return prompt.rsplit("<|im_start|>user\n", 1)[-1].split("<|im_end|>", 1)[0]
+
+
+class FakeEngine:
+    """Plays back ``reply(prompt)``.
+
+    Args:
+        reply: from the prompt's text to the answer's text; an exception from it is an engine failure in prefill.
+        step_s: seconds that every prefill chunk and every decode step takes.
+        slots: sequences at once.
+        context_length: tokens (bytes of text) per sequence.
+        prefill_chunk: most tokens of one prefill step.
+        fail_after: raise in the decode step that follows this many tokens of an answer.
+    """
+
+    def __init__(
+        self,
+        reply: Reply = lambda prompt: f"You said: {last_user_message(prompt)}",
+        *,
+        step_s: float = 0.0,
+        slots: int = 2,
+        context_length: int = 4096,
+        prefill_chunk: int = 64,
+        fail_after: int | None = None,
+    ) -> None:
+        self.slots = slots
+        self.context_length = context_length
+        self.prefill_chunk = prefill_chunk
+        self.num_steps = 0
+        """Prefill chunks and decode steps so far: it stops growing when nobody wants an answer any more."""
+        self.gate = threading.Event()
+        """Cleared, the engine hangs in its next step until it is set again."""
+        self.gate.set()
+        self._reply = reply
+        self._step_s = step_s
+        self._fail_after = fail_after
+        # One row more than slots: the sequence in prefill stands behind the running ones.
+        self._prompts: list[list[int]] = [[] for _ in range(slots + 1)]
+        self._answers: list[list[int]] = [[] for _ in range(slots + 1)]
+
+    def prefill(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """See :class:`edge.scheduler.Engine`."""
+        self._step()
+        self._prompts[row] = [*self._prompts[row][:past], *ids.tolist()]
+        self._answers[row] = [*self._reply(_text(self._prompts[row])).encode(), EOS_ID]
+        return _logits([self._answers[row][0]])[0]
+
+    def decode(self, ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
+        """See :class:`edge.scheduler.Engine`."""
+        self._step()
+        return _logits([self._next(row, past[row]) for row in range(len(ids))])
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        """See :class:`edge.scheduler.Engine`."""
+        assert length >= 0
+        self._prompts[target] = self._prompts[source]
+        self._answers[target] = self._answers[source]
+
+    def _next(self, row: int, past: int) -> int:
+        num_output = past - len(self._prompts[row]) + 1
+        if self._fail_after is not None and num_output >= self._fail_after:
+            raise RuntimeError("the fake engine was told to fail")
+        return self._answers[row][min(num_output, len(self._answers[row]) - 1)]
+
+    def _step(self) -> None:
+        self.num_steps += 1
+        self.gate.wait()
+        if self._step_s:
+            time.sleep(self._step_s)
+
+
+def make_model(context_length: int = 4096, *, template: str | None = CHAT_TEMPLATE) -> Model:
+    """The text side of a bundle whose tokens are bytes: id = byte value, then :data:`SPECIAL_TOKENS`."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / TOKENIZER
+        path.write_text(byte_tokenizer().to_str(), encoding="utf-8")
+        tokenizer = Tokenizer.from_file(path)
+    return Model(
+        manifest=make_manifest(context_length),
+        tokenizer=tokenizer,
+        template=None if template is None else ChatTemplate(template),
+        eos_ids=frozenset({EOS_ID}),
+        sampling_defaults={"temperature": 0.0},
+        context_length=context_length,
+    )
+
+
+def make_service(
+    engine: FakeEngine | None = None, *, max_queue: int = 8, template: str | None = CHAT_TEMPLATE
+) -> Service:
+    """A service over the fake engine, not started yet."""
+    engine = engine or FakeEngine()
+    model = make_model(engine.context_length, template=template)
+    return Service(model, Scheduler(engine, max_queue=max_queue), Metrics())
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """A byte-level BPE without merges: one token for each byte of UTF-8."""
+    vocab = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def make_manifest(context_length: int = 4096) -> Manifest:
+    """A valid manifest for files that do not exist."""
+    return Manifest(
+        schema_version=1,
+        name=MODEL_NAME,
+        version="1",
+        model_type="qwen2",
+        parameter_count=1,
+        recipe={"name": "int4"},
+        context_length=context_length,
+        vocab_size=VOCAB_SIZE,
+        padded_vocab_size=PADDED_VOCAB_SIZE,
+        kv=KVLayout(layers=1, kv_heads=1, head_dim=2),
+        weight_bytes_per_token=1,
+        source=Source(kind="folder", location="fake"),
+        files=[FileEntry(path=name, size=0, sha256="0" * 64) for name in (GRAPH, WEIGHTS, TOKENIZER, GENERATION)],
+        min_runtime_version="0.1.0",
+    )
+
+
+def _byte_symbols() -> list[str]:
+    """The printable stand-ins that byte-level BPE uses for the bytes 0..255 (GPT-2's bytes_to_unicode)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    stand_ins = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(256)]
+
+
+def _text(ids: list[int]) -> str:
+    pieces = [bytes([i]) if i < 256 else SPECIAL_TOKENS[i - 256].encode() for i in ids]
+    return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+def _logits(ids: list[int]) -> NDArray[np.float32]:
+    """Logits [len(ids), padded_vocab] under which row i's likeliest token is ids[i] at any sane temperature."""
+    logits = np.zeros((len(ids), PADDED_VOCAB_SIZE), dtype=np.float32)
+    logits[np.arange(len(ids)), ids] = 1000.0
+    return logits
