@@ -1,0 +1,90 @@
+# Everything a person or CI does here; `make` lists it. Needs GNU make and Python 3.11 or newer, brings the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# make run MODEL=qwen3-0.6b PORT=9000
+MODEL ?= qwen2.5-coder-0.5b-instruct
+RECIPE ?= int4
+HOST ?= 127.0.0.1
+PORT ?= 8080
+BROKER_PORT ?= 1883
+# make test ARGS="-k sampler"
+ARGS ?=
+
+VENV := .venv
+ORACLE_VENV := .venv-oracle
+BUNDLE := models/$(MODEL)-$(RECIPE)
+UV_VERSION := 0.13.9
+PIP := -m pip --disable-pip-version-check --quiet --no-input
+STAMP := $(VENV)/.installed
+ORACLE_STAMP := $(ORACLE_VENV)/.installed
+
+.PHONY: help setup model run test check docs lock oracle clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+setup: $(STAMP) ## the environment in .venv, locked with hashes
+
+$(STAMP): .locks/dev.txt pyproject.toml scripts/make-venv.sh
+	@scripts/make-venv.sh $(VENV)
+	@echo "setup: installing the locked packages into $(VENV)"
+	@$(VENV)/bin/python $(PIP) install --no-deps --require-hashes -r .locks/dev.txt
+	@$(VENV)/bin/python $(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+model: $(BUNDLE)/manifest.json ## the demo model, exported to a bundle in models/
+
+# The export publishes a bundle at once and whole, so a manifest means that it is there.
+$(BUNDLE)/manifest.json: | $(STAMP)
+	@echo "model: exporting $(MODEL) to $(BUNDLE)"
+	@mkdir -p models
+	@$(VENV)/bin/qwedge export $(MODEL) --recipe $(RECIPE) -o $(BUNDLE)
+
+run: $(STAMP) ## set everything up and serve the demo model over HTTP and MQTT
+	@scripts/need-package.sh mosquitto mosquitto "requests over MQTT" || true
+	@$(MAKE) model
+	@QWEDGE_MQTT_PORT=$(BROKER_PORT) exec $(VENV)/bin/qwedge serve --bundle $(BUNDLE) --host $(HOST) --port $(PORT) --broker embedded
+
+test: $(STAMP) ## set everything up and run the tests
+	@scripts/need-package.sh mosquitto mosquitto "the MQTT tests" || true
+	@scripts/need-package.sh mosquitto-clients mosquitto_pub "the MQTT tests" || true
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(STAMP) ## lint, format, types, and generated documentation in step
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/python scripts/generate_docs.py --check
+
+docs: $(STAMP) ## generate docs/cli.md and docs/configuration.md
+	@$(VENV)/bin/python scripts/generate_docs.py
+
+oracle: $(ORACLE_STAMP) ## the environment of `qwedge export --verify`, in .venv-oracle
+
+# torch comes first and without a hash: which build of it (CPU, CUDA) is the machine's choice.
+$(ORACLE_STAMP): .locks/oracle.txt pyproject.toml scripts/make-venv.sh
+	@scripts/make-venv.sh $(ORACLE_VENV)
+	@echo "oracle: installing torch, transformers and optimum into $(ORACLE_VENV)"
+	@$(ORACLE_VENV)/bin/python $(PIP) install torch==2.13.0
+	@$(ORACLE_VENV)/bin/python $(PIP) install --no-deps --require-hashes -r .locks/oracle.txt
+	@$(ORACLE_VENV)/bin/python $(PIP) install --no-deps --editable .
+	@touch $@
+
+LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" .cache/uv/bin/uv pip compile --quiet --universal --generate-hashes \
+	--python-version 3.11 --fork-strategy fewest --no-emit-index-url pyproject.toml
+
+lock: ## resolve pyproject.toml into .locks/
+	@scripts/make-venv.sh .cache/uv
+	@.cache/uv/bin/python $(PIP) install uv==$(UV_VERSION)
+	@$(LOCK) --excludes .locks/device-excludes.txt -o .locks/runtime.txt
+	@$(LOCK) --constraints .locks/runtime.txt --extra export -o .locks/export.txt
+	@$(LOCK) --constraints .locks/export.txt --extra export --extra dev -o .locks/dev.txt
+	@$(LOCK) --extra export --extra optimum --excludes .locks/oracle-excludes.txt --no-emit-package torch -o .locks/oracle.txt
+	@if grep -nE '^ *--(index-url|extra-index-url|find-links)|https?://' .locks/*.txt; then echo "lock: an index got into .locks/" >&2; exit 1; fi
+	@for name in runtime export dev oracle; do echo "lock: $$name has $$(grep -c '^[a-z].*==' .locks/$$name.txt) packages"; done
+
+clean: ## remove environments and caches; models stay
+	@rm -rf $(VENV) $(ORACLE_VENV) .cache/uv .pytest_cache .mypy_cache .ruff_cache .hypothesis
