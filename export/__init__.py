@@ -1,0 +1,1 @@
+"""The exporter: a checkpoint goes in, a bundle that the runtime serves comes out (docs/architecture.md)."""

@@ -1,0 +1,248 @@
+"""A GGUF file read as if it were a Hugging Face folder: its names, keys and tokenizer are translated.
+
+A third architecture is one more row of :data:`ARCHITECTURES`. Bytes are read by offset and dequantized chunk by chunk
+with the ``gguf`` package.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from edge.errors import CheckpointError
+from export.catalog import FAMILY_SAMPLING, catalog, find_by_title
+from export.checkpoint import Checkpoint, GenerationDefaults, Origin, StoredTensor, TensorInfo, Text
+from export.files import DAMAGED, WeightFile
+from export.generation import END_OF_TURN, generation_defaults
+from export.gguf_header import GGUFHeader, GGUFTensor, read_header
+from export.gguf_tokenizer import GGUFTokenizer, rebuild_tokenizer, repair_template
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_END_OF_TEXT = "<|endoftext|>"
+_SAME_TABLE = 0.15
+"""Two quantizations of one table differ by less than this, relative to its RMS; two tables by about 1.4."""
+_SAMPLED_ROWS = 64
+_SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class GGUFArchitecture:
+    """How one ``general.architecture`` maps onto a Hugging Face model_type of the same name."""
+
+    blocks: Mapping[str, str]
+    """Name behind ``blk.{i}.`` → name behind ``model.layers.{i}.``."""
+    config: Mapping[str, Any]
+    """Keys of config.json that a GGUF implies but does not store."""
+
+
+_TABLES = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
+_DENSE_BLOCKS = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
+    "qwen2": GGUFArchitecture(
+        blocks={**_DENSE_BLOCKS, **{f"attn_{x}.bias": f"self_attn.{x}_proj.bias" for x in "qkv"}},
+        config={"hidden_act": "silu", "use_sliding_window": False},
+    ),
+    "qwen3": GGUFArchitecture(
+        blocks={**_DENSE_BLOCKS, **{f"attn_{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"}},
+        config={"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
+    ),
+}
+_REQUIRED_KEYS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+}
+
+
+def open_gguf(path: Path, origin: Origin) -> Checkpoint:
+    """Open a GGUF file.
+
+    Raises:
+        CheckpointError: it is damaged, one part of several, of an unsupported architecture or quantization.
+    """
+    if _SPLIT_NAME.search(path.name):
+        hint = "merge the parts first: llama-gguf-split --merge FIRST_PART OUTPUT.gguf"
+        raise CheckpointError(f"{path.name} is one part of a split GGUF, which is not supported", hint=hint)
+    header = read_header(path)
+    metadata = header.metadata
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        hint = f"supported architectures: {', '.join(ARCHITECTURES)}"
+        raise CheckpointError(f"{path.name} has the architecture {name!r}, which is not supported", hint=hint)
+    tokenizer = rebuild_tokenizer(metadata, path.name)
+    template, notes = _template(metadata, path.name)
+    file = WeightFile.open(path)
+    try:
+        stored, table_notes = _tensors(header, ARCHITECTURES[name], file, tokenizer.num_ids)
+        config = _config(metadata, name, stored, path.name)
+        return Checkpoint(
+            config=config,
+            generation=_generation(metadata, config, tokenizer, origin),
+            stored=stored,
+            text=Text(tokenizer.json, tokenizer.num_ids, template),
+            origin=origin,
+            files=[path],
+            notes=[*table_notes, *notes],
+        )
+    except CheckpointError:
+        file.close()
+        raise
+
+
+def _tensors(
+    header: GGUFHeader, architecture: GGUFArchitecture, file: WeightFile, num_ids: int
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Every tensor under its Hugging Face name; one that has none keeps its own, and the architecture reports it."""
+    stored: dict[str, StoredTensor] = {}
+    for tensor in header.tensors.values():
+        name = _hf_name(tensor.name, architecture)
+        if name in stored:
+            raise CheckpointError(f"{file.path.name} has tensor {name!r} twice", hint=DAMAGED)
+        stored[name] = _stored(tensor, file)
+    if EMBEDDING not in stored:
+        raise CheckpointError(f"{file.path.name} has no token_embd.weight", hint="this is no complete language model")
+    if HEAD not in stored or not _is_same_table(stored[EMBEDDING], stored[HEAD], num_ids):
+        return stored, []
+    head = stored.pop(HEAD)
+    kept, dropped = stored[EMBEDDING], head
+    if head.row_bytes > kept.row_bytes:
+        kept, dropped = head, kept
+        stored[EMBEDDING] = head
+    what = f"kept the finer one ({kept.info.dtype}, not {dropped.info.dtype})"
+    return stored, [f"token_embd.weight and output.weight are one tied table quantized twice: {what}"]
+
+
+def _hf_name(name: str, architecture: GGUFArchitecture) -> str:
+    if name in _TABLES:
+        return _TABLES[name]
+    match = _BLOCK.fullmatch(name)
+    if match is None or match[2] not in architecture.blocks:
+        return name
+    return f"model.layers.{match[1]}.{architecture.blocks[match[2]]}"
+
+
+def _stored(tensor: GGUFTensor, file: WeightFile) -> StoredTensor:
+    kind, shape, row_bytes = tensor.type, tensor.shape, tensor.row_bytes
+    if len(shape) == 1:
+        # A vector is read by element where its type has no blocks, so that its rows are its elements as elsewhere.
+        block_size, row_bytes = GGML_QUANT_SIZES[kind]
+        if block_size != 1:
+            hint = "llama.cpp stores vectors as F32 or F16"
+            raise CheckpointError(f"{file.path.name}: vector {tensor.name!r} has type {kind.name}", hint=hint)
+    return StoredTensor(TensorInfo(shape, kind.name), file, tensor.offset, row_bytes, _decoder(tensor, file.path))
+
+
+def _decoder(tensor: GGUFTensor, path: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+    kind = tensor.type
+
+    def decode(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+        # A damaged scale may be infinite; the export's own checks see what comes of it.
+        with np.errstate(all="ignore"):
+            values: NDArray[np.float32] = dequantize(raw, kind)
+        return values
+
+    try:
+        decode(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8))
+    except NotImplementedError:
+        hint = "use a quantization such as Q4_K_M or Q8_0, or the Hugging Face folder"
+        raise CheckpointError(f"{path.name}: no reader for {kind.name} ({tensor.name!r})", hint=hint) from None
+    return decode
+
+
+def _is_same_table(first: StoredTensor, second: StoredTensor, num_ids: int) -> bool:
+    """Compare rows spread over the real ids; padding rows may be anything."""
+    if first.info.shape != second.info.shape:
+        return False
+    step = max(1, min(num_ids, first.info.shape[0]) // _SAMPLED_ROWS)
+    sampled = range(0, step * _SAMPLED_ROWS, step)
+    rows = [row for row in sampled if row < first.info.shape[0]]
+    ours = np.concatenate([first.rows(row, row + 1) for row in rows], dtype=np.float64)
+    theirs = np.concatenate([second.rows(row, row + 1) for row in rows], dtype=np.float64)
+    # A NaN in damaged rows compares false: two tables.
+    with np.errstate(invalid="ignore"):
+        return bool(np.linalg.norm(ours - theirs) < _SAME_TABLE * np.linalg.norm(theirs))
+
+
+def _config(metadata: Mapping[str, Any], name: str, stored: Mapping[str, StoredTensor], file: str) -> dict[str, Any]:
+    config: dict[str, Any] = {"model_type": name, **ARCHITECTURES[name].config}
+    for key, gguf_key in _REQUIRED_KEYS.items():
+        config[key] = _number(metadata, f"{name}.{gguf_key}", int, file)
+    heads = max(1, config["num_attention_heads"])
+    key_length = f"{name}.attention.key_length"
+    config["head_dim"] = (
+        _number(metadata, key_length, int, file) if key_length in metadata else config["hidden_size"] // heads
+    )
+    config["rms_norm_eps"] = _number(metadata, f"{name}.attention.layer_norm_rms_epsilon", float, file)
+    config["rope_theta"] = _number(metadata, f"{name}.rope.freq_base", float, file)
+    config["rope_scaling"] = _rope_scaling(metadata, name, file)
+    config["vocab_size"] = stored[EMBEDDING].info.shape[0]
+    config["tie_word_embeddings"] = HEAD not in stored
+    return config
+
+
+def _rope_scaling(metadata: Mapping[str, Any], name: str, file: str) -> dict[str, Any] | None:
+    """``rope_scaling`` as transformers spells it."""
+    kind = metadata.get(f"{name}.rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    scaling: dict[str, Any] = {"rope_type": kind}
+    scaling["factor"] = _number(metadata, f"{name}.rope.scaling.factor", float, file)
+    original = f"{name}.rope.scaling.original_context_length"
+    if original in metadata:
+        scaling["original_max_position_embeddings"] = _number(metadata, original, int, file)
+    return scaling
+
+
+def _number(metadata: Mapping[str, Any], key: str, kind: type[int | float], file: str) -> Any:
+    value = metadata.get(key)
+    if type(value) is not kind or not 0 < value < 1 << 48:
+        raise CheckpointError(f"{file} has {key} = {value!r}", hint="use a GGUF made by a current llama.cpp")
+    # Metadata is float32: its shortest spelling is what the config said (1e-06, not 9.99999997e-07).
+    return value if kind is int else float(str(np.float32(value)))
+
+
+def _template(metadata: Mapping[str, Any], file: str) -> tuple[str | None, list[str]]:
+    template = metadata.get("tokenizer.chat_template")
+    if template is None:
+        return None, []
+    if not isinstance(template, str):
+        raise CheckpointError(f"{file} has a chat template that is no text", hint=DAMAGED)
+    return repair_template(template)
+
+
+def _generation(
+    metadata: Mapping[str, Any], config: Mapping[str, Any], tokenizer: GGUFTokenizer, origin: Origin
+) -> GenerationDefaults:
+    """Stop ids from the file, sampling from the catalog: a GGUF carries none."""
+    entry = catalog().get(origin.location) or find_by_title(str(metadata.get("general.name", "")))
+    sampling = entry.generation if entry else FAMILY_SAMPLING[config["model_type"]]
+    ids = {
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+    stops = [tokenizer.added[token] for token in (END_OF_TURN, _END_OF_TEXT) if token in tokenizer.added]
+    settings = {**sampling.model_dump(), **ids, "do_sample": True}
+    return generation_defaults(settings, {}, also_stop=stops)
