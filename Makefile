@@ -17,7 +17,7 @@ VENV := .venv
 ORACLE_VENV := .venv-oracle
 BUNDLE := models/$(MODEL)-$(RECIPE)
 UV_VERSION := 0.13.9
-PIP := -m pip --disable-pip-version-check --quiet --no-input
+PIP := -m pip --disable-pip-version-check --no-input -qq
 STAMP := $(VENV)/.installed
 ORACLE_STAMP := $(ORACLE_VENV)/.installed
 
@@ -27,6 +27,7 @@ help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 
 setup: $(STAMP) ## the environment in .venv, locked with hashes
+	@echo "setup: $(VENV) is ready"
 
 $(STAMP): .locks/dev.txt pyproject.toml scripts/make-venv.sh
 	@scripts/make-venv.sh $(VENV)

@@ -1,0 +1,186 @@
+"""The command line as its users meet it: processes, exit statuses, two streams."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import typer
+
+import edge.cli
+from edge import __version__
+from edge.bundle import REQUIRED_FILES, FileEntry, KVLayout, Manifest, Source, publish_bundle
+from edge.commands.doctor import isa_features
+from edge.errors import OverloadedError
+
+ROOT = Path(__file__).parents[2]
+
+
+def qwedge(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("QWEDGE_")} | environment
+    line = [sys.executable, "-m", "edge.cli", *args]
+    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle whose files hold a few bytes each: enough for everything before onnxruntime."""
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    for name in REQUIRED_FILES:
+        (staging / name).write_bytes(name.encode())
+    files = [
+        FileEntry(path=name, size=len(name), sha256=hashlib.sha256(name.encode()).hexdigest())
+        for name in REQUIRED_FILES
+    ]
+    manifest = Manifest(
+        schema_version=1,
+        name="tiny",
+        version="1",
+        model_type="qwen2",
+        parameter_count=1,
+        recipe={"name": "int4"},
+        context_length=64,
+        vocab_size=8,
+        padded_vocab_size=8,
+        kv=KVLayout(layers=1, kv_heads=1, head_dim=8),
+        weight_bytes_per_token=1,
+        source=Source(kind="folder", location="tiny"),
+        files=files,
+        min_runtime_version=__version__,
+    )
+    publish_bundle(staging, tmp_path / "bundle", manifest)
+    return tmp_path / "bundle"
+
+
+def test_version_and_help_go_to_stdout() -> None:
+    assert qwedge("--version").stdout == f"qwedge {__version__}\n"
+    for args in ((), ("--help",), ("-h",)):
+        done = qwedge(*args)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "verify" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (("servve",), "error: no such command 'servve'"),
+        (("verify",), "error: missing argument 'DIR'"),
+        (("verify", "--jsn", "x"), "error: no such option: --jsn"),
+    ],
+)
+def test_a_wrong_command_line_is_two_lines_and_status_2(args: tuple[str, ...], error: str) -> None:
+    done = qwedge(*args)
+    first, hint = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert first.startswith(error)
+    assert hint.startswith("hint: see qwedge")
+
+
+def test_verify_accepts_an_exported_bundle(bundle: Path) -> None:
+    done = qwedge("verify", str(bundle))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("ok: tiny 1, int4, 4 files")
+    assert json.loads(qwedge("verify", str(bundle), "--json").stdout)["ok"] is True
+
+
+def test_verify_refuses_a_changed_byte_with_status_5(bundle: Path) -> None:
+    weights = bundle / "model.onnx.data"
+    weights.write_bytes(b"X" + weights.read_bytes()[1:])
+    done = qwedge("verify", str(bundle), "--json")
+    assert done.returncode == 5
+    assert json.loads(done.stdout)["error"]["code"] == "bundle_invalid"
+    assert done.stderr.startswith(f"error: {weights} was changed")
+    assert "hint: " in done.stderr
+
+
+def test_doctor_reports_every_check_and_warns_of_a_taken_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = qwedge("doctor", "--json", QWEDGE_SERVER_PORT=port)
+    report = json.loads(done.stdout)
+    checks = {check["name"]: check for check in report["checks"]}
+    assert (done.returncode, report["ok"]) == (0, True)
+    assert checks["onnxruntime"]["status"] == "ok"
+    assert checks["http port"]["status"] == "warn"
+    assert port in checks["http port"]["detail"]
+    assert all(check["hint"] for check in report["checks"] if check["status"] != "ok")
+
+
+def test_doctor_fails_where_qwedge_cannot_serve(tmp_path: Path) -> None:
+    done = qwedge("doctor", QWEDGE_MODEL_BUNDLE=str(tmp_path))
+    assert done.returncode == 1
+    assert "fail  bundle" in done.stdout
+    done = qwedge("doctor", QWEDGE_SERVER_PORT="x")
+    assert done.returncode == 1
+    assert "fail  settings     QWEDGE_SERVER_PORT must be" in done.stdout
+
+
+def test_instruction_sets_are_read_per_machine() -> None:
+    assert isa_features("flags\t\t: fpu avx2 avx512_vnni\n", "x86_64") == ("avx2", "avx512_vnni")
+    assert isa_features("Features\t: fp asimd asimddp i8mm\n", "aarch64") == ("asimd", "asimddp", "i8mm")
+    assert isa_features("", "riscv64") == ()
+
+
+def command_that(action: str) -> typer.Typer:
+    """A command line whose only command fails as ``action`` says."""
+    app = typer.Typer()
+    app.callback()(lambda: None)
+
+    def go() -> None:
+        if action == "interrupt":
+            raise KeyboardInterrupt
+        if action == "overload":
+            raise OverloadedError("the queue is full", hint="try again", retry_after_s=1)
+        raise RuntimeError("first line\nsecond line")
+
+    app.command("go")(go)
+    return app
+
+
+@pytest.mark.parametrize(
+    ("action", "status", "stderr"),
+    [
+        ("interrupt", 130, ""),
+        ("overload", 2, "error: the queue is full\nhint: try again\n"),
+        ("fault", 70, "internal error: RuntimeError: first line second line\nhint: this is a fault of qwedge"),
+    ],
+)
+def test_every_failure_has_its_status_and_no_traceback(
+    action: str, status: int, stderr: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(edge.cli, "build_app", lambda: command_that(action))
+    monkeypatch.delenv("QWEDGE_LOG_LEVEL", raising=False)
+    assert edge.cli.run(["go"]) == status
+    assert capsys.readouterr().err.startswith(stderr)
+
+
+def test_debugging_shows_where_a_fault_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(edge.cli, "build_app", lambda: command_that("fault"))
+    monkeypatch.setenv("QWEDGE_LOG_LEVEL", "debug")
+    assert edge.cli.run(["go"]) == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_command_whose_extra_is_missing_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = EntryPoint("export", "package_that_is_not_there:register", edge.cli.COMMAND_GROUP)
+    monkeypatch.setattr(edge.cli, "entry_points", lambda **_: [absent])
+    assert edge.cli.run(["export", "anything", "--recipe", "int4"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert "package_that_is_not_there" in error
+    assert hint == "hint: pip install 'qwedge[export]'"
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    line = f"{sys.executable} -m edge.cli --help | true"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
