@@ -1,0 +1,96 @@
+"""The onnxruntime session of a bundle; the only file that imports onnxruntime.
+
+Steps are bound by pointer to memory that numpy owns: inputs are changed in place, the cache is written in place (past
+and present share their buffers), logits are read in place. A step copies nothing and allocates nothing in Python.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from edge.bundle import GRAPH
+from edge.engine.kv_cache import KVPool
+from edge.errors import BundleError
+
+Inputs = dict[str, NDArray[Any]]
+"""Arrays by the graph's input names."""
+_ERRORS_ONLY = 3
+
+
+class Session:
+    """A loaded model.
+
+    Args:
+        bundle: the bundle's folder; the caller has verified it.
+        threads: threads of a step.
+        spin_us: microseconds that idle threads spin for the next kernel before they sleep; 0 = never.
+
+    Raises:
+        BundleError: onnxruntime refuses the graph.
+    """
+
+    def __init__(self, bundle: Path, *, threads: int, spin_us: int) -> None:
+        try:
+            self._session = ort.InferenceSession(
+                os.fspath(bundle / GRAPH), _options(threads, spin_us), ["CPUExecutionProvider"]
+            )
+        except Exception as error:  # noqa: BLE001 - onnxruntime has one class per status and no common base
+            first = str(error).partition("\n")[0]
+            raise BundleError(f"onnxruntime cannot load {bundle / GRAPH}: {first}", hint="export it again") from None
+
+    def step(self, inputs: Inputs, logits: NDArray[np.float32], pool: KVPool, first: int) -> Step:
+        """Bind a step over ``len(seqlens_k)`` rows of the pool; all arrays must keep their place as long as it."""
+        step = Step(self._session)
+        for name, array in inputs.items():
+            step.bind_input(name, array)
+        count = len(inputs["seqlens_k"])
+        for layer in range(pool.layers):
+            step.bind_cache(f"{layer}.key", pool.keys(layer, first, count))
+            step.bind_cache(f"{layer}.value", pool.values(layer, first, count))
+        step.bind_output("logits", logits)
+        return step
+
+
+class Step:
+    """One run of the graph with everything bound."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+
+    def bind_input(self, name: str, array: NDArray[np.generic]) -> None:
+        """Bind an input to an array's memory, in place of what was bound before."""
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def bind_output(self, name: str, array: NDArray[np.generic]) -> None:
+        """Bind an output to an array's memory, in place of what was bound before."""
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def bind_cache(self, name: str, array: NDArray[np.float32]) -> None:
+        """Bind a past input and its present output to the same memory."""
+        self.bind_input(f"past_key_values.{name}", array)
+        self.bind_output(f"present.{name}", array)
+
+    def run(self) -> None:
+        """Run the graph."""
+        self._session.run_with_iobinding(self._binding)
+
+
+def _options(threads: int, spin_us: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = threads
+    # Shapes change with every prompt: a planned memory pattern would never fit twice.
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin_us else "0")
+    if spin_us:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us))
+    # Denormals cost hundreds of cycles each and mean nothing in activations.
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    return options

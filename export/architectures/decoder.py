@@ -1,0 +1,196 @@
+"""The pre-norm decoder that Qwen models share: embedding, layers of attention and gated MLP, head.
+
+A subclass says what its attention is made of. Sizes come from ``config.json`` under the checkpoint's own names.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from edge.bundle import KVLayout
+from edge.errors import CheckpointError
+from export.graph import GraphBuilder
+from export.weights import Matrix
+
+Shapes = dict[str, tuple[int, ...]]
+"""Tensor names and shapes, as the checkpoint stores them."""
+
+
+class Decoder(ABC):
+    """What a checkpoint with this ``config.json`` must hold, and the graph it becomes.
+
+    Raises:
+        CheckpointError: the config lacks a field or asks for something unsupported.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.hidden_size = positive_int(config, "hidden_size")
+        self.intermediate_size = positive_int(config, "intermediate_size")
+        self.num_layers = positive_int(config, "num_hidden_layers")
+        self.num_heads = positive_int(config, "num_attention_heads")
+        self.num_kv_heads = positive_int(config, "num_key_value_heads", self.num_heads)
+        self.head_dim = positive_int(config, "head_dim", self.hidden_size // self.num_heads)
+        self.padded_vocab_size = positive_int(config, "vocab_size")
+        self.max_positions = positive_int(config, "max_position_embeddings")
+        self.rms_norm_eps = float(config.get("rms_norm_eps", 1e-6))
+        self.rope_theta = rope_theta(config)
+        self.tied = bool(config.get("tie_word_embeddings", False))
+        self.model_type = str(config["model_type"])
+        self._refuse_unsupported(config)
+
+    @abstractmethod
+    def attention_tensors(self, prefix: str) -> Shapes:
+        """Tensors of one layer's attention; ``prefix`` ends in a dot."""
+
+    @abstractmethod
+    def attention(self, graph: GraphBuilder, layer: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]) -> ir.Value:
+        """One layer's attention over normalized ``x`` [batch, sequence, hidden], output projection included."""
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key (or value) heads."""
+        return self.num_kv_heads * self.head_dim
+
+    def kv_layout(self) -> KVLayout:
+        """Shape of the cache the graph asks for."""
+        return KVLayout(layers=self.num_layers, kv_heads=self.num_kv_heads, head_dim=self.head_dim)
+
+    def tensors(self) -> Shapes:
+        """Every tensor the checkpoint must hold, and no other."""
+        table = (self.padded_vocab_size, self.hidden_size)
+        shapes: Shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (self.hidden_size,)}
+        for layer in range(self.num_layers):
+            prefix = layer_prefix(layer)
+            shapes |= self.attention_tensors(f"{prefix}self_attn.")
+            shapes[f"{prefix}input_layernorm.weight"] = (self.hidden_size,)
+            shapes[f"{prefix}post_attention_layernorm.weight"] = (self.hidden_size,)
+            shapes[f"{prefix}mlp.gate_proj.weight"] = (self.intermediate_size, self.hidden_size)
+            shapes[f"{prefix}mlp.up_proj.weight"] = (self.intermediate_size, self.hidden_size)
+            shapes[f"{prefix}mlp.down_proj.weight"] = (self.hidden_size, self.intermediate_size)
+        if not self.tied:
+            shapes["lm_head.weight"] = table
+        return shapes
+
+    def parameter_count(self) -> int:
+        """Parameters of the model; a tied table counts once."""
+        return sum(math.prod(shape) for shape in self.tensors().values())
+
+    def check(self, found: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare a checkpoint's tensors with :meth:`tensors`.
+
+        Raises:
+            CheckpointError: tensors are missing, left over or of another shape; names them.
+        """
+        expected = self.tensors()
+        if self.tied and found.get("lm_head.weight") == expected["model.embed_tokens.weight"]:
+            # Some checkpoints save the tied head a second time.
+            found = {name: shape for name, shape in found.items() if name != "lm_head.weight"}
+        hint = (
+            f"the config says {self.model_type} with {self.num_layers} layers: do config and weights belong together?"
+        )
+        if missing := sorted(expected.keys() - found.keys()):
+            raise CheckpointError(f"the checkpoint lacks {_some(missing)}", hint=hint)
+        if extra := sorted(found.keys() - expected.keys()):
+            raise CheckpointError(f"the checkpoint holds tensors with no place in the model: {_some(extra)}", hint=hint)
+        wrong = [
+            f"{name} is {list(found[name])} instead of {list(expected[name])}"
+            for name in sorted(expected)
+            if found[name] != expected[name]
+        ]
+        if wrong:
+            raise CheckpointError(f"tensors of the wrong shape: {_some(wrong)}", hint=hint)
+
+    def build(self, graph: GraphBuilder, context_length: int) -> int:
+        """Add the whole model to ``graph`` with rotary tables for ``context_length`` positions.
+
+        Returns:
+            Bytes of weights that one decode step reads: all matrices but the embedding, of which it reads one row.
+        """
+        recipe = graph.weights.recipe
+        table = graph.weights.matrix("embed", ["model.embed_tokens.weight"], recipe.table)
+        # GroupQueryAttention wants a multiple of 8 rows in its tables.
+        rotary = graph.rotary_tables(self.head_dim, self.rope_theta, -(-context_length // 8) * 8)
+        x = graph.embed(graph.input_ids, table)
+        for layer in range(self.num_layers):
+            x = self._layer(graph, layer, x, rotary)
+        head = table if self.tied else graph.weights.matrix("lm_head", ["lm_head.weight"], recipe.table)
+        self._head(graph, x, head)
+        return graph.matrix_bytes + head.num_bytes
+
+    def _layer(self, graph: GraphBuilder, layer: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]) -> ir.Value:
+        prefix = layer_prefix(layer)
+        normed = graph.rms_norm(x, f"{prefix}input_layernorm.weight", self.rms_norm_eps)
+        x = graph.op("Add", [x, self.attention(graph, layer, normed, rotary)])
+        normed = graph.rms_norm(x, f"{prefix}post_attention_layernorm.weight", self.rms_norm_eps)
+        return graph.op("Add", [x, self._mlp(graph, f"{prefix}mlp.", normed)])
+
+    def _mlp(self, graph: GraphBuilder, prefix: str, x: ir.Value) -> ir.Value:
+        """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)), gate and up in one product."""
+        both = graph.linear(x, f"{prefix}gate_up_proj", [f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"])
+        gate, up = graph.ops("Split", [both], 2, axis=-1, num_outputs=2)
+        # QuickGelu with alpha 1 is SiLU: x * sigmoid(x), in one pass.
+        active = graph.op("Mul", [graph.op("QuickGelu", [gate], contrib=True, alpha=1.0), up])
+        return graph.linear(active, f"{prefix}down_proj", [f"{prefix}down_proj.weight"])
+
+    def _head(self, graph: GraphBuilder, x: ir.Value, head: Matrix) -> None:
+        """Logits of the positions asked for: the head is a quarter of a small model's work."""
+        rows = graph.op("Reshape", [x, graph.constant("flat_shape", [-1, self.hidden_size])])
+        rows = graph.op("Gather", [rows, graph.logits_indices], axis=0)
+        rows = graph.rms_norm(rows, "model.norm.weight", self.rms_norm_eps)
+        logits = graph.matmul(rows, head)
+        graph.output(logits, "logits", ir.DataType.FLOAT, ["positions", self.padded_vocab_size])
+
+    def _refuse_unsupported(self, config: Mapping[str, Any]) -> None:
+        hint = "export a model of the supported families: qwedge export --list"
+        if config.get("use_sliding_window"):
+            raise CheckpointError("sliding-window attention is not supported", hint=hint)
+        scaling = config.get("rope_scaling") or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            raise CheckpointError(f"rope scaling of type {kind!r} is not supported", hint=hint)
+        if config.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"the activation {config['hidden_act']!r} is not supported", hint=hint)
+        if self.num_heads % self.num_kv_heads or self.head_dim % 8:
+            raise CheckpointError("the head counts or the head dimension do not fit together", hint="check config.json")
+
+
+def layer_prefix(layer: int) -> str:
+    """Name prefix of a layer's tensors, with its closing dot."""
+    return f"model.layers.{layer}."
+
+
+def positive_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number of the config.
+
+    Raises:
+        CheckpointError: it is missing without a default, or no positive whole number.
+    """
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise CheckpointError(f"config.json: {key} is {value!r}, not a positive whole number", hint="check config.json")
+    return value
+
+
+def rope_theta(config: Mapping[str, Any]) -> float:
+    """The rotary base: ``rope_theta``, or ``rope_parameters.rope_theta`` as transformers 5 writes it."""
+    parameters = config.get("rope_parameters") or {}
+    theta = config.get("rope_theta", parameters.get("rope_theta", 10000.0))
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+        raise CheckpointError(f"config.json: rope_theta is {theta!r}, not a positive number", hint="check config.json")
+    return float(theta)
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,138 @@
+"""``qwedge export``: from a checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import typer
+
+from edge.errors import ConfigError
+from export.catalog import CatalogEntry, catalog
+from export.console import console_progress
+from export.oracle import Oracle, verify_against
+from export.pipeline import Report, export_bundle
+from export.progress import Progress
+from export.quantize.recipes import RECIPES, recipe_named
+from export.sources import default_cache, resolve
+
+RecipeName = Literal["int4", "int8", "fp32"]
+assert set(get_args(RecipeName)) == RECIPES.keys()
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("export")(export)
+
+
+def export(
+    source: Annotated[
+        str | None,
+        typer.Argument(help="A catalog name, a Hugging Face folder, a GGUF file, or a hub id like Qwen/Qwen3-0.6B."),
+    ] = None,
+    *,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="The bundle's folder; must not exist yet.")
+    ] = None,
+    recipe: Annotated[RecipeName, typer.Option(help="Number formats of the weights.")] = "int4",
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The model name that requests use.  [default: from the source]")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(metavar="TOKENS", min=1, help="Longest context.  [default: the model's, at most 32768]"),
+    ] = None,
+    verify: Annotated[
+        Oracle | None,
+        typer.Option(help="Also compare the fp32 graph with this library; needs an environment with qwedge[optimum]."),
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="Show the catalog and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Convert a checkpoint to a quantized ONNX bundle.
+
+    The weights stream through in chunks, so little memory is needed. The last step verifies the bundle; an export that
+    fails leaves nothing behind. Downloads are kept in QWEDGE_CACHE (default ~/.cache/qwedge).
+    """
+    if show_list:
+        _print_catalog(as_json=as_json)
+        return
+    if source is None or output is None:
+        raise ConfigError("SOURCE and --output are needed", hint="qwedge export --list shows the catalog")
+    with console_progress() as progress:
+        report, oracle = _export(
+            source, output, recipe=recipe, name=name, context=context, verify=verify, offline=offline, progress=progress
+        )
+    _print_report(report, oracle, as_json=as_json)
+
+
+def _export(
+    source: str,
+    output: Path,
+    *,
+    recipe: str,
+    name: str | None,
+    context: int | None,
+    verify: Oracle | None,
+    offline: bool,
+    progress: Progress,
+) -> tuple[Report, dict[str, Any] | None]:
+    resolved = resolve(source, cache=default_cache(), offline=offline, progress=progress)
+    with resolved.open() as checkpoint:
+        # The oracle comes first: a graph that is wrong must not become a bundle.
+        oracle = verify_against(verify, checkpoint, progress=progress) if verify else None
+        licence = resolved.entry.licence if resolved.entry else None
+        report = export_bundle(
+            checkpoint, output, recipe_named(recipe), progress=progress, name=name, context=context, licence=licence,
+            oracle=oracle,
+        )  # fmt: skip
+    return report, oracle
+
+
+def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: bool) -> None:
+    manifest = report.manifest
+    size = sum(entry.size for entry in manifest.files)
+    if as_json:
+        result = {
+            "folder": str(report.folder),
+            "bytes": size,
+            "seconds": report.seconds,
+            "self_test": report.self_test,
+            "oracle": oracle,
+            "notes": report.notes,
+            "manifest": manifest.model_dump(mode="json"),
+        }
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    test = report.self_test
+    print(f"bundle     {report.folder}")
+    print(f"model      {manifest.name}, {manifest.parameter_count:,} parameters, {manifest.recipe['name']}")
+    print(f"size       {size / 1e6:,.1f} MB, {manifest.weight_bytes_per_token / 1e6:,.1f} MB read per token")
+    print(f"context    {manifest.context_length:,} tokens, {manifest.kv.bytes_per_token:,} bytes of cache each")
+    print(f"kernels    largest relative difference {test['kernel_max_relative_difference']:.1e}")
+    if oracle:
+        print(f"oracle     {oracle['oracle']} {oracle['version']}: {oracle['max_difference']:.1e} in the logits")
+    print(f"self-test  {test['prompt']!r} -> {test['text']!r}")
+    print(f"time       {', '.join(f'{phase} {seconds:.1f} s' for phase, seconds in report.seconds.items())}")
+
+
+def _print_catalog(*, as_json: bool) -> None:
+    entries = list(catalog().values())
+    if as_json:
+        rows = [entry.model_dump(mode="json", exclude={"pieces", "generation"}) for entry in entries]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    print(f"{'NAME':<32} {'PARAMS':>7} {'DOWNLOAD':>9}  {'LICENCE':<14} NOTE")
+    for entry in entries:
+        print(_catalog_row(entry))
+
+
+def _catalog_row(entry: CatalogEntry) -> str:
+    parameters = f"{entry.parameters / 1e9:.2f}B"
+    download = f"{entry.download_bytes / 1e9:.2f} GB"
+    return f"{entry.name:<32} {parameters:>7} {download:>9}  {entry.licence:<14} {entry.note}"

@@ -1,0 +1,207 @@
+"""A decoder as an ONNX graph: the contract with the runtime, and the vocabulary that architectures are written in.
+
+The contract (docs/bundle-format.md):
+
+=================================  ==================================  ================================================
+input                              shape                               meaning
+=================================  ==================================  ================================================
+``input_ids``                      [batch, sequence] int64             tokens to append
+``seqlens_k``                      [batch] int32                       tokens per row after this step, minus one
+``total_sequence_length``          [] int32                            the largest of those, plus one
+``logits_indices``                 [positions] int64                   rows of the flattened [batch * sequence] hidden
+                                                                       states that get logits
+``past_key_values.{i}.key/value``  [batch, kv_heads, max_length,       the cache
+                                   head_dim] float32
+=================================  ==================================  ================================================
+
+Outputs: ``logits`` [positions, padded_vocab] and ``present.{i}.key/value``, which share their buffers with the past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from export.quantize.recipes import Blockwise
+from export.weights import Matrix, Weights
+
+OPSET = 23
+"""The first with RMSNormalization."""
+_CONTRIB = "com.microsoft"
+_IR_VERSION = 10
+
+Tensor = ir.Value | None
+"""A value of the graph; None stands for an optional input left out."""
+
+
+class GraphBuilder:
+    """Collects nodes, initializers, inputs and outputs of one decoder graph.
+
+    Args:
+        weights: source of all parameters.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.matrix_bytes = 0
+        """Bytes of the matrices added by :meth:`linear`."""
+        self._file = weights.file
+        self._nodes: list[ir.Node] = []
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+        self._initializers: dict[str, ir.Value] = {}
+        self.input_ids = self.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+        self.seqlens_k = self.input("seqlens_k", ir.DataType.INT32, ["batch"])
+        self.total_sequence_length = self.input("total_sequence_length", ir.DataType.INT32, [])
+        self.logits_indices = self.input("logits_indices", ir.DataType.INT64, ["positions"])
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        """Add a graph input."""
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self._inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+        """Make ``value`` a graph output called ``name``."""
+        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
+        self._outputs.append(value)
+
+    def op(self, op_type: str, inputs: Sequence[Tensor], *, contrib: bool = False, **attributes: Any) -> ir.Value:
+        """Add a node with one output."""
+        return self.ops(op_type, inputs, 1, contrib=contrib, **attributes)[0]
+
+    def ops(
+        self, op_type: str, inputs: Sequence[Tensor], count: int, *, contrib: bool = False, **attributes: Any
+    ) -> Sequence[ir.Value]:
+        """Add a node with ``count`` outputs."""
+        domain = _CONTRIB if contrib else ""
+        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=count)
+        node.name = f"{op_type}_{len(self._nodes)}"
+        for i, value in enumerate(node.outputs):
+            value.name = f"{node.name}.{i}"
+        self._nodes.append(node)
+        return node.outputs
+
+    def constant(self, name: str, values: Sequence[int]) -> ir.Value:
+        """A small int64 constant, kept in the graph itself."""
+        tensor = ir.tensor(np.asarray(values, dtype=np.int64), name=name)
+        value = ir.Value(
+            name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
+        )
+        return self._register(value)
+
+    def rotary_tables(self, head_dim: int, theta: float, length: int) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines [length, head_dim / 2] of the rotary embedding (Su et al. 2021), computed in float64."""
+        frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        angles = np.outer(np.arange(length, dtype=np.float64), frequencies)
+        cos = self._file.add("rotary.cos", np.cos(angles).astype(np.float32))
+        sin = self._file.add("rotary.sin", np.sin(angles).astype(np.float32))
+        return self._register(cos), self._register(sin)
+
+    def vector(self, name: str, sources: Sequence[str]) -> ir.Value:
+        """A float32 parameter vector: the 1-D tensors ``sources`` end to end."""
+        return self._register(self.weights.vector(name, sources))
+
+    def rms_norm(self, x: ir.Value, weight: str, epsilon: float) -> ir.Value:
+        """RMS normalization over the last axis (Zhang & Sennrich 2019)."""
+        return self.op("RMSNormalization", [x, self.vector(weight, [weight])], axis=-1, epsilon=epsilon)
+
+    def linear(self, x: ir.Value, name: str, sources: Sequence[str], bias: Sequence[str] = ()) -> ir.Value:
+        """``x @ W.T + b`` with W the rows of ``sources`` stacked: projections of one input share one kernel call."""
+        matrix = self.weights.matrix(name, sources, self.weights.recipe.linear)
+        self.matrix_bytes += matrix.num_bytes
+        return self.matmul(x, matrix, self.vector(f"{name}.bias", bias) if bias else None)
+
+    def matmul(self, x: ir.Value, matrix: Matrix, bias: Tensor = None) -> ir.Value:
+        """``x @ matrix.T + bias`` for x [..., columns]."""
+        if not isinstance(matrix.form, Blockwise):
+            product = self.op("FusedMatMul", [x, self._register(matrix.parts[0])], contrib=True, transB=1)
+            return product if bias is None else self.op("Add", [product, bias])
+        codes, scales, zero_points = (self._register(part) for part in matrix.parts)
+        return self.op(
+            "MatMulNBits",
+            [x, codes, scales, zero_points, None, bias],
+            contrib=True,
+            K=matrix.columns,
+            N=matrix.rows,
+            bits=matrix.form.bits,
+            block_size=matrix.form.block,
+            accuracy_level=self.weights.recipe.accuracy_level,
+        )
+
+    def embed(self, ids: ir.Value, matrix: Matrix) -> ir.Value:
+        """Rows of the table for ``ids`` [batch, sequence] -> [batch, sequence, columns]."""
+        if not isinstance(matrix.form, Blockwise):
+            return self.op("Gather", [self._register(matrix.parts[0]), ids], axis=0)
+        codes, scales, zero_points = matrix.parts
+        assert codes.const_value is not None
+        # GatherBlockQuantized wants [rows, bytes]: the same bytes under a second name and shape, one copy on disk.
+        flat = self._alias(codes, "embed.table", [matrix.rows, matrix.columns * matrix.form.bits // 8])
+        inputs = [self._register(flat), ids, self._register(scales), self._register(zero_points)]
+        attributes = {"bits": matrix.form.bits, "block_size": matrix.form.block}
+        return self.op("GatherBlockQuantized", inputs, contrib=True, gather_axis=0, quantize_axis=1, **attributes)
+
+    def kv_cache(self, layer: int, kv_heads: int, head_dim: int) -> tuple[ir.Value, ir.Value]:
+        """The past keys and values of a layer, as graph inputs [batch, kv_heads, max_length, head_dim]."""
+        shape: list[int | str] = ["batch", kv_heads, "max_length", head_dim]
+        key = self.input(f"past_key_values.{layer}.key", ir.DataType.FLOAT, shape)
+        value = self.input(f"past_key_values.{layer}.value", ir.DataType.FLOAT, shape)
+        return key, value
+
+    def attention(
+        self,
+        layer: int,
+        qkv: tuple[ir.Value, Tensor, Tensor],
+        rotary: tuple[ir.Value, ir.Value],
+        *,
+        num_heads: int,
+        kv_heads: int,
+        head_dim: int,
+    ) -> ir.Value:
+        """Grouped-query attention with rotary embedding over the layer's cache; adds the cache's inputs and outputs.
+
+        Args:
+            layer: its index.
+            qkv: query, key and value [batch, sequence, heads * head_dim]; or all three packed in the first.
+            rotary: cosine and sine tables.
+            num_heads: query heads.
+            kv_heads: key and value heads.
+            head_dim: width of a head.
+
+        Returns:
+            [batch, sequence, num_heads * head_dim].
+        """
+        key, value = self.kv_cache(layer, kv_heads, head_dim)
+        inputs = [*qkv, key, value, self.seqlens_k, self.total_sequence_length, *rotary]
+        x, present_key, present_value = self.ops(
+            "GroupQueryAttention", inputs, 3, contrib=True, num_heads=num_heads, kv_num_heads=kv_heads, do_rotary=1
+        )
+        shape: list[int | str] = ["batch", kv_heads, "max_length", head_dim]
+        self.output(present_key, f"present.{layer}.key", ir.DataType.FLOAT, shape)
+        self.output(present_value, f"present.{layer}.value", ir.DataType.FLOAT, shape)
+        return x
+
+    def model(self, name: str) -> ir.Model:
+        """The finished model."""
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports={"": OPSET, _CONTRIB: 1},
+            name=name,
+        )
+        return ir.Model(graph, ir_version=_IR_VERSION, producer_name="qwedge")
+
+    def _alias(self, value: ir.Value, name: str, shape: Sequence[int]) -> ir.Value:
+        tensor = value.const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        assert tensor.offset is not None
+        return self._file.initializer(name, tensor.dtype, shape, tensor.offset)
+
+    def _register(self, value: ir.Value) -> ir.Value:
+        assert value.name is not None
+        return self._initializers.setdefault(value.name, value)

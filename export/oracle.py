@@ -1,0 +1,148 @@
+"""Parity with an independent implementation: transformers, or optimum's own ONNX export.
+
+The fp32 graph and the oracle see the same weights and the same tokens; their logits are compared over one prefill, over
+decode steps and over a chunked prefill. Needs an environment with the extra ``optimum`` (torch, transformers, optimum);
+nothing else of qwedge imports those.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tempfile
+from collections.abc import Callable
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from edge.bundle import GRAPH
+from edge.errors import ConfigError, ExportError
+from export.architectures import architecture_for
+from export.checkpoint import Checkpoint
+from export.pipeline import build_graph
+from export.progress import Progress, step
+from export.quantize.recipes import recipe_named
+from export.self_test import Decoder
+
+TOLERANCE = 1e-4
+"""Largest difference of a logit, relative to the largest logit."""
+_PREFILL, _DECODE, _CHUNK = 20, 20, 7
+_SEED = 20
+
+Logits = NDArray[np.float32]
+
+
+class Oracle(StrEnum):
+    """Who is asked."""
+
+    TRANSFORMERS = "transformers"
+    OPTIMUM = "optimum"
+
+
+def verify_against(oracle: Oracle, checkpoint: Checkpoint, *, progress: Progress) -> dict[str, Any]:
+    """Compare the fp32 graph of a checkpoint with an oracle.
+
+    Returns:
+        oracle, version, max_difference (relative to the largest logit), and the same by phase.
+
+    Raises:
+        ConfigError: the oracle is not installed here.
+        ExportError: the difference is larger than :data:`TOLERANCE`.
+    """
+    _require(oracle)
+    ids = np.random.default_rng(_SEED).integers(0, checkpoint.vocab_ids(), _PREFILL + _DECODE)
+    with tempfile.TemporaryDirectory(prefix="qwedge-oracle-") as scratch:
+        folder = Path(scratch) / "checkpoint"
+        write_folder(checkpoint, folder)
+        with step(progress, f"asking {oracle.value}", None):
+            expected = _ORACLES[oracle](folder, Path(scratch), ids)
+        graph_folder = Path(scratch) / "graph"
+        graph_folder.mkdir()
+        build_graph(checkpoint, graph_folder, recipe_named("fp32"), progress=progress)
+        differences = _compare(checkpoint, graph_folder, ids, expected)
+    worst = max(differences.values())
+    if not worst <= TOLERANCE:
+        hint = "this is a defect of qwedge: please report it with the model's name"
+        raise ExportError(f"the fp32 graph differs from {oracle.value} by {worst:.1e}: {differences}", hint=hint)
+    package = {Oracle.TRANSFORMERS: "transformers", Oracle.OPTIMUM: "optimum-onnx"}[oracle]
+    return {"oracle": oracle.value, "version": version(package), "max_difference": worst, "by_phase": differences}
+
+
+def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a checkpoint as a Hugging Face folder in float32, so that any library can load it."""
+    folder.mkdir(parents=True)
+    config = {**checkpoint.config, "dtype": "float32", "torch_dtype": "float32"}
+    names = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    config.setdefault("architectures", [names[config["model_type"]]])
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "tokenizer.json").write_bytes(checkpoint.tokenizer_json())
+    wanted = architecture_for(checkpoint.config).tensors()
+    tensors = {name: checkpoint.rows(name) for name in wanted}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _require(oracle: Oracle) -> None:
+    for module in ("torch", "transformers", *(["optimum.onnxruntime"] if oracle is Oracle.OPTIMUM else [])):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError:
+            hint = "run it in an environment with qwedge[optimum] (in the source tree: make oracle)"
+            raise ConfigError(f"--verify {oracle.value} needs {module}, which is not installed", hint=hint) from None
+
+
+def _ask_transformers(folder: Path, scratch: Path, ids: NDArray[np.int64]) -> Logits:
+    del scratch
+    torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
+    with torch.no_grad():
+        logits: Logits = model(torch.from_numpy(ids[None])).logits[0].numpy()
+    return logits
+
+
+def _ask_optimum(folder: Path, scratch: Path, ids: NDArray[np.int64]) -> Logits:
+    torch = importlib.import_module("torch")
+    exporters, runtime = (
+        importlib.import_module("optimum.exporters.onnx"),
+        importlib.import_module("optimum.onnxruntime"),
+    )
+    exporters.main_export(str(folder), output=scratch / "optimum", task="text-generation-with-past")
+    model = runtime.ORTModelForCausalLM.from_pretrained(scratch / "optimum")
+    # It derives the head dimension from the hidden size, which is wrong for Qwen3.
+    model.embed_size_per_head = getattr(model.config, "head_dim", None) or model.embed_size_per_head
+    prefill = model(torch.from_numpy(ids[None, :_PREFILL]), use_cache=True)
+    logits, past = [prefill.logits[0].numpy()], prefill.past_key_values
+    for position in range(_PREFILL, len(ids)):
+        mask = torch.ones(1, position + 1, dtype=torch.int64)
+        answer = model(torch.from_numpy(ids[None, position : position + 1]), attention_mask=mask, past_key_values=past)
+        logits.append(answer.logits[0].numpy())
+        past = answer.past_key_values
+    return np.concatenate(logits)
+
+
+_ORACLES: dict[Oracle, Callable[[Path, Path, NDArray[np.int64]], Logits]] = {
+    Oracle.TRANSFORMERS: _ask_transformers,
+    Oracle.OPTIMUM: _ask_optimum,
+}
+
+
+def _compare(checkpoint: Checkpoint, folder: Path, ids: NDArray[np.int64], expected: Logits) -> dict[str, float]:
+    kv = architecture_for(checkpoint.config).kv_layout().model_dump(include={"layers", "kv_heads", "head_dim"})
+    schedules = {
+        "prefill": [_PREFILL],
+        "decode": [_PREFILL] + [1] * _DECODE,
+        "chunked": [_CHUNK] * ((_PREFILL + _DECODE) // _CHUNK),
+    }
+    scale = float(np.abs(expected).max())
+    differences = {}
+    for phase, sizes in schedules.items():
+        decoder, start, found = Decoder(str(folder / GRAPH), **kv), 0, []
+        for size in sizes:
+            found.append(decoder.append(ids[start : start + size].tolist()))
+            start += size
+        differences[phase] = float(np.abs(np.concatenate(found) - expected[:start]).max()) / scale
+    return differences

@@ -1,0 +1,258 @@
+"""The whole export stage on one page: read -> check -> build and quantize -> verify -> write -> publish.
+
+The bundle is put together in a hidden folder beside its destination and renamed at the very end, so that an export that
+fails, or is killed, leaves nothing behind that looks like a bundle.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from tokenizers import Tokenizer
+
+from edge.bundle import (
+    CHAT_TEMPLATE,
+    GENERATION,
+    GRAPH,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    Manifest,
+    hash_file,
+    publish_bundle,
+)
+from edge.errors import ConfigError, ExportError
+from export.architectures import architecture_for
+from export.architectures.decoder import Decoder
+from export.checkpoint import Checkpoint
+from export.graph import GraphBuilder
+from export.progress import Progress, step
+from export.quantize.recipes import Recipe
+from export.verify import check_kernels, self_test
+from export.weights import DataFile, Weights
+
+MIN_RUNTIME_VERSION = "0.1.0"
+DEFAULT_CONTEXT = 32768
+"""Tokens; rotary tables for more cost 8 MB each 32k and no small device has the cache for it."""
+SELF_TEST_PROMPT = "The capital of France is"
+_SELF_TEST_TOKENS = 8
+_REPEATABLE = ("kernel_max_relative_difference", "prompt", "prompt_ids", "next_ids")
+"""What of the self-test goes into the manifest: no times, so that the same input gives the same bytes."""
+_NAME = re.compile(r"[^a-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph that was built, with its data file beside it."""
+
+    model: ir.Model
+    architecture: Decoder
+    context_length: int
+    """Tokens it has rotary tables for."""
+    parameter_count: int
+    weight_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an export did."""
+
+    folder: Path
+    manifest: Manifest
+    seconds: dict[str, float]
+    """By phase."""
+    self_test: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    destination: Path,
+    recipe: Recipe,
+    *,
+    progress: Progress,
+    name: str | None = None,
+    context: int | None = None,
+    licence: str | None = None,
+    oracle: dict[str, Any] | None = None,
+) -> Report:
+    """Turn a checkpoint into a verified bundle at ``destination``.
+
+    Args:
+        checkpoint: the open source.
+        destination: the bundle's folder; must not exist, or be empty.
+        recipe: number formats.
+        progress: receives the phases.
+        name: the model name requests will use; None = made from the source and the recipe.
+        context: tokens of context; None = the checkpoint's, at most :data:`DEFAULT_CONTEXT`.
+        licence: SPDX id or name, where known.
+        oracle: what :func:`export.oracle.verify_against` measured, for the manifest.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or does not match its config.
+        ConfigError: name, context or destination cannot be used.
+        ExportError: a verification failed.
+    """
+    clock = _Clock()
+    model_name = _model_name(name, checkpoint)
+    with _staging(destination) as staging:
+        with clock.phase("quantize"):
+            graph = build_graph(checkpoint, staging, recipe, progress=progress, context=context)
+        with clock.phase("verify"):
+            _write_text(checkpoint, staging)
+            tested = _verify(graph, checkpoint, staging, progress)
+        with clock.phase("hash"):
+            measured = {"self_test": {key: tested[key] for key in _REPEATABLE}}
+            if oracle is not None:
+                measured["oracle"] = oracle
+            manifest = _manifest(
+                graph, checkpoint, staging, recipe=recipe, name=model_name, licence=licence, measured=measured
+            )
+            publish_bundle(staging, destination, manifest)
+    return Report(destination, manifest, clock.seconds, tested, checkpoint.notes)
+
+
+def build_graph(
+    checkpoint: Checkpoint, folder: Path, recipe: Recipe, *, progress: Progress, context: int | None = None
+) -> Graph:
+    """Check the checkpoint, stream its weights into ``folder`` and save the graph there.
+
+    Raises:
+        CheckpointError: tensors are missing, left over, misshapen or unreadable; the config is unsupported.
+        ConfigError: ``context`` is out of range.
+    """
+    architecture = architecture_for(checkpoint.config)
+    architecture.check({name: info.shape for name, info in checkpoint.tensors.items()})
+    length = _context(context, architecture)
+    try:
+        with (
+            step(progress, f"{recipe.name} weights", architecture.parameter_count()) as advance,
+            DataFile(folder) as file,
+        ):
+            weights = Weights(checkpoint, recipe, file, advance)
+            builder = GraphBuilder(weights)
+            bytes_per_token = architecture.build(builder, length)
+            model = builder.model(architecture.model_type)
+    except OSError as error:
+        raise ExportError(f"cannot write the weights: {error.strerror}", hint="is there enough disk space?") from None
+    assert weights.parameter_count == architecture.parameter_count()
+    ir.save(model, folder / GRAPH)
+    return Graph(model, architecture, length, weights.parameter_count, bytes_per_token)
+
+
+def _verify(graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Progress) -> dict[str, Any]:
+    with step(progress, "verifying the bundle", None):
+        difference = check_kernels(graph.model)
+        tokenizer = Tokenizer.from_file(str(staging / TOKENIZER))
+        prompt_ids = tokenizer.encode(SELF_TEST_PROMPT, add_special_tokens=False).ids
+        kv = graph.architecture.kv_layout().model_dump(include={"layers", "kv_heads", "head_dim"})
+        tested = self_test(staging, kv, prompt_ids, _SELF_TEST_TOKENS)
+    largest = max(tested["next_ids"])
+    if largest >= graph.architecture.padded_vocab_size or checkpoint.vocab_ids() > graph.architecture.padded_vocab_size:
+        raise ExportError("the tokenizer has more ids than the model", hint="do tokenizer and weights belong together?")
+    return {
+        "kernel_max_relative_difference": difference,
+        "prompt": SELF_TEST_PROMPT,
+        "text": tokenizer.decode(tested["next_ids"]),
+        **tested,
+    }
+
+
+def _write_text(checkpoint: Checkpoint, staging: Path) -> None:
+    (staging / TOKENIZER).write_bytes(checkpoint.tokenizer_json())
+    if template := checkpoint.chat_template():
+        (staging / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    generation = json.dumps(asdict(checkpoint.generation), indent=2)
+    (staging / GENERATION).write_text(generation + "\n", encoding="utf-8")
+
+
+def _manifest(
+    graph: Graph,
+    checkpoint: Checkpoint,
+    staging: Path,
+    *,
+    recipe: Recipe,
+    name: str,
+    licence: str | None,
+    measured: dict[str, Any],
+) -> Manifest:
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=name,
+        version="1",
+        model_type=graph.architecture.model_type,
+        parameter_count=graph.parameter_count,
+        recipe=recipe.describe(),
+        context_length=graph.context_length,
+        vocab_size=checkpoint.vocab_ids(),
+        padded_vocab_size=graph.architecture.padded_vocab_size,
+        kv=graph.architecture.kv_layout(),
+        weight_bytes_per_token=graph.weight_bytes_per_token,
+        source=checkpoint.source,
+        files=sorted((hash_file(path) for path in staging.iterdir()), key=lambda entry: entry.path),
+        min_runtime_version=MIN_RUNTIME_VERSION,
+        measured=measured,
+        licence=licence,
+    )
+
+
+def _context(wanted: int | None, architecture: Decoder) -> int:
+    most = architecture.max_positions
+    if wanted is None:
+        return min(most, DEFAULT_CONTEXT)
+    if not 0 < wanted <= most:
+        raise ConfigError(f"--context {wanted} is out of range", hint=f"this model has 1 to {most} positions")
+    return wanted
+
+
+def _model_name(given: str | None, checkpoint: Checkpoint) -> str:
+    if given is None:
+        stem = checkpoint.source.location.rpartition("/")[2].removesuffix(".gguf")
+        given = _NAME.sub("-", stem.lower()).strip("-._")[:80] or "model"
+    if _NAME.search(given) or not given[:1].isalnum() or len(given) > 96:
+        hint = "use lower-case letters, digits, dots and dashes"
+        raise ConfigError(f"{given!r} cannot be a model name", hint=hint, param="name")
+    return given
+
+
+@contextmanager
+def _staging(destination: Path) -> Iterator[Path]:
+    """A hidden folder beside ``destination`` that is gone afterwards, whatever happens."""
+    if destination.is_dir() and not any(destination.iterdir()):
+        destination.rmdir()
+    if destination.exists():
+        hint = "choose another folder, or remove it first"
+        raise ConfigError(f"{destination} exists already", hint=hint, param="output")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
+    except OSError as error:
+        hint = "choose a folder you may write to"
+        raise ConfigError(f"cannot write to {destination.parent}: {error.strerror}", hint=hint) from None
+    staging.chmod(0o755)
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 2)

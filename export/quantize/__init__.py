@@ -1,0 +1,1 @@
+"""Number formats: recipes say which tensor gets which, one file per method says how."""

@@ -1,0 +1,167 @@
+"""Weights on their way from a checkpoint into the bundle's data file, a chunk of rows at a time.
+
+:class:`DataFile` is the external data file of the graph; :class:`Weights` reads tensors from the checkpoint,
+quantizes them by the recipe and hands out initializers. No tensor is ever whole in memory as float32: a chunk holds at
+most :data:`CHUNK_ELEMENTS` values, so the peak does not grow with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edge.bundle import WEIGHTS
+from edge.errors import ExportError
+from export.checkpoint import Checkpoint
+from export.quantize.blockwise import dequantize_rows, quantize_rows
+from export.quantize.recipes import Blockwise, Float32, Format, Recipe
+
+CHUNK_ELEMENTS = 4 << 20
+"""Float32 values of one chunk: 16 MiB, some five times that while it is quantized."""
+_ALIGN = 4096
+"""Tensors start on a page, so that onnxruntime can map them."""
+_DTYPES = {"float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8}
+
+
+class DataFile:
+    """The external data file: tensors are appended and never touched again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file = (folder / WEIGHTS).open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def begin(self) -> int:
+        """Pad to the next tensor's start; returns its offset in bytes."""
+        self._file.write(bytes(-self._file.tell() % _ALIGN))
+        return self._file.tell()
+
+    def append(self, array: NDArray[np.generic]) -> None:
+        """Write an array's bytes at the end."""
+        self._file.write(np.ascontiguousarray(array).data)
+
+    def initializer(self, name: str, dtype: ir.DataType, shape: Sequence[int], offset: int) -> ir.Value:
+        """An initializer over bytes of this file; two may share the same bytes."""
+        length = int(np.prod(shape)) * dtype.itemsize
+        tensor = ir.ExternalTensor(
+            WEIGHTS, int(offset), int(length), dtype, shape=ir.Shape(shape), name=name, base_dir=self._folder
+        )
+        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+
+    def add(self, name: str, array: NDArray[np.generic]) -> ir.Value:
+        """Write a small array whole and return its initializer."""
+        offset = self.begin()
+        self.append(array)
+        return self.initializer(name, _DTYPES[array.dtype.name], array.shape, offset)
+
+
+class Matrix:
+    """A weight matrix in the data file, ready for the nodes that use it.
+
+    Attributes:
+        rows, columns: out features and in features.
+        form: its format; block size fitted to the columns.
+        parts: one initializer (float32: [rows, columns]) or three (codes, scales, zero points).
+        num_bytes: bytes in the data file.
+    """
+
+    def __init__(self, rows: int, columns: int, form: Format, parts: Sequence[ir.Value], num_bytes: int) -> None:
+        self.rows = rows
+        self.columns = columns
+        self.form = form
+        self.parts = tuple(parts)
+        self.num_bytes = num_bytes
+
+
+class Weights:
+    """Takes tensors from a checkpoint into a data file.
+
+    Args:
+        checkpoint: where tensors come from.
+        recipe: how they are stored.
+        file: where they go.
+        progress: called with the number of parameters handled since the last call.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, file: DataFile, progress: Callable[[int], None]) -> None:
+        self.recipe = recipe
+        self.file = file
+        self.parameter_count = 0
+        """Parameters written so far; a shared table counts once."""
+        self._checkpoint = checkpoint
+        self._progress = progress
+
+    def vector(self, name: str, sources: Sequence[str]) -> ir.Value:
+        """One float32 vector out of one or more 1-D tensors, end to end."""
+        parts = [self._checkpoint.rows(source) for source in sources]
+        self._count(sum(part.size for part in parts))
+        return self.file.add(name, np.concatenate(parts))
+
+    def matrix(self, name: str, sources: Sequence[str], form: Format) -> Matrix:
+        """One matrix out of one or more 2-D tensors of the same width, stacked by rows."""
+        shapes = [self._checkpoint.tensors[source].shape for source in sources]
+        rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+        if isinstance(form, Blockwise):
+            form = form.fit(columns)
+        if isinstance(form, Float32) or self.recipe.dequantize:
+            return self._float_matrix(name, sources, rows, columns, form)
+        return self._quantized_matrix(name, sources, rows, columns, form)
+
+    def _float_matrix(self, name: str, sources: Sequence[str], rows: int, columns: int, form: Format) -> Matrix:
+        offset = self.file.begin()
+        for chunk in self._chunks(sources):
+            values = chunk
+            if isinstance(form, Blockwise):
+                values = dequantize_rows(quantize_rows(chunk, form), form, columns)
+            self.file.append(values)
+        value = self.file.initializer(name, ir.DataType.FLOAT, [rows, columns], offset)
+        return Matrix(rows, columns, Float32(), [value], rows * columns * 4)
+
+    def _quantized_matrix(self, name: str, sources: Sequence[str], rows: int, columns: int, form: Blockwise) -> Matrix:
+        scales, zero_points = [], []
+        blocks = -(-columns // form.block)
+        block_bytes = form.block * form.bits // 8
+        offset = self.file.begin()
+        for chunk in self._chunks(sources):
+            quantized = quantize_rows(chunk, form)
+            self.file.append(quantized.codes)
+            scales.append(quantized.scales)
+            zero_points.append(quantized.zero_points)
+        codes = self.file.initializer(f"{name}.codes", ir.DataType.UINT8, [rows, blocks, block_bytes], offset)
+        parts = [
+            codes,
+            self.file.add(f"{name}.scales", np.concatenate(scales)),
+            self.file.add(f"{name}.zero_points", np.concatenate(zero_points)),
+        ]
+        num_bytes = rows * blocks * block_bytes + sum(part.const_value.nbytes for part in parts[1:] if part.const_value)
+        return Matrix(rows, columns, form, parts, num_bytes)
+
+    def _chunks(self, sources: Sequence[str]) -> Iterator[NDArray[np.float32]]:
+        """Row chunks of the stacked sources, checked for numbers that would poison a whole block."""
+        for source in sources:
+            rows, columns = self._checkpoint.tensors[source].shape
+            step = max(1, CHUNK_ELEMENTS // columns)
+            for start in range(0, rows, step):
+                chunk = self._checkpoint.rows(source, start, min(start + step, rows))
+                if not np.isfinite(chunk).all():
+                    hint = "the checkpoint is damaged: download it again"
+                    raise ExportError(f"{source} holds NaN or infinity near row {start}", hint=hint)
+                self._count(chunk.size)
+                yield chunk
+
+    def _count(self, parameters: int) -> None:
+        self.parameter_count += parameters
+        self._progress(parameters)
