@@ -1,0 +1,26 @@
+"""The MQTT front end: requests and answers over a broker (docs/mqtt-protocol.md).
+
+``qwedge serve`` uses two classes. Imports and constructors have no effects::
+
+    address = settings.mqtt.address                       # an external broker, or None
+    if settings.mqtt.broker == "embedded":
+        broker = EmbeddedBroker(settings.mqtt.port)       # our own mosquitto on loopback; also a context manager
+        broker.start()                                    # UnavailableError with a hint: no mosquitto, port taken
+        address = broker.address
+    bridge = MqttBridge(service, settings.mqtt, address)  # ConfigError: unreadable password file
+    bridge.start()                                        # returns at once; a broker that is away is retried forever
+    ...
+    bridge.connected, bridge.stats()                      # for /health and /metrics
+    ...
+    service.stop(drain_s)                                 # running requests end, for every front end
+    bridge.stop()                                         # sends what is left, says offline, disconnects
+    broker.stop()
+
+The way of a message: ``connection`` (the network thread) puts it into a bounded inbox; ``intake`` (a thread) checks,
+tokenizes and submits it; the service's events pass through ``answers`` (a thread), which publishes.
+"""
+
+from edge.mqtt.bridge import BridgeStats, MqttBridge
+from edge.mqtt.broker import EmbeddedBroker
+
+__all__ = ["BridgeStats", "EmbeddedBroker", "MqttBridge"]

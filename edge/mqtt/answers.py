@@ -1,0 +1,225 @@
+"""From the service's events to published messages.
+
+One thread takes the events of all jobs in their order, so that a job's state needs no lock. The first token is
+published at once; those that follow within :data:`BATCH_S` go out together.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+from edge.errors import CancelledError, EngineError, QwedgeError, UnavailableError
+from edge.mqtt.connection import Connection, Outgoing
+from edge.mqtt.ledger import Job, Ledger, Outcome, Reply
+from edge.mqtt.messages import Accepted, Done, Queued, Started, Tokens
+from edge.service import Delta, Event, Failed, Finished
+from edge.service import Queued as QueuedEvent
+from edge.service import Started as StartedEvent
+
+log = logging.getLogger(__name__)
+
+BATCH_S: Final = 0.05
+"""Shortest time between two token batches of one answer."""
+
+
+class Answers:
+    """Publishes what happens to jobs.
+
+    Args:
+        connection: where to.
+        ledger: learns how jobs end.
+        device: our name, for ``accepted``.
+    """
+
+    def __init__(self, connection: Connection, ledger: Ledger, device: str) -> None:
+        self._connection = connection
+        self._ledger = ledger
+        self._device = device
+        # Bounded by the requests themselves: one event for each token and for each movement in the queue.
+        self._events: queue.SimpleQueue[tuple[Job, Event] | None] = queue.SimpleQueue()
+        self._unflushed: set[Job] = set()
+        self._thread: threading.Thread | None = None
+        self.stopping = False
+        """Whether jobs end because we do: they are answered with 503 instead of 499."""
+        self.tokens_per_s = 0.0
+        """Decode speed of the latest answer."""
+        self.num_outcomes = 0
+        """Outcomes published."""
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._run, name="mqtt-answers", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Publish what is left and end the thread."""
+        self._events.put(None)
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def put(self, job: Job, event: Event) -> None:
+        """Take an event of a job; called on the engine's thread."""
+        self._events.put((job, event))
+
+    def attached(self, job: Job) -> None:
+        """Tell the client that its copy shares a running job."""
+        evt = Accepted(id=job.request.id, device=self._device, duplicate=True)
+        self._progress(job.reply, evt)
+
+    def outcome(self, reply: Reply, outcome: Outcome) -> None:
+        """Publish the one outcome of a request; from any thread."""
+        plain = outcome.text.encode("utf-8", errors="replace")
+        topic = reply.topics.text if outcome.done.status == 200 else reply.topics.error
+        messages = [Outgoing(reply.topics.done, outcome.done.encode(), qos=1, correlation=reply.correlation)]
+        if reply.plain:
+            messages.append(
+                Outgoing(topic, plain, qos=1, content_type="text/plain", correlation=reply.correlation),
+            )
+        for message in messages:
+            if not self._connection.publish(message):
+                log.error("too many answers wait for the broker; dropped the one to %s", message.topic)
+        self.num_outcomes += 1
+
+    def refuse(self, reply: Reply, error: QwedgeError) -> None:
+        """Publish that a request failed; from any thread."""
+        self.outcome(reply, failure(reply.id, error))
+
+    # --- the answers thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            try:
+                item = self._events.get(timeout=self._until_flush())
+            except queue.Empty:
+                self._flush_due()
+                continue
+            if item is None:
+                return
+            self._guarded(*item)
+            self._flush_due()
+
+    def _until_flush(self) -> float | None:
+        """Seconds until the next batch is due; None where nothing waits."""
+        if not self._unflushed:
+            return None
+        return max(0.0, min(job.flushed_at for job in self._unflushed) + BATCH_S - time.monotonic())
+
+    def _flush_due(self) -> None:
+        now = time.monotonic()
+        for job in [job for job in self._unflushed if now - job.flushed_at >= BATCH_S]:
+            self._flush(job)
+
+    def _guarded(self, job: Job, event: Event) -> None:
+        if job.ended:
+            return
+        try:
+            self._take(job, event)
+        except Exception:  # one broken answer must not end those of all others
+            log.exception("an event could not be published")
+            self._abort(job)
+
+    def _abort(self, job: Job) -> None:
+        """End a job that we failed to answer."""
+        self._unflushed.discard(job)
+        if job.ticket is not None:
+            job.ticket.cancel()
+        if not job.ended:
+            self._end(job, EngineError("the answer could not be published", hint="see the device's log"))
+
+    def _take(self, job: Job, event: Event) -> None:
+        match event:
+            case QueuedEvent():
+                self._queued(job, event)
+            case StartedEvent():
+                self._progress(job.reply, Started(id=job.request.id))
+            case Delta():
+                self._collect(job, event)
+            case Finished():
+                self._collect(job, event)
+                self._flush(job)
+                self._finish(job, event)
+            case Failed():
+                self._flush(job)
+                self._end(job, self._reason(job, event.error))
+
+    def _queued(self, job: Job, event: QueuedEvent) -> None:
+        if not job.announced:
+            job.announced = True
+            self._progress(job.reply, Accepted(id=job.request.id, device=self._device))
+        evt = Queued(id=job.request.id, position=event.position, eta_ms=round(event.eta_s * 1000))
+        self._progress(job.reply, evt)
+
+    def _collect(self, job: Job, event: Event) -> None:
+        """Add an event to the answer, and its text to the next batch."""
+        assert job.answer is not None
+        for delta in _deltas(job.answer.chunks(event)):
+            if text := delta.get("content") or delta.get("text"):
+                job.text.append(text)
+            if reasoning := delta.get("reasoning_content"):
+                job.reasoning.append(reasoning)
+        if job.stream and (job.text or job.reasoning):
+            self._unflushed.add(job)
+
+    def _flush(self, job: Job) -> None:
+        """Publish the waiting text as one batch."""
+        if job not in self._unflushed:
+            return
+        self._unflushed.discard(job)
+        batch = Tokens(id=job.request.id, seq=job.seq, text="".join(job.text), reasoning="".join(job.reasoning) or None)
+        job.text.clear()
+        job.reasoning.clear()
+        job.seq += 1
+        job.flushed_at = time.monotonic()
+        reply = job.reply
+        self._connection.publish(Outgoing(reply.topics.tok, batch.encode(), qos=0, correlation=reply.correlation))
+
+    def _finish(self, job: Job, event: Finished) -> None:
+        if event.timings.tpot_s:
+            self.tokens_per_s = round(1 / event.timings.tpot_s, 1)
+        assert job.answer is not None
+        body = job.answer.body()
+        outcome = Outcome(Done.success(job.request.id, body), _answer_text(body))
+        job.ended = True
+        self.outcome(self._ledger.close(job, outcome), outcome)
+
+    def _end(self, job: Job, error: QwedgeError) -> None:
+        outcome = failure(job.request.id, error)
+        job.ended = True
+        # A failure that may pass is forgotten: the client's next attempt runs.
+        self.outcome(self._ledger.close(job, None if error.retryable else outcome), outcome)
+
+    def _reason(self, job: Job, error: QwedgeError) -> QwedgeError:
+        """Why a job failed, as its client should see it."""
+        if self.stopping and isinstance(error, CancelledError) and not job.cancelled:
+            return UnavailableError("the device is stopping", hint="send the request again", retry_after_s=5)
+        return error
+
+    def _progress(self, reply: Reply, event: Accepted | Queued | Started) -> None:
+        # Progress is worth nothing once the link is back: it must not push outcomes out of the waiting queue.
+        if self._connection.ready:
+            message = Outgoing(reply.topics.evt, event.encode(), qos=1, correlation=reply.correlation)
+            self._connection.publish(message)
+
+
+def failure(request_id: str, error: QwedgeError) -> Outcome:
+    """The outcome of a request that failed."""
+    return Outcome(Done.failure(request_id, error), f"{error.status} {error}")
+
+
+def _deltas(chunks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The new text of chat chunks and of text chunks."""
+    for chunk in chunks:
+        for choice in chunk.get("choices", ()):
+            yield choice.get("delta", choice)
+
+
+def _answer_text(body: dict[str, Any]) -> str:
+    """The text of an OpenAI response."""
+    choice = body["choices"][0]
+    return str(choice["message"]["content"] or "") if "message" in choice else str(choice["text"])

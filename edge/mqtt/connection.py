@@ -1,0 +1,355 @@
+"""One connection to the broker, kept up for good: the only file that imports paho.
+
+A thread of its own connects, reads and writes, and connects again with growing, jittered pauses whenever the link is
+lost. It speaks MQTT 5, and MQTT 3.1.1 to a broker that does not know MQTT 5. Incoming messages are handed to a callback
+on that thread, which must only enqueue them.
+
+What is published while the link is down: QoS 1 messages wait in a bounded queue, QoS 0 messages are dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.exception import MQTTException
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from edge.config import BrokerAddress
+
+log = logging.getLogger(__name__)
+
+MAX_PENDING: Final = 1000
+"""QoS 1 messages that wait for the broker; the next one is dropped."""
+MAX_INFLIGHT: Final = 20
+SESSION_EXPIRY_S: Final = 3600
+"""How long the broker keeps requests for a device that is away (MQTT 5)."""
+BACKOFF_S: Final = (0.25, 5.0)
+"""First and longest pause between attempts, before jitter."""
+_STABLE_S: Final = 5.0
+"""A connection that lasted this long starts the backoff anew."""
+_SILENT_ATTEMPTS: Final = 3
+"""Connections closed before any answer after which the other protocol version is tried."""
+_UNSUPPORTED_VERSION: Final = 0x84
+_CLOSED: Final = "closed by the other side"
+_VERSION_NAMES: Final = {MQTTProtocolVersion.MQTTv5: "5", MQTTProtocolVersion.MQTTv311: "3.1.1"}
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A message to publish."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool = False
+    content_type: str = "application/json"
+    """MQTT 5 only."""
+    correlation: bytes | None = None
+    """MQTT 5 only: echoed from the request."""
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A message that arrived."""
+
+    topic: str
+    payload: bytes | None
+    """None where it was larger than ``max_payload``."""
+    retain: bool
+    response_topic: str | None = None
+    correlation: bytes | None = None
+    expiry_s: int | None = None
+    """What is left of the message's life in seconds."""
+    received_at: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who we are to the broker."""
+
+    client_id: str
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+
+
+class Connection:
+    """Keeps one client connected between :meth:`start` and :meth:`stop`.
+
+    Args:
+        address: the broker.
+        identity: client id and credentials.
+        keepalive_s: a dead link is noticed within twice as long.
+        will: published by the broker when the link is lost.
+        filters: what to subscribe to, at QoS 1.
+        max_payload: bytes; the payload of a larger message is dropped at once.
+        on_ready: called on the network thread whenever the broker has confirmed the subscriptions.
+        on_message: called on the network thread; must only enqueue.
+    """
+
+    def __init__(
+        self,
+        address: BrokerAddress,
+        identity: Identity,
+        *,
+        keepalive_s: int,
+        will: Outgoing,
+        filters: Sequence[str],
+        max_payload: int,
+        on_ready: Callable[[], None],
+        on_message: Callable[[Incoming], None],
+    ) -> None:
+        self._address = address
+        self._identity = identity
+        self._keepalive_s = keepalive_s
+        self._will = will
+        self._filters = tuple(filters)
+        self._max_payload = max_payload
+        self._on_ready = on_ready
+        self._on_message = on_message
+        self._client = self._make_client(MQTTProtocolVersion.MQTTv5)
+        self._ready = threading.Event()
+        self._stopping = threading.Event()
+        self._abandoned = threading.Event()
+        self._thread: threading.Thread | None = None
+        # Of the present attempt; the network thread only.
+        self._answered = False
+        self._reason = ""
+        # Of all attempts; the network thread only.
+        self._ever_answered = False
+        self._silent_attempts = 0
+        self._last_report = ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the broker has accepted us and our subscriptions."""
+        return self._ready.is_set()
+
+    @property
+    def protocol(self) -> str:
+        """The MQTT version in use: ``5`` or ``3.1.1``."""
+        return _VERSION_NAMES[self._client.protocol]
+
+    def socket(self) -> socket.socket | None:
+        """The TCP socket of the present link."""
+        link = self._client.socket()
+        return link if isinstance(link, socket.socket) else None
+
+    def start(self) -> None:
+        """Begin to connect; returns at once."""
+        self._thread = threading.Thread(target=self._run, name="mqtt-network", daemon=True)
+        self._thread.start()
+
+    def stop(self, last: Outgoing, flush_s: float) -> None:
+        """Publish ``last`` after everything that waits, give that ``flush_s`` seconds, and disconnect."""
+        self._stopping.set()
+        if self.ready:
+            info = self._publish(last)
+            # The broker confirms in order: once this one is through, all are.
+            if info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
+                info.wait_for_publish(flush_s)
+        self._client.disconnect()
+        if self._thread is not None:
+            self._thread.join(1.0)
+            self._abandoned.set()
+            self._thread.join()
+            self._thread = None
+
+    def publish(self, message: Outgoing) -> bool:
+        """Send a message, or queue it while the link is down; returns False where it was dropped."""
+        return self._publish(message).rc not in {MQTTErrorCode.MQTT_ERR_QUEUE_SIZE, _dropped_rc(message)}
+
+    def _publish(self, message: Outgoing) -> paho.MQTTMessageInfo:
+        client = self._client
+        properties = _publish_properties(message) if client.protocol == MQTTProtocolVersion.MQTTv5 else None
+        return client.publish(message.topic, message.payload, message.qos, message.retain, properties)
+
+    # --- the network thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        attempt = 0
+        while not self._stopping.is_set():
+            began = time.monotonic()
+            self._answered, self._reason = False, ""
+            self._one_link()
+            was_ready = self.ready
+            self._ready.clear()
+            if self._stopping.is_set():
+                return
+            self._report_end(was_ready=was_ready)
+            attempt = 0 if was_ready and time.monotonic() - began > _STABLE_S else attempt + 1
+            if not self._change_version():
+                self._stopping.wait(backoff_s(attempt))
+
+    def _one_link(self) -> None:
+        """Connect and serve the link until it ends."""
+        try:
+            self._client.reconnect()
+            rc = MQTTErrorCode.MQTT_ERR_SUCCESS
+            while rc == MQTTErrorCode.MQTT_ERR_SUCCESS and self._client.socket() and not self._abandoned.is_set():
+                rc = self._client.loop(timeout=1.0)
+            closed = rc in {MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_CONN_LOST}
+            self._reason = self._reason or (_CLOSED if closed else paho.error_string(rc))
+        except OSError as error:
+            self._reason = error.strerror or str(error)
+        except (MQTTException, ValueError, LookupError, struct.error) as error:
+            # paho raises these on packets that are not MQTT; the next link starts from nothing.
+            log.debug("a malformed packet ended the link", exc_info=error)
+            self._reason = "it does not speak MQTT"
+
+    def _report_end(self, *, was_ready: bool) -> None:
+        """One line for each new state of affairs, none for its repetition."""
+        report = f"{'the connection was lost' if was_ready else 'no connection'}: {self._reason}"
+        if report != self._last_report:
+            place = f"{self._address.host}:{self._address.port}"
+            log.warning("MQTT broker %s: %s; trying again, every %.0f s at most", place, report, BACKOFF_S[1])
+        self._last_report = report
+
+    def _change_version(self) -> bool:
+        """Go to the other protocol version where the broker does not speak this one; True to try at once."""
+        refused = self._reason == _version_reason()
+        silent = not (self._answered or self._ever_answered) and self._reason == _CLOSED
+        self._silent_attempts = self._silent_attempts + 1 if silent else 0
+        if not refused and self._silent_attempts < _SILENT_ATTEMPTS:
+            return False
+        self._silent_attempts = 0
+        is_5 = self._client.protocol == MQTTProtocolVersion.MQTTv5
+        if refused and not is_5:
+            return False
+        self._client = self._make_client(MQTTProtocolVersion.MQTTv311 if is_5 else MQTTProtocolVersion.MQTTv5)
+        return refused
+
+    # --- paho -------------------------------------------------------------------------------------------------------
+
+    def _make_client(self, version: MQTTProtocolVersion) -> paho.Client:
+        is_5 = version == MQTTProtocolVersion.MQTTv5
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2, self._identity.client_id, protocol=version,
+            clean_session=None if is_5 else False, reconnect_on_failure=False,
+        )  # fmt: skip
+        client.enable_logger(logging.getLogger(f"{__name__}.paho"))
+        client.suppress_exceptions = True  # logged by paho; the network thread lives on
+        client.max_queued_messages_set(MAX_PENDING)
+        client.max_inflight_messages_set(MAX_INFLIGHT)
+        if self._identity.username is not None:
+            client.username_pw_set(self._identity.username, self._identity.password)
+        if self._address.tls:
+            client.tls_set()
+        client.will_set(self._will.topic, self._will.payload, self._will.qos, self._will.retain)
+        client.on_socket_open = _set_nodelay
+        # With this callback set, paho leaves all writing to the thread that runs loop(): other threads only wake it.
+        client.on_socket_register_write = _leave_to_loop
+        client.on_connect = self._connected
+        client.on_subscribe = self._subscribed
+        client.on_disconnect = self._disconnected
+        client.on_publish = self._published
+        client.on_message = self._received
+        options: dict[str, Any] = {"clean_start": False, "properties": _connect_properties()} if is_5 else {}
+        client.connect_async(self._address.host, self._address.port, self._keepalive_s, **options)
+        return client
+
+    def _connected(
+        self, client: paho.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Properties | None
+    ) -> None:
+        self._answered = True
+        if reason.is_failure:
+            self._reason = f"refused by the broker: {reason}"
+            return
+        self._ever_answered = True
+        if client.protocol == MQTTProtocolVersion.MQTTv5:
+            # Retained requests are not sent on subscription, and live ones keep their flag, so that they can be told.
+            options = SubscribeOptions(
+                qos=1, retainAsPublished=True, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND
+            )
+            client.subscribe([(topic, options) for topic in self._filters])
+        else:
+            client.subscribe([(topic, 1) for topic in self._filters])
+
+    def _subscribed(
+        self, _client: paho.Client, _data: Any, _mid: int, reasons: list[ReasonCode], _properties: Properties | None
+    ) -> None:
+        if any(reason.is_failure for reason in reasons):
+            log.error("the broker does not let %s subscribe to its requests", self._identity.client_id)
+            return
+        place = f"{self._address.host}:{self._address.port}"
+        log.info("connected to the MQTT broker %s (MQTT %s)", place, self.protocol)
+        self._last_report = ""
+        self._ready.set()
+        self._on_ready()
+
+    def _disconnected(
+        self, _client: paho.Client, _data: Any, flags: Any, reason: ReasonCode, _properties: Properties | None
+    ) -> None:
+        if flags.is_disconnect_packet_from_server:
+            self._reason = f"closed by the broker: {reason}"
+
+    def _published(
+        self, _client: paho.Client, _data: Any, _mid: int, reason: ReasonCode, _properties: Properties | None
+    ) -> None:
+        if reason.is_failure:
+            log.warning("the broker refused a message: %s", reason)
+
+    def _received(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
+        properties = message.properties
+        self._on_message(
+            Incoming(
+                topic=message.topic,
+                payload=bytes(message.payload) if len(message.payload) <= self._max_payload else None,
+                retain=message.retain,
+                response_topic=getattr(properties, "ResponseTopic", None),
+                correlation=getattr(properties, "CorrelationData", None),
+                expiry_s=getattr(properties, "MessageExpiryInterval", None),
+            )
+        )
+
+
+def backoff_s(attempt: int) -> float:
+    """Pause before the next attempt after ``attempt`` failures in a row: exponential with jitter."""
+    first, longest = BACKOFF_S
+    return random.uniform(0.5, 1.0) * min(first * 2.0 ** min(attempt, 16), longest)  # noqa: S311 - no secret
+
+
+def _set_nodelay(_client: paho.Client, _data: Any, link: Any) -> None:
+    # Nagle's algorithm against delayed ACKs costs 40 ms on every QoS 1 message.
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _leave_to_loop(_client: paho.Client, _data: Any, _link: Any) -> None:
+    """The loop asks paho itself whether there is something to write."""
+
+
+def _connect_properties() -> Properties:
+    return _properties(PacketTypes.CONNECT, SessionExpiryInterval=SESSION_EXPIRY_S)
+
+
+def _publish_properties(message: Outgoing) -> Properties:
+    echoed = {} if message.correlation is None else {"CorrelationData": message.correlation}
+    return _properties(PacketTypes.PUBLISH, PayloadFormatIndicator=1, ContentType=message.content_type, **echoed)
+
+
+def _properties(packet_type: int, **values: Any) -> Properties:
+    properties = Properties(packet_type)  # type: ignore[no-untyped-call]
+    for name, value in values.items():
+        setattr(properties, name, value)
+    return properties
+
+
+def _version_reason() -> str:
+    return f"refused by the broker: {ReasonCode(PacketTypes.CONNACK, identifier=_UNSUPPORTED_VERSION)}"
+
+
+def _dropped_rc(message: Outgoing) -> MQTTErrorCode | None:
+    """The result that means dropped for this message: QoS 1 without a link is queued, QoS 0 is lost."""
+    return MQTTErrorCode.MQTT_ERR_NO_CONN if message.qos == 0 else None

@@ -1,0 +1,228 @@
+"""From incoming messages to submitted jobs.
+
+One thread takes the messages in their order, so that a cancel never overtakes its request. It does what takes time:
+reading JSON, rendering the template, tokenizing. Whatever a message holds, it gets one outcome or is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from edge.errors import (
+    DeadlineError,
+    EngineError,
+    OverloadedError,
+    QwedgeError,
+    RequestError,
+    TooLargeError,
+    UnavailableError,
+)
+from edge.mqtt.answers import Answers
+from edge.mqtt.connection import Incoming
+from edge.mqtt.inbox import Inbox
+from edge.mqtt.ledger import Job, Ledger, Outcome, Reply
+from edge.mqtt.messages import MAX_PAYLOAD_BYTES, parse_request
+from edge.mqtt.topics import CancelTopic, Layout, RequestId, RequestTopic
+from edge.openai import Answer, ChatRequest, CompletionRequest, parse_chat, parse_completion, prepare
+from edge.service import Service
+
+log = logging.getLogger(__name__)
+
+FULL_RETRY_S = 1.0
+"""When to try again after the inbox was full."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks for, read from either kind of payload."""
+
+    body: dict[str, Any]
+    stream: bool
+    deadline_s: float | None
+    """Seconds from reception."""
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Equal for equal questions; deadline, attempt and streaming may differ between copies."""
+        return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).digest()
+
+    def parse(self) -> ChatRequest | CompletionRequest:
+        """Check the body.
+
+        Raises:
+            RequestError: what :func:`edge.openai.parse_chat` raises.
+        """
+        return parse_completion(self.body) if "prompt" in self.body else parse_chat(self.body)
+
+
+class Intake:
+    """Takes messages off the network thread and turns them into jobs.
+
+    Args:
+        service: runs the jobs.
+        layout: our topics.
+        ledger: knows the jobs.
+        answers: publishes what becomes of them.
+    """
+
+    def __init__(self, service: Service, layout: Layout, ledger: Ledger, answers: Answers) -> None:
+        self._service = service
+        self._layout = layout
+        self._ledger = ledger
+        self._answers = answers
+        self._inbox = Inbox()
+        self._thread: threading.Thread | None = None
+        self.num_requests = 0
+        """Requests taken, copies and refused ones included."""
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._run, name="mqtt-intake", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look at what has arrived and end the thread."""
+        self._inbox.close()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def put(self, message: Incoming) -> None:
+        """Take a message; called on the network thread."""
+        if not self._inbox.put(message):
+            self._dispatch(message, self._refuse_full)
+
+    def _run(self) -> None:
+        while (message := self._inbox.get()) is not None:
+            self._dispatch(message, self._submit)
+
+    def _dispatch(self, message: Incoming, on_request: Callable[[RequestId, Reply, Incoming], None]) -> None:
+        """Tell requests from cancels; a request that fails gets its outcome here, whatever the failure."""
+        try:
+            topic = self._layout.parse(message.topic)
+        except RequestError as error:
+            log.warning("ignored a message on %.200r: %s", message.topic, error.message)
+            return
+        if message.retain:
+            log.warning("ignored a retained message on %s", message.topic)
+        elif isinstance(topic, CancelTopic):
+            self._cancel(topic.request)
+        else:
+            self._request(topic, message, on_request)
+
+    def _request(
+        self, topic: RequestTopic, message: Incoming, on_request: Callable[[RequestId, Reply, Incoming], None]
+    ) -> None:
+        self.num_requests += 1
+        request = topic.request
+        plain = message.payload is not None and _is_plain(message.payload)
+        reply = Reply(request.id, self._layout.reply(request), plain, message.correlation)
+        try:
+            reply = replace(reply, topics=self._layout.reply(request, message.response_topic))
+            self._check_open()
+            on_request(request, reply, message)
+        except QwedgeError as error:
+            self._answers.refuse(reply, error)
+        except Exception:  # whatever a payload does to us, the next one is served
+            log.exception("a request could not be taken")
+            self._answers.refuse(reply, EngineError("the request could not be taken", hint="see the device's log"))
+
+    def _check_open(self) -> None:
+        if self._answers.stopping:
+            raise UnavailableError("the device is stopping", hint="try again when it is back", retry_after_s=5)
+
+    def _refuse_full(self, _request: RequestId, _reply: Reply, _message: Incoming) -> None:
+        raise OverloadedError("too many requests at once", hint="try again later", retry_after_s=FULL_RETRY_S)
+
+    def _submit(self, request: RequestId, reply: Reply, message: Incoming) -> None:
+        """Run a request, share the job of its copy, or give the remembered outcome back."""
+        wanted = read(message, chat=self._service.model.template is not None)
+        job = Job(request, wanted.fingerprint, reply, wanted.stream)
+        known = self._ledger.open(job)
+        if isinstance(known, Outcome):
+            replayed = replace(known, done=known.done.model_copy(update={"replayed": True}))
+            self._answers.outcome(reply, replayed)
+        elif known is not None:
+            self._answers.attached(known)
+        else:
+            self._start(job, wanted, message.received_at)
+
+    def _start(self, job: Job, wanted: Wanted, received_at: float) -> None:
+        try:
+            request = wanted.parse()
+            generation = prepare(self._service.model, request)
+            deadline_s = _remaining_s(wanted.deadline_s, received_at)
+            generation = replace(generation, deadline_s=deadline_s)
+            job.answer = Answer(self._service.model, request, generation)
+            job.ticket = self._service.submit(generation, partial(self._answers.put, job))
+        except BaseException:
+            self._ledger.close(job, None)
+            raise
+
+    def _cancel(self, request: RequestId) -> None:
+        """End a running request; its outcome is 499. One that has ended, or never was, stays as it is."""
+        job = self._ledger.find(request)
+        if job is not None and job.ticket is not None:
+            job.cancelled = True
+            job.ticket.cancel()
+
+
+def read(message: Incoming, *, chat: bool) -> Wanted:
+    """Read a payload: JSON where it begins with ``{``, else the prompt itself.
+
+    Args:
+        message: the request.
+        chat: whether a bare prompt is the user's turn of a chat; else it is completed as it stands.
+
+    Raises:
+        TooLargeError: it is larger than :data:`MAX_PAYLOAD_BYTES`.
+        RequestError: it is empty, malformed, or no UTF-8.
+    """
+    if message.payload is None:
+        hint = "send a shorter prompt"
+        raise TooLargeError(f"the request is larger than {MAX_PAYLOAD_BYTES} bytes", hint=hint)
+    expiry_s = None if message.expiry_s is None else float(message.expiry_s)
+    if _is_plain(message.payload):
+        text = _text(message.payload)
+        body = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+        return Wanted(body, stream=False, deadline_s=expiry_s)
+    request = parse_request(message.payload)
+    stream = request.stream if request.stream is not None else request.body.get("stream") is True
+    deadlines = [expiry_s, None if request.deadline_ms is None else request.deadline_ms / 1000]
+    return Wanted(request.body, stream, min((d for d in deadlines if d is not None), default=None))
+
+
+def _is_plain(payload: bytes) -> bool:
+    return not payload.lstrip(b" \t\r\n").startswith(b"{")
+
+
+def _text(payload: bytes) -> str:
+    try:
+        text = payload.decode("utf-8")
+    except UnicodeDecodeError:
+        raise RequestError("the prompt is not valid UTF-8", hint="send text or JSON in UTF-8") from None
+    if not text.strip():
+        raise RequestError("the prompt is empty", hint="send the prompt as the payload")
+    return text
+
+
+def _remaining_s(deadline_s: float | None, received_at: float) -> float | None:
+    """What is left of a deadline that began at ``received_at``.
+
+    Raises:
+        DeadlineError: nothing.
+    """
+    if deadline_s is None:
+        return None
+    remaining = deadline_s - (time.monotonic() - received_at)
+    if remaining <= 0:
+        raise DeadlineError("the deadline passed before the request could start", hint="allow more time")
+    return remaining

@@ -1,0 +1,193 @@
+"""What stands in the payloads: protocol version 1 (docs/mqtt-protocol.md).
+
+Each class is one message. The device reads :class:`Request` and writes the others; clients and tests may read them
+with the same classes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edge.errors import QwedgeError, RequestError
+from edge.openai import error_body, parse_body
+
+MAX_PAYLOAD_BYTES = 1 << 20
+"""Largest request; a larger one is answered with 413."""
+MAX_DEADLINE_MS = 24 * 3600 * 1000
+
+Milliseconds = Annotated[int, Field(ge=0)]
+Status = Literal["online", "offline"]
+"""Payload of the status topic: the bare word."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    v: Literal[1] = 1
+    """Protocol version."""
+
+    def encode(self) -> bytes:
+        """The payload: JSON in UTF-8, without the fields that are None."""
+        return self.model_dump_json(exclude_none=True).encode()
+
+
+class Request(_Message):
+    """Client to device: generate an answer."""
+
+    body: dict[str, Any]
+    """A chat completion request of OpenAI's API, or a completion request if it has a ``prompt``."""
+    stream: bool | None = None
+    """Whether to publish tokens as they come; without it, the body's ``stream`` decides."""
+    deadline_ms: Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS)] | None = None
+    """Milliseconds from reception after which the request ends with 408."""
+    attempt: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    """How often the client sent this request, this time included; for its logs and ours."""
+
+
+class Accepted(_Message):
+    """Device to client, on ``evt``: the request will be answered."""
+
+    id: str
+    event: Literal["accepted"] = "accepted"
+    device: str
+    """Who answers: cancel there."""
+    duplicate: bool = False
+    """True where the same request runs already: this copy shares its answer."""
+
+
+class Queued(_Message):
+    """Device to client, on ``evt``: the request waits; sent again whenever it moves up."""
+
+    id: str
+    event: Literal["queued"] = "queued"
+    position: Annotated[int, Field(ge=0)]
+    """Requests ahead of it."""
+    eta_ms: Milliseconds
+    """Estimated time until it starts."""
+
+
+class Started(_Message):
+    """Device to client, on ``evt``: the model reads the prompt."""
+
+    id: str
+    event: Literal["started"] = "started"
+
+
+class Tokens(_Message):
+    """Device to client, on ``tok``: the next piece of the answer."""
+
+    id: str
+    seq: Annotated[int, Field(ge=0)]
+    """0, 1, 2, ... without gaps: a gap is a lost batch, and ``done`` has the whole text."""
+    text: str
+    reasoning: str | None = None
+    """Text of the model's thinking; not part of the answer."""
+
+
+class Usage(BaseModel):
+    """Token counts, as in OpenAI's API."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Done(_Message):
+    """Device to client, on ``done``: the one outcome of a request."""
+
+    id: str
+    status: Annotated[int, Field(ge=200, le=599)]
+    """As in HTTP: 200, 400, 404, 408, 409, 413, 429, 499 (cancelled), 500 or 503."""
+    body: dict[str, Any]
+    """What HTTP would have answered: OpenAI's response, or its error object."""
+    usage: Usage | None = None
+    retry_after_ms: Milliseconds | None = None
+    """With 429 and 503: when to send the same request again."""
+    replayed: bool = False
+    """True where this answer was given before and the request was not run again."""
+
+    @classmethod
+    def failure(cls, request_id: str, error: QwedgeError) -> Done:
+        """The outcome of a request that failed."""
+        retry = None if error.retry_after_s is None else round(error.retry_after_s * 1000)
+        return cls(id=request_id, status=error.status, body=error_body(error), retry_after_ms=retry)
+
+    @classmethod
+    def success(cls, request_id: str, body: dict[str, Any]) -> Done:
+        """The outcome of a request that was answered with ``body``, an OpenAI response."""
+        return cls(id=request_id, status=200, body=body, usage=Usage.model_validate(body["usage"]))
+
+
+class ModelInfo(BaseModel):
+    """A model that the device serves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    model_type: str
+    context_length: int
+    """Tokens of prompt and answer together."""
+
+
+class Limits(BaseModel):
+    """What the device accepts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    slots: int
+    """Requests that run at once."""
+    max_queue: int
+    """Requests that wait; one more gets 429."""
+    max_payload_bytes: int
+
+
+class Versions(BaseModel):
+    """Versions of what runs on the device."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    qwedge: str
+    protocol: int
+    mqtt: str
+    """The version that the device itself speaks: ``5`` or ``3.1.1``. Clients may use either."""
+
+
+class Info(_Message):
+    """Retained, on ``info``: what the device is."""
+
+    device: str
+    models: tuple[ModelInfo, ...]
+    limits: Limits
+    versions: Versions
+
+
+class Load(_Message):
+    """Retained, on ``load``: how busy the device is; at most once a second and only when it changed."""
+
+    slots: int
+    busy: int
+    """Requests that run."""
+    queue: int
+    """Requests that wait."""
+    accepting: bool
+    tokens_per_s: float
+    """Decode speed of the latest answer over MQTT: what one stream can expect; 0 before the first."""
+
+
+def parse_request(payload: bytes) -> Request:
+    """Read a JSON request.
+
+    Raises:
+        RequestError: it is no JSON object, or a field is unknown, missing or of the wrong type.
+    """
+    try:
+        return Request.model_validate(parse_body(payload))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        param = ".".join(map(str, first["loc"]))[:64]
+        hint = 'send {"v":1,"body":{"messages":[...]}}; see docs/mqtt-protocol.md'
+        raise RequestError(f"the field {param!r} is not allowed: {first['msg']}", hint=hint, param=param) from None

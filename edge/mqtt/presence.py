@@ -1,0 +1,86 @@
+"""What the device says about itself in retained messages: status, info and load."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from edge import __version__
+from edge.mqtt.connection import Connection, Outgoing
+from edge.mqtt.messages import MAX_PAYLOAD_BYTES, Info, Limits, Load, ModelInfo, Status, Versions
+from edge.mqtt.topics import PROTOCOL_VERSION, Layout
+from edge.service import Service
+
+LOAD_INTERVAL_S: Final = 1.0
+"""Shortest time between two load messages."""
+
+
+def status_message(layout: Layout, status: Status) -> Outgoing:
+    """The retained status; ``offline`` is also the last will."""
+    return Outgoing(layout.status, status.encode(), qos=1, retain=True, content_type="text/plain")
+
+
+def make_info(service: Service, device: str, mqtt_version: str) -> Info:
+    """What the device is."""
+    manifest, stats = service.model.manifest, service.stats()
+    model = ModelInfo(id=manifest.name, model_type=manifest.model_type, context_length=service.model.context_length)
+    return Info(
+        device=device,
+        models=(model,),
+        limits=Limits(slots=stats.slots, max_queue=stats.max_queue, max_payload_bytes=MAX_PAYLOAD_BYTES),
+        versions=Versions(qwedge=__version__, protocol=PROTOCOL_VERSION, mqtt=mqtt_version),
+    )
+
+
+def make_load(service: Service, tokens_per_s: float) -> Load:
+    """How busy the device is."""
+    stats = service.stats()
+    return Load(
+        slots=stats.slots,
+        busy=stats.num_running,
+        queue=stats.num_waiting,
+        accepting=stats.accepting,
+        tokens_per_s=tokens_per_s,
+    )
+
+
+class LoadReporter:
+    """Publishes the load when it changed, at most once in :data:`LOAD_INTERVAL_S`.
+
+    Args:
+        connection: where to.
+        topic: the load topic.
+        measure: gives the load now.
+    """
+
+    def __init__(self, connection: Connection, topic: str, measure: Callable[[], Load]) -> None:
+        self._connection = connection
+        self._topic = topic
+        self._measure = measure
+        self._published: Load | None = None
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._run, name="mqtt-load", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def refresh(self) -> None:
+        """Publish again even where nothing changed: the broker may have forgotten."""
+        self._published = None
+
+    def _run(self) -> None:
+        while not self._stopping.wait(LOAD_INTERVAL_S):
+            load = self._measure()
+            if load != self._published and self._connection.ready:
+                self._connection.publish(Outgoing(self._topic, load.encode(), qos=0, retain=True))
+                self._published = load
