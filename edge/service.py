@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,7 +248,7 @@ class _EventConsumer:
             log.exception("a front end failed to take an event")
 
 
-async def events(service: Service, request: GenerationRequest) -> AsyncIterator[Event]:
+async def events(service: Service, request: GenerationRequest) -> AsyncGenerator[Event, None]:
     """Submit a request and iterate over its events; leaving the iteration early cancels the request.
 
     Raises:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import tokenizers
@@ -104,7 +102,8 @@ class FakeEngine:
         self._step()
         self._prompts[row] = [*self._prompts[row][:past], *ids.tolist()]
         self._answers[row] = [*self._reply(_text(self._prompts[row])).encode(), EOS_ID]
-        return _logits([self._answers[row][0]])[0]
+        logits: NDArray[np.float32] = _logits([self._answers[row][0]])[0]
+        return logits
 
     def decode(self, ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
         """See :class:`edge.scheduler.Engine`."""
@@ -132,13 +131,9 @@ class FakeEngine:
 
 def make_model(context_length: int = 4096, *, template: str | None = CHAT_TEMPLATE) -> Model:
     """The text side of a bundle whose tokens are bytes: id = byte value, then :data:`SPECIAL_TOKENS`."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / TOKENIZER
-        path.write_text(byte_tokenizer().to_str(), encoding="utf-8")
-        tokenizer = Tokenizer.from_file(path)
     return Model(
         manifest=make_manifest(context_length),
-        tokenizer=tokenizer,
+        tokenizer=Tokenizer(byte_tokenizer()),
         template=None if template is None else ChatTemplate(template),
         eos_ids=frozenset({EOS_ID}),
         sampling_defaults={"temperature": 0.0},

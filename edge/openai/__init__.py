@@ -1,0 +1,29 @@
+"""OpenAI's wire format, shared by HTTP and MQTT.
+
+The way of a request: :func:`parse_body` reads the bytes, :func:`parse_chat` or :func:`parse_completion` checks them,
+:func:`prepare` turns them into a :class:`~edge.service.GenerationRequest`. Its events go into an :class:`Answer`, which
+gives the chunks of a stream and the complete body. Errors of every kind become :func:`error_body`.
+
+    request = parse_chat(parse_body(payload))
+    generation = prepare(model, request)
+    answer = Answer(model, request)
+    async for event in service.events(generation):
+        chunks = answer.chunks(event)
+    body = answer.body()
+"""
+
+from edge.openai.answer import Answer, error_body
+from edge.openai.body import parse_body
+from edge.openai.prepare import prepare
+from edge.openai.schemas import ChatRequest, CompletionRequest, parse_chat, parse_completion
+
+__all__ = [
+    "Answer",
+    "ChatRequest",
+    "CompletionRequest",
+    "error_body",
+    "parse_body",
+    "parse_chat",
+    "parse_completion",
+    "prepare",
+]

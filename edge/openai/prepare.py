@@ -1,0 +1,67 @@
+"""From a checked request to what the service generates: templating, tokenizing, sampling parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edge.errors import RequestError
+from edge.openai.schemas import ChatRequest, CompletionRequest
+from edge.service import GenerationRequest, Model
+
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
+
+
+def prepare(model: Model, request: ChatRequest | CompletionRequest) -> GenerationRequest:
+    """Turn a request into token ids and parameters.
+
+    Takes time in proportion to the prompt: call it in a worker thread where an event loop must stay responsive.
+
+    Raises:
+        ModelNotFoundError: the request names another model.
+        RequestError: the messages do not suit the template, or a parameter is out of range.
+    """
+    model.check_name(request.model)
+    prompt_ids = _chat_ids(model, request) if isinstance(request, ChatRequest) else _completion_ids(model, request)
+    stop = request.stop or ()
+    return GenerationRequest(
+        prompt_ids=prompt_ids,
+        sampling=model.sampling(_given_sampling(request)),
+        max_tokens=request.token_limit,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+    )
+
+
+def _chat_ids(model: Model, request: ChatRequest) -> tuple[int, ...]:
+    # Templates test whether tools are defined: no tools are None, not an empty list.
+    tools = [tool.model_dump(exclude_unset=True) for tool in request.offered_tools] or None
+    return model.encode_chat(request.messages, tools=tools, enable_thinking=request.thinking)
+
+
+def _completion_ids(model: Model, request: CompletionRequest) -> tuple[int, ...]:
+    prompt = request.single_prompt
+    return tuple(model.tokenizer.encode(prompt, special=True)) if isinstance(prompt, str) else prompt
+
+
+def _given_sampling(request: ChatRequest | CompletionRequest) -> dict[str, Any]:
+    given = {name: getattr(request, name) for name in _SAMPLING}
+    if request.logit_bias:
+        given["logit_bias"] = _token_biases(request.logit_bias)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _token_biases(biases: dict[str, float]) -> dict[int, float]:
+    """JSON has string keys only: here they become token ids."""
+    # More digits than any id has are refused before int() works on them.
+    if any(not (key.isascii() and key.isdigit() and len(key) <= 9) for key in biases):
+        hint = "use token ids as keys"
+        raise RequestError("logit_bias has a key that is no token id", hint=hint, param="logit_bias")
+    return {int(key): value for key, value in biases.items()}

@@ -1,0 +1,263 @@
+"""The fields of requests that qwedge understands.
+
+Unknown fields are accepted, as OpenAI's clients send more every year. A field that would change the answer but is not
+supported is refused with a hint instead: nothing that a client asked for is silently left out. Ranges of the sampling
+fields are checked by :class:`edge.engine.sampler.SamplingParams`, once for every front end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from edge.errors import RequestError
+
+MAX_MESSAGES = 4096
+MAX_TOOLS = 128
+MAX_STOPS = 16
+MAX_STOP_CHARS = 1024
+MAX_TOKENS = 2**31 - 1
+_MAX_NAME = 256
+
+_UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "n": ((1,), "send the request again for another answer"),
+    "best_of": ((1,), "leave it out"),
+    "logprobs": ((False,), "log probabilities are not supported yet"),
+    "top_logprobs": ((), "log probabilities are not supported yet"),
+    "echo": ((False,), "put the prompt before the answer yourself"),
+    "suffix": (("",), "use the model's fill-in-the-middle tokens in the prompt"),
+    "functions": ((), "use tools"),
+    "function_call": (("none",), "use tool_choice"),
+    "parallel_tool_calls": ((True,), "leave it out"),
+    "audio": ((), "this server answers with text"),
+    "grammar": (("",), "constrained output is not supported yet"),
+    "json_schema": ((), "constrained output is not supported yet"),
+    "guided_json": ((), "constrained output is not supported yet"),
+    "guided_regex": ((), "constrained output is not supported yet"),
+    "guided_choice": ((), "constrained output is not supported yet"),
+    "guided_grammar": ((), "constrained output is not supported yet"),
+    "structured_outputs": ((), "constrained output is not supported yet"),
+    "use_beam_search": ((False,), "leave it out"),
+}
+"""Field -> values that ask for nothing (null always does), and the hint for every other value."""
+
+
+class _Wire(BaseModel):
+    # Strict: a temperature of "0.7" is a client's mistake that should show, not work by luck.
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class StreamOptions(_Wire):
+    """What a stream carries besides the answer."""
+
+    include_usage: bool | None = None
+
+
+class ResponseFormat(_Wire):
+    """Free text is the only form of answers so far."""
+
+    type: str
+
+    @field_validator("type")
+    @classmethod
+    def _text_only(cls, value: str) -> str:
+        if value != "text":
+            raise ValueError("is not supported yet: leave response_format out or use the type 'text'")
+        return value
+
+
+class ToolFunction(_Wire):
+    """A function the model may call; the template shows all of its fields to the model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema."""
+
+
+class Tool(_Wire):
+    """A tool the model may call."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class _Generation(_Wire):
+    """Fields that chat and text completions share."""
+
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: dict[str, float] | None = None
+    stop: str | list[str] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _bounded_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
+        stops = [value] if isinstance(value, str) else value or []
+        if len(stops) > MAX_STOPS:
+            raise ValueError(f"has more than {MAX_STOPS} strings")
+        if any(not 1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
+            raise ValueError(f"must be strings of 1 to {MAX_STOP_CHARS} characters")
+        return value
+
+    @model_validator(mode="after")
+    def _usage_of_streams_only(self) -> _Generation:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream", hint="set stream to true", param="stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a chunk of usage figures."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def token_limit(self) -> int | None:
+        """Most tokens to generate; None = no limit given."""
+        return self.max_tokens
+
+
+class ChatRequest(_Generation):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
+    """The conversation; :class:`edge.chat.ChatTemplate` checks and normalises each message."""
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _known_choice(self) -> ChatRequest:
+        if self.tool_choice is not None and self.tools is None:
+            raise RequestError("tool_choice needs tools", hint="send tools or leave it out", param="tool_choice")
+        if isinstance(self.tool_choice, dict) or self.tool_choice not in {None, "none", "auto"}:
+            hint = "use 'auto' or 'none'; forced calls are not supported yet"
+            raise RequestError("this tool_choice is not supported", hint=hint, param="tool_choice")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """Most tokens to generate; None = no limit given."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """Tools the model may call in this answer."""
+        return [] if self.tools is None or self.tool_choice == "none" else self.tools
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether a reasoning model should think; None = the template's default."""
+        if self.enable_thinking is not None:
+            return self.enable_thinking
+        value = (self.chat_template_kwargs or {}).get("enable_thinking")
+        return None if value is None else bool(value)
+
+
+class CompletionRequest(_Generation):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: str | list[Any]
+    """Text, token ids, or a batch that holds one of them."""
+
+    @property
+    def single_prompt(self) -> str | tuple[int, ...]:
+        """The one prompt: text or token ids.
+
+        Raises:
+            RequestError: it is empty, a batch of several, or neither text nor integers.
+        """
+        prompt: Any = self.prompt
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+            prompt = prompt[0]
+        if not prompt:
+            raise RequestError("the prompt is empty", hint="send text or token ids", param="prompt")
+        if isinstance(prompt, str):
+            return prompt
+        if any(isinstance(item, str | list) for item in prompt):
+            raise RequestError("a batch of prompts is not supported", hint="send one prompt a request", param="prompt")
+        if any(isinstance(item, bool) or not isinstance(item, int) for item in prompt):
+            raise RequestError("the prompt is neither text nor token ids", hint="send one of them", param="prompt")
+        return tuple(prompt)
+
+
+_Request = TypeVar("_Request", ChatRequest, CompletionRequest)
+
+
+def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
+    """Check the body of a chat request.
+
+    Raises:
+        RequestError: a field is missing, of the wrong type, out of range or not supported; ``param`` names it.
+    """
+    return _parse(ChatRequest, body)
+
+
+def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
+    """Check the body of a text completion.
+
+    Raises:
+        RequestError: a field is missing, of the wrong type, out of range or not supported; ``param`` names it.
+    """
+    return _parse(CompletionRequest, body)
+
+
+def _parse(schema: type[_Request], body: Mapping[str, Any]) -> _Request:
+    _refuse_unsupported(body)
+    try:
+        return schema.model_validate(body)
+    except ValidationError as error:
+        raise _explain(error, body) from None
+
+
+def _refuse_unsupported(body: Mapping[str, Any]) -> None:
+    for name, (harmless, hint) in _UNSUPPORTED.items():
+        value = body.get(name)
+        # `type(...)`: 1 == True in Python, but not in JSON.
+        if value is not None and not any(value == ok and type(value) is type(ok) for ok in harmless):
+            raise RequestError(f"this value of {name} is not supported", hint=hint, param=name)
+
+
+def _explain(error: ValidationError, body: Mapping[str, Any]) -> RequestError:
+    """The first violation, in words that never repeat what was sent."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    param = _path(first["loc"], body)
+    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("Field ", "is ")
+    return RequestError(f"{param}: {reason}", hint="see docs/http-api.md", param=param)
+
+
+def _path(location: Sequence[int | str], body: Any) -> str:
+    """A pydantic location as ``messages[0].content``, without the names of union members in it."""
+    path, node = "", body
+    for step in location:
+        if isinstance(step, int) and isinstance(node, list) and step < len(node):
+            path, node = f"{path}[{step}]", node[step]
+        elif isinstance(step, str) and isinstance(node, dict) and (step in node or step in _FIELDS):
+            path, node = f"{path}.{step}" if path else step, node.get(step)
+    return path
+
+
+_FIELDS = frozenset(
+    name
+    for schema in (ChatRequest, CompletionRequest, StreamOptions, ResponseFormat, Tool, ToolFunction)
+    for name in schema.model_fields
+)
