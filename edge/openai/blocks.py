@@ -48,6 +48,7 @@ class Call:
 
 
 Piece = Content | Reasoning | Call
+State = Callable[[], Iterator[Piece]]
 
 
 class BlockParser:
@@ -64,9 +65,11 @@ class BlockParser:
         self._buffer = ""
         self._scanner = _StringScanner()
         self._num_calls = 0
-        self._state: Callable[[], Iterator[Piece]]
+        self._blanks = ""
+        """White space before the open block: dropped before a call, kept before what turns out to be text."""
+        self._state: State
         if in_reasoning:
-            self._state = self._reasoning
+            self._state = self._before_reasoning
         else:
             self._state = self._start if reasoning else self._content
 
@@ -78,10 +81,10 @@ class BlockParser:
     def flush(self) -> list[Piece]:
         """The text has ended; returns what was held back."""
         rest, self._buffer = self._buffer, ""
-        if self._state == self._reasoning:
+        if self._state in {self._before_reasoning, self._reasoning}:
             return [Reasoning(rest)] if rest.strip() else []
         if self._state == self._call:
-            return [Content(_CALL + rest)]
+            return [Content(self._blanks + _CALL + rest)]
         if not rest or (self._num_calls and not rest.strip()):
             return []
         return [Content(rest)]
@@ -98,10 +101,13 @@ class BlockParser:
         text = self._buffer.lstrip()
         if text.startswith(_THINK):
             self._buffer = text.removeprefix(_THINK)
-            self._state = self._reasoning
+            self._state = self._before_reasoning
         elif not _THINK.startswith(text):
             self._state = self._content
         yield from ()
+
+    def _before_reasoning(self) -> Iterator[Piece]:
+        return self._skip_line_breaks(self._reasoning)
 
     def _reasoning(self) -> Iterator[Piece]:
         """Inside ``<think>``; the line break before the end tag is not part of it."""
@@ -115,10 +121,12 @@ class BlockParser:
             yield Reasoning(text)
 
     def _after_reasoning(self) -> Iterator[Piece]:
-        """Drop the blank lines between the reasoning and the answer."""
+        return self._skip_line_breaks(self._content)
+
+    def _skip_line_breaks(self, following: State) -> Iterator[Piece]:
         self._buffer = self._buffer.lstrip("\n")
         if self._buffer:
-            self._state = self._content
+            self._state = following
         yield from ()
 
     def _content(self) -> Iterator[Piece]:
@@ -129,7 +137,7 @@ class BlockParser:
             text, found, rest = self._buffer.partition(_CALL)
             if found:
                 self._buffer, self._state, self._scanner = rest, self._call, _StringScanner()
-                text = text.rstrip()
+                text, self._blanks = _split_end(text, text.rstrip())
             else:
                 text, self._buffer = _split_certain(text, _CALL, None)
         if text:
@@ -144,7 +152,7 @@ class BlockParser:
         self._state = self._content
         call = parse_call(block, self._num_calls)
         self._num_calls += call is not None
-        yield call or Content(_CALL + block + _END_CALL)
+        yield call or Content(self._blanks + _CALL + block + _END_CALL)
         # Text behind the block, or the next block, may be there already: `_run` sees that the state changed.
 
 
@@ -199,5 +207,8 @@ def _split_certain(text: str, tag: str, blanks: str | None) -> tuple[str, str]:
         if text.endswith(tag[:length]):
             head = text[:-length]
             break
-    certain = head.rstrip(blanks)
-    return certain, text[len(certain) :]
+    return _split_end(text, head.rstrip(blanks))
+
+
+def _split_end(text: str, head: str) -> tuple[str, str]:
+    return head, text[len(head) :]

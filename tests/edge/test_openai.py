@@ -1,0 +1,473 @@
+"""The OpenAI wire format: bodies, fields, chunks, complete answers, tool calls and reasoning."""
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge.errors import EngineError, ModelNotFoundError, OverloadedError, QwedgeError, RequestError
+from edge.openai import Answer, error_body, parse_body, parse_chat, parse_completion, prepare
+from edge.openai.blocks import BlockParser, Call, Content, Piece, Reasoning
+from edge.scheduler import FinishReason, Timings
+from edge.service import Delta, Failed, Finished, Model, Queued, Started
+from tests.fakes import CHAT_TEMPLATE, MODEL_NAME, make_model
+
+TIMINGS = Timings(
+    queue_s=0.5, prefill_s=0.1, decode_s=0.4, num_prompt_tokens=20, num_output_tokens=5, num_cached_tokens=8
+)
+MESSAGES = [{"role": "user", "content": "Hi"}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "valve", "description": "opens it", "parameters": {"type": "object"}, "strict": True},
+    }
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return make_model()
+
+
+class TestParseBody:
+    def test_reads_an_object(self) -> None:
+        assert parse_body(b'{"a": [1, 2.5, "\\u00e4", "\\ud83d\\ude00"]}') == {"a": [1, 2.5, "ä", "😀"]}
+
+    @pytest.mark.parametrize(
+        "payload",
+        [
+            b"",
+            b"no json",
+            b"[]",
+            b"3",
+            b'"text"',
+            b"null",
+            b'{"a": NaN}',
+            b'{"a": Infinity}',
+            b'{"a": -Infinity}',
+            b'{"a": 1e400}',
+            b'{"a": -1e400}',
+            b'{"a": "\xff"}',
+            b'{"a": "\xed\xa0\x80"}',
+            b'\xef\xbb\xbf{"a": 1}',
+            b'{"a": "\\ud800"}',
+            b'{"\\udfff": 1}',
+            b'{"a": [{"b": "\\ud83d"}]}',
+            b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}",
+            b"[" * 200_000,
+            b'{"a":' * 100_000,
+            b'{"a": ' + b"9" * 5000 + b"}",
+            '{"a": 1}'.encode("utf-16"),
+        ],
+    )
+    def test_refuses_what_is_no_json_object(self, payload: bytes) -> None:
+        with pytest.raises(RequestError) as caught:
+            parse_body(payload)
+        assert caught.value.status == 400
+        assert caught.value.hint
+
+    def test_accepts_the_deepest_allowed_nesting(self) -> None:
+        assert parse_body(b'{"a":' + b"[" * 62 + b"]" * 62 + b"}")
+
+    @given(st.binary(max_size=200))
+    def test_raises_nothing_else(self, payload: bytes) -> None:
+        try:
+            assert isinstance(parse_body(payload), dict)
+        except RequestError:
+            pass
+
+
+class TestFields:
+    def test_unknown_fields_are_accepted(self) -> None:
+        assert parse_chat({"messages": MESSAGES, "user": "u", "metadata": {"a": 1}, "store": False}).messages
+
+    def test_null_means_not_given(self) -> None:
+        names = (
+            "temperature",
+            "top_p",
+            "stop",
+            "seed",
+            "max_tokens",
+            "stream",
+            "n",
+            "logprobs",
+            "tools",
+            "tool_choice",
+        )
+        assert parse_chat({"messages": MESSAGES, **dict.fromkeys(names)}).token_limit is None
+
+    @pytest.mark.parametrize(
+        ("field", "value", "param"),
+        [
+            ("messages", [], "messages"),
+            ("messages", None, "messages"),
+            ("messages", "Hi", "messages"),
+            ("messages", ["Hi"], "messages[0]"),
+            ("temperature", "0.7", "temperature"),
+            ("temperature", True, "temperature"),
+            ("max_tokens", 0, "max_tokens"),
+            ("max_tokens", -1, "max_tokens"),
+            ("max_tokens", 2**31, "max_tokens"),
+            ("max_tokens", 1.5, "max_tokens"),
+            ("max_completion_tokens", 0, "max_completion_tokens"),
+            ("stop", "", "stop"),
+            ("stop", ["a", ""], "stop"),
+            ("stop", ["a"] * 17, "stop"),
+            ("stop", "x" * 1025, "stop"),
+            ("stop", [1], "stop"),
+            ("stream", "yes", "stream"),
+            ("stream_options", {"include_usage": True}, "stream_options"),
+            ("n", 2, "n"),
+            ("n", True, "n"),
+            ("logprobs", True, "logprobs"),
+            ("top_logprobs", 3, "top_logprobs"),
+            ("response_format", {"type": "json_object"}, "response_format.type"),
+            ("response_format", {"type": "json_schema"}, "response_format.type"),
+            ("response_format", {}, "response_format.type"),
+            ("tools", [], "tools"),
+            ("tools", [{"type": "function"}], "tools[0].function"),
+            ("tools", [{"type": "function", "function": {"name": ""}}], "tools[0].function.name"),
+            ("tool_choice", "auto", "tool_choice"),
+            ("functions", [], "functions"),
+            ("parallel_tool_calls", False, "parallel_tool_calls"),
+            ("guided_json", {}, "guided_json"),
+            ("logit_bias", {"1": "x"}, "logit_bias.1"),
+            ("logit_bias", [1], "logit_bias"),
+            ("model", 3, "model"),
+        ],
+    )
+    def test_refusals_name_the_field(self, field: str, value: Any, param: str) -> None:
+        with pytest.raises(RequestError) as caught:
+            parse_chat({"messages": MESSAGES, field: value})
+        assert caught.value.param == param
+        assert caught.value.hint
+
+    def test_a_refusal_never_repeats_what_was_sent(self) -> None:
+        secret = "my-secret-value"
+        for field in ("temperature", "stop", "messages", "stream", "tools", "seed", "response_format", "tool_choice"):
+            with pytest.raises(RequestError) as caught:
+                parse_chat({"messages": MESSAGES, field: {secret: secret}, "tool_choice": {"type": secret}})
+            assert secret not in str(caught.value)
+
+    @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "valve"}}])
+    def test_forced_calls_are_refused(self, choice: Any) -> None:
+        with pytest.raises(RequestError, match="tool_choice"):
+            parse_chat({"messages": MESSAGES, "tools": TOOLS, "tool_choice": choice})
+
+
+class TestPrepare:
+    def test_chat_goes_through_the_template(self, model: Model) -> None:
+        generation = prepare(model, parse_chat({"messages": MESSAGES}))
+        assert model.tokenizer.decode(generation.prompt_ids, skip_special=False) == (
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+    def test_tools_reach_the_template_as_they_were_sent(self, model: Model) -> None:
+        text = _prompt(model, {"messages": MESSAGES, "tools": TOOLS})
+        assert json.loads(text.split("# Tools\n")[1].split("\n")[0]) == TOOLS[0]
+
+    def test_tool_choice_none_hides_the_tools(self, model: Model) -> None:
+        assert "# Tools" not in _prompt(model, {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "none"})
+
+    @pytest.mark.parametrize("body", [{"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}}])
+    def test_thinking_can_be_switched_off(self, model: Model, body: dict[str, Any]) -> None:
+        assert _prompt(model, {"messages": MESSAGES, **body}).endswith("<think>\n\n</think>\n\n")
+
+    def test_sampling_fields_arrive(self, model: Model) -> None:
+        body = {
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 7,
+            "min_p": 0.1,
+            "repetition_penalty": 1.1,
+            "presence_penalty": -1,
+            "frequency_penalty": 1.5,
+            "seed": -(2**63),
+            "logit_bias": {"12": -100},
+        }
+        sampling = prepare(model, parse_chat({"messages": MESSAGES, **body})).sampling
+        assert {name: getattr(sampling, name) for name in body} == {**body, "logit_bias": {12: -100}}
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("temperature", 2.1),
+            ("temperature", -0.1),
+            ("top_p", 1.1),
+            ("top_k", -2),
+            ("min_p", 2),
+            ("repetition_penalty", 0),
+            ("presence_penalty", 2.5),
+            ("frequency_penalty", -2.5),
+            ("seed", 2**63),
+            ("logit_bias", {"x": 1}),
+            ("logit_bias", {"-1": 1}),
+            ("logit_bias", {"9" * 4000: 1}),
+            ("logit_bias", {"1": 101}),
+            ("temperature", 10**400),
+        ],
+    )
+    def test_values_out_of_range_are_refused(self, model: Model, field: str, value: Any) -> None:
+        with pytest.raises(RequestError) as caught:
+            prepare(model, parse_chat({"messages": MESSAGES, field: value}))
+        assert caught.value.param == field
+
+    def test_limits_and_stops_arrive(self, model: Model) -> None:
+        generation = prepare(model, parse_chat({"messages": MESSAGES, "max_completion_tokens": 7, "stop": "\n"}))
+        assert (generation.max_tokens, generation.stop) == (7, ("\n",))
+
+    def test_another_model_is_404(self, model: Model) -> None:
+        with pytest.raises(ModelNotFoundError):
+            prepare(model, parse_chat({"messages": MESSAGES, "model": "gpt-4"}))
+
+    @pytest.mark.parametrize(
+        ("prompt", "ids"),
+        [
+            ("Hi", (72, 105)),
+            (["Hi"], (72, 105)),
+            ([72, 105], (72, 105)),
+            ([[72, 105]], (72, 105)),
+            ("<|im_start|>", (257,)),
+        ],
+    )
+    def test_forms_of_a_completion_prompt(self, model: Model, prompt: Any, ids: tuple[int, ...]) -> None:
+        assert prepare(model, parse_completion({"prompt": prompt})).prompt_ids == ids
+
+    @pytest.mark.parametrize(
+        "prompt", ["", [], [""], [[]], None, 3, ["a", "b"], [[1], [2]], [1, "a"], [1.5], [True], [None], [{}], [[[1]]]]
+    )
+    def test_other_prompts_are_refused(self, model: Model, prompt: Any) -> None:
+        with pytest.raises(RequestError) as caught:
+            prepare(model, parse_completion({"prompt": prompt}))
+        assert caught.value.param == "prompt"
+
+
+class TestAnswer:
+    def test_a_chat_stream(self, model: Model) -> None:
+        body = {"messages": MESSAGES, "stream": True, "stream_options": {"include_usage": True}}
+        chunks = _stream(model, body, ["He", "", "llo"], "stop")
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+        assert deltas == [{"role": "assistant", "content": "He"}, {"content": "llo"}, {"content": "!"}, {}]
+        assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None, None, None, "stop"]
+        assert len({chunk["id"] for chunk in chunks}) == 1
+        assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+        assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * 4
+        assert chunks[-1]["choices"] == []
+        assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 8}
+
+    def test_without_include_usage_there_is_none(self, model: Model) -> None:
+        chunks = _stream(model, {"messages": MESSAGES, "stream": True}, ["Hi"], "length")
+        assert not any("usage" in chunk for chunk in chunks)
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+    def test_an_empty_answer_still_has_its_role(self, model: Model) -> None:
+        chunks = _stream(model, {"messages": MESSAGES, "stream": True}, [], "stop", held="")
+        assert [chunk["choices"][0]["delta"] for chunk in chunks] == [{"role": "assistant", "content": ""}]
+
+    def test_a_complete_chat_answer(self, model: Model) -> None:
+        body = _complete(model, {"messages": MESSAGES}, ["He", "llo"], "stop")
+        assert body["object"] == "chat.completion"
+        assert body["model"] == MODEL_NAME
+        assert body["choices"] == [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hello!"},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ]
+        assert body["usage"] == {
+            "prompt_tokens": 20,
+            "completion_tokens": 5,
+            "total_tokens": 25,
+            "prompt_tokens_details": {"cached_tokens": 8},
+        }
+        assert body["timings"] == {
+            "queue_ms": 500.0,
+            "ttft_ms": 600.0,
+            "prefill_ms": 100.0,
+            "prefill_tokens_per_second": 120.0,
+            "decode_ms": 400.0,
+            "decode_tokens_per_second": 10.0,
+        }
+
+    def test_a_text_completion(self, model: Model) -> None:
+        body = _complete(model, {"prompt": "a"}, ["<think>", "b"], "length")
+        assert body["object"] == "text_completion"
+        assert body["choices"][0]["text"] == "<think>b!"
+        chunks = _stream(model, {"prompt": "a", "stream": True}, ["b"], "stop")
+        assert [chunk["choices"][0]["text"] for chunk in chunks] == ["b", "!", ""]
+        assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+
+    def test_timings_are_finite_when_nothing_happened(self, model: Model) -> None:
+        nothing = Timings(queue_s=0, prefill_s=0, decode_s=0, num_prompt_tokens=0, num_output_tokens=0)
+        answer = _answer(model, {"messages": MESSAGES})
+        answer.chunks(Finished("stop", "", nothing))
+        assert all(math.isfinite(value) for value in answer.body()["timings"].values())
+
+    def test_a_failure_is_an_error_chunk_and_no_body(self, model: Model) -> None:
+        answer = _answer(model, {"messages": MESSAGES})
+        error = EngineError("broken", hint="try again")
+        assert answer.chunks(Failed(error, TIMINGS)) == [error_body(error)]
+        with pytest.raises(EngineError):
+            answer.body()
+
+    def test_a_tool_call_in_a_stream(self, model: Model) -> None:
+        text = '<tool_call>\n{"name": "valve", "arguments": {"open": true}}\n</tool_call>'
+        chunks = _stream(model, {"messages": MESSAGES, "tools": TOOLS, "stream": True}, text, "stop", held="")
+        (call,) = chunks[0]["choices"][0]["delta"].pop("tool_calls")
+        assert chunks[0]["choices"][0]["delta"] == {"role": "assistant"}
+        assert call.pop("id").startswith("call_")
+        function = {"name": "valve", "arguments": '{"open": true}'}
+        assert call == {"index": 0, "type": "function", "function": function}
+        assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+    def test_tool_calls_in_a_complete_answer(self, model: Model) -> None:
+        block = '<tool_call>{"name": "valve", "arguments": {}}</tool_call>'
+        body = _complete(model, {"messages": MESSAGES, "tools": TOOLS}, f"{block}\n{block}", "stop", held="")
+        message = body["choices"][0]["message"]
+        assert message["content"] is None
+        assert len({call["id"] for call in message["tool_calls"]}) == 2
+        assert body["choices"][0]["finish_reason"] == "tool_calls"
+
+    def test_without_tools_a_block_is_text(self, model: Model) -> None:
+        block = '<tool_call>{"name": "valve"}</tool_call>'
+        body = _complete(model, {"messages": MESSAGES}, block, "stop", held="")
+        assert body["choices"][0]["message"] == {"role": "assistant", "content": block}
+
+    def test_reasoning_is_split_off(self, model: Model) -> None:
+        body = _complete(model, {"messages": MESSAGES}, "<think>\nhm\n</think>\n\n42", "stop", held="")
+        assert body["choices"][0]["message"] == {"role": "assistant", "content": "42", "reasoning_content": "hm"}
+
+    def test_a_prompt_that_opens_the_reasoning(self) -> None:
+        model = make_model(template=CHAT_TEMPLATE + "{{ '<think>\\n' }}")
+        body = _complete(model, {"messages": MESSAGES}, "hm</think>42", "stop", held="")
+        assert body["choices"][0]["message"] == {"role": "assistant", "content": "42", "reasoning_content": "hm"}
+
+    def test_thinking_switched_off_leaves_all_text_in_content(self, model: Model) -> None:
+        body = {"messages": MESSAGES, "enable_thinking": False}
+        text = "<think>a</think>b"
+        assert _complete(model, body, text, "stop", held="")["choices"][0]["message"]["content"] == text
+
+
+CALL = '{"name": "f", "arguments": {"a": 1}}'
+BLOCKS: list[tuple[str, list[Piece]]] = [
+    ("plain", [Content("plain")]),
+    ("a < b <tool", [Content("a < b <tool")]),
+    (f"<tool_call>\n{CALL}\n</tool_call>", [Call(0, "", "f", '{"a": 1}')]),
+    (f"text\n\n<tool_call>{CALL}</tool_call>\n", [Content("text"), Call(0, "", "f", '{"a": 1}')]),
+    (
+        f"<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>",
+        [Call(0, "", "f", '{"a": 1}'), Call(1, "", "f", '{"a": 1}')],
+    ),
+    (
+        '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>\\"<"}}</tool_call>after',
+        [Call(0, "", "f", '{"a": "</tool_call>\\"<"}'), Content("after")],
+    ),
+    ('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', [Call(0, "", "f", '{"a": 1}')]),
+    ('<tool_call>{"name": "f"}</tool_call>', [Call(0, "", "f", "{}")]),
+    ("<tool_call>{broken}</tool_call> x", [Content("<tool_call>{broken}</tool_call> x")]),
+    ('<tool_call>{"name": 3}</tool_call>', [Content('<tool_call>{"name": 3}</tool_call>')]),
+    ("<tool_call>[1]</tool_call>", [Content("<tool_call>[1]</tool_call>")]),
+    (f"<tool_call>{CALL}", [Content(f"<tool_call>{CALL}")]),
+    (f"<tool_call>{{}}</tool_call><tool_call>{CALL}</tool_call>",
+     [Content("<tool_call>{}</tool_call>"), Call(0, "", "f", '{"a": 1}')]),
+    (CALL, [Content(CALL)]),
+    ("<think>\na\n\nb\n</think>\n\nc", [Reasoning("a\n\nb"), Content("c")]),
+    ("  <think>a", [Reasoning("a")]),
+    ("<think></think>c", [Content("c")]),
+    ("<think>\n", []),
+    ("<thin", [Content("<thin")]),
+    ("x<think>y</think>", [Content("x<think>y</think>")]),
+    ("<think>a < b</think>c", [Reasoning("a < b"), Content("c")]),
+    (f"<think>{CALL}<tool_call></think><tool_call>{CALL}</tool_call>",
+     [Reasoning(f"{CALL}<tool_call>"), Call(0, "", "f", '{"a": 1}')]),
+    ("trailing \n", [Content("trailing \n")]),
+    ("", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize(("text", "expected"), BLOCKS)
+def test_blocks_do_not_depend_on_how_the_text_is_cut(text: str, expected: list[Piece], size: int) -> None:
+    parser = BlockParser(reasoning=True, tools=True)
+    pieces = [piece for start in range(0, len(text), size) for piece in parser.push(text[start : start + size])]
+    assert _merged([*pieces, *parser.flush()]) == expected
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", "<tool_call>", "</tool_call>", CALL, '"', "\\", "\n", "x<"])))
+def test_no_text_is_lost(parts: list[str]) -> None:
+    parser = BlockParser(reasoning=False, tools=True)
+    pieces = [piece for part in parts for piece in parser.push(part)]
+    merged = _merged([*pieces, *parser.flush()])
+    rest = "".join(parts)
+    for piece in merged:
+        text = CALL if isinstance(piece, Call) else piece.text.strip()
+        assert text in rest
+        rest = rest[rest.index(text) + len(text) :]
+    assert not rest.replace("</tool_call>", "").replace("<tool_call>", "").strip()
+
+
+class TestErrorBody:
+    def test_shape(self) -> None:
+        error = RequestError("too hot", hint="cool it", param="temperature")
+        assert error_body(error) == {
+            "error": {
+                "message": "too hot",
+                "type": "invalid_request_error",
+                "param": "temperature",
+                "code": "invalid_request",
+                "hint": "cool it",
+            }
+        }
+
+    def test_kinds(self) -> None:
+        assert error_body(EngineError("x"))["error"]["type"] == "server_error"
+        overloaded = error_body(OverloadedError("x", retry_after_s=1.5))["error"]
+        assert (overloaded["type"], overloaded["retry_after_ms"]) == ("rate_limit_error", 1500)
+        assert isinstance(OverloadedError("x"), QwedgeError)
+
+
+def _merged(pieces: Iterable[Piece]) -> list[Piece]:
+    """Neighbouring text pieces as one; calls without their random id."""
+    result: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, Call):
+            result.append(Call(piece.index, "", piece.name, piece.arguments))
+        elif result and type(result[-1]) is type(piece):
+            result[-1] = type(piece)(result[-1].text + piece.text)  # type: ignore[union-attr]
+        else:
+            result.append(piece)
+    return result
+
+
+def _prompt(model: Model, body: dict[str, Any]) -> str:
+    return model.tokenizer.decode(prepare(model, parse_chat(body)).prompt_ids, skip_special=False)
+
+
+def _answer(model: Model, body: dict[str, Any]) -> Answer:
+    request = parse_chat(body) if "messages" in body else parse_completion(body)
+    return Answer(model, request, prepare(model, request))
+
+
+def _stream(
+    model: Model, body: dict[str, Any], texts: Iterable[str], reason: FinishReason, held: str = "!"
+) -> list[dict[str, Any]]:
+    return _run(_answer(model, body), texts, reason, held)
+
+
+def _complete(
+    model: Model, body: dict[str, Any], texts: Iterable[str], reason: FinishReason, held: str = "!"
+) -> dict[str, Any]:
+    answer = _answer(model, body)
+    _run(answer, texts, reason, held)
+    return answer.body()
+
+
+def _run(answer: Answer, texts: Iterable[str], reason: FinishReason, held: str) -> list[dict[str, Any]]:
+    events = [Queued(0, 0.0), Started(), *(Delta(text, 0) for text in texts), Finished(reason, held, TIMINGS)]
+    return [chunk for event in events for chunk in answer.chunks(event)]
