@@ -1,0 +1,224 @@
+"""The HTTP surface as an ASGI application: OpenAI's API, health, metrics and the page.
+
+Bodies are read as bytes and checked by :mod:`edge.openai`, not by FastAPI: its own handling answers NaN and lone
+surrogates with 500 and echoes what was sent. Parsing, templating and tokenizing run in a worker thread, so that a long
+prompt does not hold up the streams of others. docs/http-api.md describes the API for its users.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
+
+from edge import __version__
+from edge.config import ServerSettings
+from edge.errors import CancelledError, QwedgeError, RequestError
+from edge.http import openapi
+from edge.http.disconnect import unless_disconnected
+from edge.http.guard import Guard, error_response
+from edge.metrics import CONTENT_TYPE
+from edge.openai import Answer, ChatRequest, CompletionRequest, parse_body, parse_chat, parse_completion, prepare
+from edge.service import Event, Failed, GenerationRequest, Model, Queued, Service, events
+
+log = logging.getLogger(__name__)
+
+STATIC = Path(__file__).parent / "static"
+STALLED_AFTER_S = 30.0
+"""Seconds without a finished engine step, while there is work, after which the server calls itself stalled."""
+
+Parse = Callable[[Mapping[str, Any]], ChatRequest | CompletionRequest]
+
+
+def create_app(service: Service, settings: ServerSettings) -> FastAPI:
+    """The application; it starts and stops nothing.
+
+    Args:
+        service: takes the requests; whoever made it starts and stops it.
+        settings: limits and allowed hosts.
+    """
+    # The documentation pages of FastAPI load scripts from a CDN, which a device without internet cannot.
+    app = FastAPI(title="qwedge", version=__version__, docs_url=None, redoc_url=None)
+    app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]
+    app.add_middleware(Guard, settings=settings)
+    app.add_exception_handler(QwedgeError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(ClientDisconnect, _answer_error)
+    _add_generation(app, service)
+    _add_information(app, service)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", openapi_extra=openapi.body_of(ChatRequest))
+    async def chat_completions(request: Request) -> Response:
+        """The model's next message in a conversation, streamed with ``"stream": true``."""
+        return await _generate(service, parse_chat, request)
+
+    @app.post("/v1/completions", openapi_extra=openapi.body_of(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        """The continuation of a text, streamed with ``"stream": true``."""
+        return await _generate(service, parse_completion, request)
+
+
+def _add_information(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """The served model, as a list."""
+        return {"object": "list", "data": [_describe_model(service.model)]}
+
+    @app.get("/v1/models/{name}")
+    async def get_model(name: str) -> dict[str, Any]:
+        """The served model; 404 for another name."""
+        service.model.check_name(name)
+        return _describe_model(service.model)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Whether the server makes progress: 200 with status ok, or 503 with draining or stalled."""
+        body = _health(service)
+        return JSONResponse(body, 200 if body["status"] == "ok" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(service.metrics.render(service.stats()), media_type=CONTENT_TYPE)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
+
+
+async def _generate(service: Service, parse: Parse, request: Request) -> Response:
+    payload = await request.body()
+    wanted, generation = await run_in_threadpool(_read, service.model, parse, payload)
+    answer = Answer(service.model, wanted, generation)
+    if wanted.stream:
+        stream = events(service, generation)
+        first = await anext(stream)  # a refusal is raised here, while the status can still say so
+        return EventStream(_server_sent(answer, first, stream))
+    body = await unless_disconnected(request.receive, _complete(service, answer, generation))
+    return JSONResponse(body)
+
+
+def _read(model: Model, parse: Parse, payload: bytes) -> tuple[ChatRequest | CompletionRequest, GenerationRequest]:
+    request = parse(parse_body(payload))
+    return request, prepare(model, request)
+
+
+async def _complete(service: Service, answer: Answer, generation: GenerationRequest) -> dict[str, Any]:
+    async with aclosing(events(service, generation)) as stream:
+        async for event in stream:
+            answer.chunks(event)
+    return answer.body()
+
+
+async def _server_sent(answer: Answer, first: Event, rest: AsyncGenerator[Event, None]) -> AsyncIterator[bytes]:
+    """The events of an answer as server-sent events; ``[DONE]`` is the last one whatever happens.
+
+    The place in the queue is a comment, which clients that do not know it skip.
+    """
+    async with aclosing(rest):
+        yield _comment(first)
+        async for event in rest:
+            yield _comment(event)
+            for chunk in answer.chunks(event):
+                yield b"data: " + json.dumps(chunk, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+            if isinstance(event, Failed):
+                log.info("%s ended in mid-stream: %s", answer.id, event.error.code)
+    yield b"data: [DONE]\n\n"
+
+
+def _comment(event: Event) -> bytes:
+    if not isinstance(event, Queued):
+        return b""
+    return f": queued position={event.position} eta_s={event.eta_s:.1f}\n\n".encode()
+
+
+class EventStream(Response):
+    """A stream of server-sent events that stops its source when the client goes away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, lines: AsyncIterator[bytes]) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._lines = lines
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
+        del scope
+        try:
+            await unless_disconnected(receive, self._send(send))
+        except CancelledError:
+            log.debug("a client went away in mid-stream")
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for line in self._lines:
+            if line:
+                await send({"type": "http.response.body", "body": line, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _describe_model(model: Model) -> dict[str, Any]:
+    manifest = model.manifest
+    return {
+        "id": manifest.name,
+        "object": "model",
+        "created": int(model.loaded_at),
+        "owned_by": "qwedge",
+        "context_length": model.context_length,
+        "parameter_count": manifest.parameter_count,
+        "version": manifest.version,
+    }
+
+
+def _health(service: Service) -> dict[str, Any]:
+    stats = service.stats()
+    status = "ok"
+    if not stats.accepting:
+        status = "draining"
+    elif stats.seconds_since_progress > STALLED_AFTER_S:
+        status = "stalled"
+    return {
+        "status": status,
+        "model": service.model.manifest.name,
+        "version": __version__,
+        "queue": {
+            "waiting": stats.num_waiting,
+            "running": stats.num_running,
+            "slots": stats.slots,
+            "max_waiting": stats.max_queue,
+        },
+        "seconds_since_progress": round(stats.seconds_since_progress, 3),
+    }
+
+
+async def _answer_error(_request: Request, error: Exception) -> Response:
+    if isinstance(error, QwedgeError):
+        return error_response(error)
+    if isinstance(error, HTTPException):
+        return error_response(_routing_error(error), error.headers)
+    assert isinstance(error, ClientDisconnect)
+    return error_response(CancelledError("the client went away"))
+
+
+def _routing_error(error: HTTPException) -> RequestError:
+    """Starlette's 404 and 405 in the error tree."""
+    result = RequestError(error.detail.lower(), hint="see /openapi.json for what this server answers")
+    result.status = error.status_code
+    result.code = error.detail.lower().replace(" ", "_")
+    return result
