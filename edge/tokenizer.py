@@ -93,8 +93,8 @@ class Tokenizer:
     def shield(self, text: str, mark: str) -> str:
         """Break every special token in a text apart, so that ``encode(..., special=True, mark=mark)`` finds none.
 
-        A beginning of a special token at the end of the text, or an ending at its start, is fenced off as well: what a
-        template puts around the text cannot complete it.
+        A beginning of a special token at the end of the text, or an ending at its start, is fenced off as well, so that
+        what a template puts next to it does not complete it. A role between ``<|`` and ``|>`` stays usable.
 
         Args:
             text: text of unknown origin, to be put into a template.
