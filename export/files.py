@@ -80,7 +80,8 @@ def read_bytes(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(limit + 1)
+            # One byte more than it should have; a read allocates what is asked for.
+            content = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise unreadable(path, error) from None
     if len(content) > limit:
