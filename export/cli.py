@@ -100,7 +100,6 @@ def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: boo
             "folder": str(report.folder),
             "bytes": size,
             "seconds": report.seconds,
-            "self_test": report.self_test,
             "oracle": oracle,
             "notes": report.notes,
             "manifest": manifest.model_dump(mode="json"),
@@ -109,15 +108,15 @@ def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: boo
         return
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
-    test = report.self_test
+    test = manifest.measured["self_test"]
     print(f"bundle     {report.folder}")
     print(f"model      {manifest.name}, {manifest.parameter_count:,} parameters, {manifest.recipe['name']}")
     print(f"size       {size / 1e6:,.1f} MB, {manifest.weight_bytes_per_token / 1e6:,.1f} MB read per token")
     print(f"context    {manifest.context_length:,} tokens, {manifest.kv.bytes_per_token:,} bytes of cache each")
-    print(f"kernels    largest relative difference {test['kernel_max_relative_difference']:.1e}")
+    print(f"kernels    largest relative difference {test['kernel_difference']:.1e}")
     if oracle:
         print(f"oracle     {oracle['oracle']} {oracle['version']}: {oracle['max_difference']:.1e} in the logits")
-    print(f"self-test  {test['prompt']!r} -> {test['text']!r}")
+    print(f"self-test  {test['prompt']!r} -> {test['next_text']!r}")
     print(f"time       {', '.join(f'{phase} {seconds:.1f} s' for phase, seconds in report.seconds.items())}")
 
 

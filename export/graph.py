@@ -30,6 +30,10 @@ from export.weights import Matrix, Weights
 
 OPSET = 23
 """The first with RMSNormalization."""
+HIDDEN = "hidden"
+"""``hidden.{i}`` goes into layer i: where the graph can be cut."""
+FINAL_HIDDEN = "final_hidden"
+"""What goes into the head [positions, hidden]."""
 _CONTRIB = "com.microsoft"
 _IR_VERSION = 10
 
@@ -84,6 +88,11 @@ class GraphBuilder:
             value.name = f"{node.name}.{i}"
         self._nodes.append(node)
         return node.outputs
+
+    def cut(self, value: ir.Value, name: str, shape: Sequence[int | str]) -> ir.Value:
+        """Name and type a float32 ``value`` so that the graph can be taken apart there."""
+        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+        return value
 
     def constant(self, name: str, values: Sequence[int]) -> ir.Value:
         """A small int64 constant, kept in the graph itself."""

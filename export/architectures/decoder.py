@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from edge.bundle import KVLayout
 from edge.errors import CheckpointError
-from export.graph import GraphBuilder
+from export.graph import FINAL_HIDDEN, HIDDEN, GraphBuilder
 from export.weights import Matrix
 
 Shapes = dict[str, tuple[int, ...]]
@@ -120,9 +120,10 @@ class Decoder(ABC):
         table = graph.weights.matrix("embed", ["model.embed_tokens.weight"], recipe.table)
         # GroupQueryAttention wants a multiple of 8 rows in its tables.
         rotary = graph.rotary_tables(self.head_dim, self.rope_theta, -(-context_length // 8) * 8)
-        x = graph.embed(graph.input_ids, table)
+        shape: list[int | str] = ["batch", "sequence", self.hidden_size]
+        x = graph.cut(graph.embed(graph.input_ids, table), f"{HIDDEN}.0", shape)
         for layer in range(self.num_layers):
-            x = self._layer(graph, layer, x, rotary)
+            x = graph.cut(self._layer(graph, layer, x, rotary), f"{HIDDEN}.{layer + 1}", shape)
         head = table if self.tied else graph.weights.matrix("lm_head", ["lm_head.weight"], recipe.table)
         self._head(graph, x, head)
         return graph.matrix_bytes + head.num_bytes
@@ -147,7 +148,7 @@ class Decoder(ABC):
         rows = graph.op("Reshape", [x, graph.constant("flat_shape", [-1, self.hidden_size])])
         rows = graph.op("Gather", [rows, graph.logits_indices], axis=0)
         rows = graph.rms_norm(rows, "model.norm.weight", self.rms_norm_eps)
-        logits = graph.matmul(rows, head)
+        logits = graph.matmul(graph.cut(rows, FINAL_HIDDEN, ["positions", self.hidden_size]), head)
         graph.output(logits, "logits", ir.DataType.FLOAT, ["positions", self.padded_vocab_size])
 
     def _refuse_unsupported(self, config: Mapping[str, Any]) -> None:
