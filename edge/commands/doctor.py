@@ -20,17 +20,13 @@ import typer
 
 from edge import __version__
 from edge.bundle import read_manifest
+from edge.commands import machine
 from edge.commands.options import Config, Json, print_json, settings
 from edge.config import Settings
 from edge.errors import QwedgeError
 
 Status = Literal["ok", "warn", "fail"]
 
-ISA_FEATURES = {
-    "x86_64": ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8"),
-    "aarch64": ("asimd", "asimddp", "i8mm", "bf16", "sve"),
-}
-"""Features of /proc/cpuinfo that the int4 and int8 kernels use, by machine."""
 INT8_FEATURE = {"x86_64": "avx2", "aarch64": "asimddp"}
 """Without it the engine falls back to floating-point kernels: several times slower."""
 MIN_FREE_RAM = 1 << 30
@@ -80,9 +76,9 @@ def examine(config: Path | None) -> list[Check]:
     except QwedgeError as error:
         setting_check = Check("settings", "fail", error.message, error.hint)
         chosen = Settings.model_validate({section: {} for section in Settings.model_fields})
-    machine: list[Callable[[], Check]] = [_python, _onnxruntime, _cpu, _isa, _memory]
+    of_machine: list[Callable[[], Check]] = [_python, _onnxruntime, _cpu, _isa, _memory]
     return [
-        *(check() for check in machine),
+        *(check() for check in of_machine),
         setting_check,
         _bundle(chosen.model.bundle),
         _disk(chosen.model.bundle),
@@ -90,13 +86,6 @@ def examine(config: Path | None) -> list[Check]:
         _port("http port", chosen.server.host, chosen.server.port, "--port"),
         _port("mqtt port", "127.0.0.1", chosen.mqtt.port, "QWEDGE_MQTT_PORT"),
     ]
-
-
-def isa_features(cpuinfo: str, machine: str) -> tuple[str, ...]:
-    """The features of :data:`ISA_FEATURES` that a /proc/cpuinfo text lists."""
-    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
-    present = set(match.group(1).split()) if match else set()
-    return tuple(name for name in ISA_FEATURES.get(machine, ()) if name in present)
 
 
 def _line(check: Check) -> str:
@@ -127,19 +116,12 @@ def _onnxruntime() -> Check:
 def _cpu() -> Check:
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0))
-    return Check("cpu", "ok", f"{_cpu_model()}, {cores} cores, {usable} usable threads")
-
-
-def _cpu_model() -> str:
-    board = _read("/proc/device-tree/model").rstrip("\0")
-    match = re.search(r"^(?:model name|Model)\s*:\s*(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    return board or (match.group(1).strip() if match else platform.machine())
+    return Check("cpu", "ok", f"{machine.cpu_model()}, {cores} cores, {usable} usable threads")
 
 
 def _isa() -> Check:
-    machine = platform.machine()
-    found = isa_features(_read("/proc/cpuinfo"), machine)
-    needed = INT8_FEATURE.get(machine)
+    found = machine.isa_features()
+    needed = INT8_FEATURE.get(platform.machine())
     detail = " ".join(found) or "none known"
     if needed is None or needed in found:
         return Check("instructions", "ok", detail)
@@ -202,13 +184,6 @@ def _port(name: str, host: str, port: int, flag: str) -> Check:
 
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _gib(count: int) -> str:

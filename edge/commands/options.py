@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,25 @@ Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="Settings as TOML; see docs/configuration.md.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Bundle = Annotated[Path | None, typer.Option("--bundle", metavar="DIR", help="The bundle to load.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", metavar="N", help="Engine threads [default: physical cores].")
+]
+Context = Annotated[
+    int | None, typer.Option("--context", metavar="N", help="Tokens of a conversation [default: 4096 at most].")
+]
+
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="Most tokens of an answer.")]
+Temperature = Annotated[float | None, typer.Option("--temperature", metavar="T", help="0 to 2; 0 is greedy.")]
+TopP = Annotated[float | None, typer.Option("--top-p", metavar="P", help="Nucleus sampling: 0 to 1.")]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="K", help="The K likeliest tokens; 0 means all.")]
+MinP = Annotated[float | None, typer.Option("--min-p", metavar="P", help="Share of the likeliest token's probability.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option("--repetition-penalty", metavar="R", help="0.1 to 10; 1 is none.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="The same seed gives the same answer.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer here; may be repeated.")]
+System = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")]
 
 
 def settings(config: Path | None, **flags: Any) -> Settings:
@@ -29,6 +49,12 @@ def settings(config: Path | None, **flags: Any) -> Settings:
     return load_settings(config, os.environ, {key.replace("__", "."): value for key, value in flags.items()})
 
 
+def messages(system: str | None, text: str) -> list[dict[str, str]]:
+    """A conversation of one user message, with a system message where one is given."""
+    opening = [{"role": "system", "content": system}] if system else []
+    return [*opening, {"role": "user", "content": text}]
+
+
 def print_json(value: Any) -> None:
     """Print a result as indented JSON on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
@@ -37,6 +63,21 @@ def print_json(value: Any) -> None:
 def note(message: str) -> None:
     """Tell the user something beside the result, on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def log_to_stderr(level: str) -> None:
+    """Write the log to stderr, one record a line."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class _OneLine(logging.Formatter):
+    """Keeps control characters of a message from starting a line of their own, so that nobody can forge records."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        text = super().formatMessage(record)
+        return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
 
 @contextmanager

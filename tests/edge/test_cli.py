@@ -17,7 +17,7 @@ import typer
 import edge.cli
 from edge import __version__
 from edge.bundle import REQUIRED_FILES, FileEntry, KVLayout, Manifest, Source, publish_bundle
-from edge.commands.doctor import isa_features
+from edge.commands.machine import isa_features
 from edge.errors import OverloadedError
 
 ROOT = Path(__file__).parents[2]

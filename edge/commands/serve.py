@@ -1,0 +1,202 @@
+"""``qwedge serve``: a bundle over HTTP and MQTT."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import signal
+import socket
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edge.commands import options
+from edge.config import BrokerAddress, MqttSettings, Settings
+from edge.errors import UnavailableError
+
+if TYPE_CHECKING:  # these bring onnxruntime and the web framework, which `qwedge --help` does without
+    from edge.service import Service
+
+log = logging.getLogger(__name__)
+
+EXIT_FORCED = 130
+EXAMPLE_PROMPT = "Write a haiku about a small computer."
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("serve")(serve)
+
+
+def serve(
+    *,
+    bundle: options.Bundle = None,
+    host: Annotated[str | None, typer.Option("--host", metavar="H", help="Address [default: 127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option("--port", metavar="N", help="TCP port [default: 8080]; 0: any.")] = None,
+    broker: Annotated[
+        str | None,
+        typer.Option("--broker", metavar="B", help="none, embedded or mqtt://HOST:PORT [default: none]."),
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option("--slots", metavar="N", help="Requests worked on at once [default: 4].")
+    ] = None,
+    context: options.Context = None,
+    threads: options.Threads = None,
+    log_level: Annotated[
+        str | None, typer.Option("--log-level", metavar="L", help="debug, info, warning or error [default: info].")
+    ] = None,
+    config: options.Config = None,
+) -> None:
+    """Serve a bundle over HTTP and MQTT.
+
+    Prints one ready line with the addresses, and examples to copy. SIGINT (Ctrl-C) or SIGTERM lets running requests
+    finish first; a second one does not.
+    """
+    chosen = options.settings(
+        config,
+        model__bundle=bundle,
+        server__host=host,
+        server__port=port,
+        mqtt__broker=broker,
+        engine__slots=slots,
+        engine__context=context,
+        engine__threads=threads,
+        log__level=log_level,
+    )
+    options.log_to_stderr(chosen.log.level)
+    run_server(chosen)
+
+
+def run_server(settings: Settings) -> None:
+    """Serve until a signal ends it.
+
+    Raises:
+        QwedgeError: what is needed to start cannot be had: the port, the bundle, memory.
+    """
+    from edge.commands.local import bundle_of
+    from edge.commands.verify import check_bundle
+    from edge.http.server import bind
+    from edge.loader import load_service
+
+    bundle = bundle_of(settings)
+    with ExitStack() as stack:
+        # The port first: that it is taken should show before seconds go into the model.
+        sock = stack.enter_context(bind(settings.server.host, settings.server.port))
+        manifest = check_bundle(bundle)
+        log.info("loading %s", manifest.name)
+        service = load_service(bundle, manifest, settings)
+        service.start()
+        stack.callback(service.stop)
+        address = _start_mqtt(settings.mqtt, service, stack)
+        asyncio.run(_serve_http(service, settings, sock, address))
+    log.info("stopped")
+
+
+def _start_mqtt(settings: MqttSettings, service: Service, stack: ExitStack) -> BrokerAddress | None:
+    """Start broker and bridge as configured and have ``stack`` stop them; None where there is no MQTT."""
+    if settings.broker == "none":
+        return None
+    from edge.mqtt import EmbeddedBroker, MqttBridge
+
+    address = settings.address
+    if address is None:
+        broker = EmbeddedBroker(settings.port)
+        try:
+            broker.start()
+        except UnavailableError as error:
+            log.warning("HTTP alone, without MQTT: %s (hint: %s)", error.message, error.hint)
+            return None
+        stack.callback(broker.stop)
+        address = broker.address
+    bridge = MqttBridge(service, settings, address)
+    bridge.start()
+    stack.callback(bridge.stop)
+    return address
+
+
+async def _serve_http(service: Service, settings: Settings, sock: socket.socket, broker: BrokerAddress | None) -> None:
+    """Answer HTTP until SIGINT or SIGTERM, then drain."""
+    from edge.http.app import create_app
+    from edge.http.server import HttpServer
+
+    signals = _Signals()
+    server = HttpServer(create_app(service, settings.server), sock)
+    serving = asyncio.create_task(server.serve())
+    print(ready_text(settings, Endpoints.of(settings, server.address, broker), service), flush=True)
+    leaving = asyncio.create_task(signals.first.wait())
+    await asyncio.wait({serving, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    drain_s = settings.server.drain_s
+    log.info("stopping; running requests have %g s (Ctrl-C again: at once)", drain_s)
+    await asyncio.to_thread(service.stop, drain_s)
+    server.shutdown()
+    await serving
+
+
+class _Signals:
+    """The first SIGINT or SIGTERM asks to leave; the second leaves, and the kernel ends the broker with us."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._take)
+
+    def _take(self) -> None:
+        if self.first.is_set():
+            os._exit(EXIT_FORCED)
+        self.first.set()
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Where clients on this machine reach the server."""
+
+    http: str
+    """``http://127.0.0.1:8080``."""
+    broker: BrokerAddress | None
+
+    @classmethod
+    def of(cls, settings: Settings, address: tuple[str, int], broker: BrokerAddress | None) -> Endpoints:
+        """From what was bound; an address that stands for all becomes loopback's."""
+        host, port = settings.server.host.strip("[]"), address[1]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+        return cls(f"http://{f'[{host}]' if ':' in host else host}:{port}", broker)
+
+
+def ready_text(settings: Settings, endpoints: Endpoints, service: Service) -> str:
+    """The ready line, and examples that work as printed."""
+    manifest, broker = service.model.manifest, endpoints.broker
+    urls = [endpoints.http]
+    if broker is not None:
+        urls.append(f"mqtt{'s' if broker.tls else ''}://{broker.host}:{broker.port}")
+    parts = [f"ready: {manifest.name} at {' and '.join(urls)}", _http_example(endpoints)]
+    if broker is not None:
+        parts.append(_mqtt_examples(settings.mqtt, broker))
+    return "\n\n".join(parts) + "\n"
+
+
+def _http_example(endpoints: Endpoints) -> str:
+    return (
+        f"  curl {endpoints.http}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"""    -d '{{"messages": [{{"role": "user", "content": "{EXAMPLE_PROMPT}"}}], "max_tokens": 64}}'"""
+    )
+
+
+def _mqtt_examples(settings: MqttSettings, broker: BrokerAddress) -> str:
+    login = f"-h {broker.host} -p {broker.port}"
+    if broker.tls:
+        login += " --tls-use-os-certs"
+    if settings.username is not None:
+        login += f" -u {shlex.quote(settings.username)}"
+    if settings.password_file is not None:
+        login += f' -P "$(head -n 1 {shlex.quote(str(settings.password_file))})"'
+    request = f"{settings.root}/v1/dev/{settings.device}/req/me"
+    return (
+        f"  mosquitto_sub {login} -v -t '{settings.root}/v1/res/me/+/done'    # in a second terminal\n"
+        f'  mosquitto_pub {login} -q 1 -t "{request}/$(date +%s)" \\\n'
+        f"""    -m '{{"v": 1, "body": {{"messages": [{{"role": "user", "content": "{EXAMPLE_PROMPT}"}}]}}}}'"""
+    )

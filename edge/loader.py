@@ -1,0 +1,101 @@
+"""From a verified bundle to a service: the one place where tokenizer, template, engine and scheduler come together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edge.bundle import CHAT_TEMPLATE, GENERATION, TOKENIZER, Manifest
+from edge.chat import ChatTemplate
+from edge.config import Settings
+from edge.engine.engine import Engine
+from edge.errors import BundleError, ConfigError
+from edge.metrics import Metrics
+from edge.scheduler import Scheduler
+from edge.service import Model, Service
+from edge.tokenizer import Tokenizer
+
+DEFAULT_CONTEXT = 4096
+"""Tokens of one conversation where neither the settings nor the bundle ask for less: small models use no more well."""
+
+
+class GenerationDefaults(BaseModel):
+    """``generation.json``: where the model stops, and how its makers want it sampled."""
+
+    model_config = ConfigDict(frozen=True)
+
+    eos_token_ids: tuple[int, ...] = Field(min_length=1)
+    do_sample: bool = False
+    """Without it the model is decoded greedily, whatever the other values say."""
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+
+    def sampling(self) -> dict[str, float | int]:
+        """The values as fields of :class:`edge.engine.sampler.SamplingParams`."""
+        names = {"repetition_penalty"} | ({"temperature", "top_p", "top_k"} if self.do_sample else set())
+        return self.model_dump(include=names, exclude_none=True)
+
+
+def load_service(bundle: Path, manifest: Manifest, settings: Settings) -> Service:
+    """Load a bundle into a service, which is not started yet.
+
+    Args:
+        bundle: the folder; the caller has verified it.
+        manifest: its manifest.
+        settings: engine and scheduler settings.
+
+    Raises:
+        BundleError: a file is not what its name promises, or onnxruntime refuses the graph.
+        ConfigError: the context is longer than the bundle's, or the cache does not fit.
+    """
+    options = settings.engine
+    engine = Engine(
+        bundle,
+        manifest,
+        slots=options.slots,
+        context=_context(manifest, options.context),
+        threads=options.threads,
+        prefill_chunk=options.prefill_chunk,
+        spin_us=options.spin_us,
+    )
+    model = load_model(bundle, manifest, engine.context_length)
+    scheduler = Scheduler(engine, max_queue=settings.scheduler.max_queue)
+    return Service(model, scheduler, Metrics(), default_max_tokens=settings.scheduler.default_max_tokens)
+
+
+def load_model(bundle: Path, manifest: Manifest, context_length: int) -> Model:
+    """The text side of a bundle.
+
+    Raises:
+        BundleError: tokenizer, chat template or generation defaults are malformed.
+    """
+    defaults = _read_generation(bundle / GENERATION)
+    has_template = any(entry.path == CHAT_TEMPLATE for entry in manifest.files)
+    return Model(
+        manifest=manifest,
+        tokenizer=Tokenizer.load(bundle / TOKENIZER),
+        template=ChatTemplate.load(bundle / CHAT_TEMPLATE) if has_template else None,
+        eos_ids=frozenset(defaults.eos_token_ids),
+        sampling_defaults=defaults.sampling(),
+        context_length=context_length,
+    )
+
+
+def _context(manifest: Manifest, wanted: int | None) -> int:
+    if wanted is None:
+        return min(DEFAULT_CONTEXT, manifest.context_length)
+    if wanted > manifest.context_length:
+        hint = f"use at most {manifest.context_length}, or export again with a larger --context"
+        raise ConfigError(f"a context of {wanted} tokens is more than the bundle has", hint=hint)
+    return wanted
+
+
+def _read_generation(path: Path) -> GenerationDefaults:
+    try:
+        return GenerationDefaults.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.errors(include_url=False)[0]["msg"]
+        raise BundleError(f"{path} cannot be used: {reason}", hint="export the bundle again") from None
