@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
 from edge.errors import ConfigError
-from export.catalog import CatalogEntry, catalog
-from export.console import console_progress
-from export.oracle import Oracle, verify_against
-from export.pipeline import Report, export_bundle
 from export.progress import Progress
 from export.quantize.recipes import RECIPES, recipe_named
-from export.sources import default_cache, resolve
+
+if TYPE_CHECKING:  # loaded when an export runs: every `qwedge --help` would wait seconds for them
+    from export.catalog import CatalogEntry
+    from export.pipeline import Report
 
 RecipeName = Literal["int4", "int8", "fp32"]
+OracleName = Literal["transformers", "optimum"]
 assert set(get_args(RecipeName)) == RECIPES.keys()
 
 
@@ -45,7 +45,7 @@ def export(
         typer.Option(metavar="TOKENS", min=1, help="Longest context.  [default: the model's, at most 32768]"),
     ] = None,
     verify: Annotated[
-        Oracle | None,
+        OracleName | None,
         typer.Option(help="Also compare the fp32 graph with this library; needs an environment with qwedge[optimum]."),
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
@@ -62,6 +62,8 @@ def export(
         return
     if source is None or output is None:
         raise ConfigError("SOURCE and --output are needed", hint="qwedge export --list shows the catalog")
+    from export.console import console_progress
+
     with console_progress() as progress:
         report, oracle = _export(
             source, output, recipe=recipe, name=name, context=context, verify=verify, offline=offline, progress=progress
@@ -76,14 +78,18 @@ def _export(
     recipe: str,
     name: str | None,
     context: int | None,
-    verify: Oracle | None,
+    verify: OracleName | None,
     offline: bool,
     progress: Progress,
 ) -> tuple[Report, dict[str, Any] | None]:
+    from export.oracle import Oracle, verify_against
+    from export.pipeline import export_bundle
+    from export.sources import default_cache, resolve
+
     resolved = resolve(source, cache=default_cache(), offline=offline, progress=progress)
     with resolved.open() as checkpoint:
         # The oracle comes first: a graph that is wrong must not become a bundle.
-        oracle = verify_against(verify, checkpoint, progress=progress) if verify else None
+        oracle = verify_against(Oracle(verify), checkpoint, progress=progress) if verify else None
         licence = resolved.entry.licence if resolved.entry else None
         report = export_bundle(
             checkpoint, output, recipe_named(recipe), progress=progress, name=name, context=context, licence=licence,
@@ -121,6 +127,8 @@ def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: boo
 
 
 def _print_catalog(*, as_json: bool) -> None:
+    from export.catalog import catalog
+
     entries = list(catalog().values())
     if as_json:
         rows = [entry.model_dump(mode="json", exclude={"pieces", "generation"}) for entry in entries]
