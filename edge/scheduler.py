@@ -57,7 +57,11 @@ class Engine(Protocol):
         ...
 
     def move_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of a row over another row."""
+        """Copy the first ``length`` tokens of a row over another row and give the source's memory back."""
+        ...
+
+    def release_row(self, row: int) -> None:
+        """Give a row's memory back; its tokens are gone."""
         ...
 
 
@@ -378,7 +382,9 @@ class Scheduler:
         """Take a sequence off its row and close the gap, so that decode stays one contiguous batch."""
         if sequence.status is SequenceStatus.PREFILL:
             self._prefilling = None
+            self._engine.release_row(sequence.row)
         elif sequence.status is SequenceStatus.DECODE:
+            self._engine.release_row(sequence.row)
             last = self._running.pop()
             if last is not sequence:
                 self._move(last, sequence.row)

@@ -116,6 +116,11 @@ class FakeEngine:
         self._prompts[target] = self._prompts[source]
         self._answers[target] = self._answers[source]
 
+    def release_row(self, row: int) -> None:
+        """See :class:`edge.scheduler.Engine`."""
+        self._prompts[row] = []
+        self._answers[row] = []
+
     def _next(self, row: int, past: int) -> int:
         num_output = past - len(self._prompts[row]) + 1
         if self._fail_after is not None and num_output >= self._fail_after:
