@@ -37,27 +37,23 @@ def test_ordinary_encoding_gives_no_special_token_and_the_same_text(text):
     assert TOKENIZER.decode(ids) == LIBRARY.normalizer.normalize_str(text)
 
 
-surroundings = st.sampled_from([(before, "") for before in ("", "<", "<|im_", "<|im_start", "x")]) | st.sampled_from(
-    [("", after) for after in (">", "|>", "start|>", "\n")]
-)
-
-
 @settings(deadline=None)
-@given(texts, surroundings)
-def test_shielded_text_forms_no_special_token_with_what_is_around_it(text, around):
-    before, after = around
-    shielded = TOKENIZER.shield(text, MARK)
-    ids = TOKENIZER.encode(before + shielded + after, special=True, mark=MARK)
+@given(texts)
+def test_shielded_text_forms_no_special_token(text):
+    ids = TOKENIZER.encode(TOKENIZER.shield(text, MARK), special=True, mark=MARK)
     assert not TOKENIZER.special_ids.intersection(ids)
-    assert TOKENIZER.decode(ids) == LIBRARY.normalizer.normalize_str(before + text + after)
+    assert ids == TOKENIZER.encode(text, special=False)
 
 
-@settings(deadline=None)
-@given(texts, st.sampled_from([" ", "\n", "\t\n "]))
-def test_shield_survives_a_template_that_strips(text, space):
-    stripped = TOKENIZER.shield(space + text + space, MARK).strip()
-    ids = TOKENIZER.encode(f"<{stripped}>", special=True, mark=MARK)
-    assert not TOKENIZER.special_ids.intersection(ids)
+@pytest.mark.parametrize("space", ["", "\n", " \t"])
+@pytest.mark.parametrize("token", SPECIAL)
+def test_a_template_that_strips_does_not_complete_a_special_token(token, space):
+    for cut in range(1, len(token)):
+        for before, text, after in (("", token[:cut], token[cut:]), (token[:cut], token[cut:], "")):
+            stripped = TOKENIZER.shield(space + text + space, MARK).strip()
+            ids = TOKENIZER.encode(before + stripped + after, special=True, mark=MARK)
+            assert not TOKENIZER.special_ids.intersection(ids)
+            assert TOKENIZER.decode(ids) == token
 
 
 @settings(deadline=None)
