@@ -182,17 +182,6 @@ class ChatTemplate:
         return prompt
 
 
-def require_template(template: ChatTemplate | None) -> ChatTemplate:
-    """The template of a model that has one.
-
-    Raises:
-        RequestError: the model is a base model, which only completes text.
-    """
-    if template is None:
-        raise _refusal("this model has no chat template", hint="use completions: POST /v1/completions with a prompt")
-    return template
-
-
 def _normalise(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages in the form that templates expect: contents are strings, tool arguments are objects."""
     if not isinstance(messages, list | tuple) or not messages:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.chat import MAX_DEPTH, ChatTemplate, require_template
+from edge.chat import MAX_DEPTH, ChatTemplate
 from edge.errors import BundleError, RequestError
 from edge.tokenizer import Tokenizer
 
@@ -315,11 +315,3 @@ def test_load(tmp_path):
         ChatTemplate.load(path)
     path.write_text("{{ messages[0].content }}", encoding="utf-8")
     assert ChatTemplate.load(path).render([USER]) == "Name a colour."
-
-
-def test_a_base_model_points_to_completions():
-    template = TEMPLATES["qwen3"]
-    assert require_template(template) is template
-    with pytest.raises(RequestError) as caught:
-        require_template(None)
-    assert "/v1/completions" in caught.value.hint
