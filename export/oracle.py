@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -47,8 +49,10 @@ class Oracle(StrEnum):
 def verify_against(oracle: Oracle, checkpoint: Checkpoint, *, progress: Progress) -> dict[str, Any]:
     """Compare the fp32 graph of a checkpoint with an oracle.
 
+    Needs room for three float32 copies of the model in the temporary folder (``TMPDIR``) and one in memory.
+
     Returns:
-        oracle, version, max_difference (relative to the largest logit), and the same by phase.
+        oracle, version, largest_logit, max_difference (relative to that), and the same by phase.
 
     Raises:
         ConfigError: the oracle is not installed here.
@@ -59,7 +63,7 @@ def verify_against(oracle: Oracle, checkpoint: Checkpoint, *, progress: Progress
     with tempfile.TemporaryDirectory(prefix="qwedge-oracle-") as scratch:
         folder = Path(scratch) / "checkpoint"
         write_folder(checkpoint, folder)
-        with step(progress, f"asking {oracle.value}", None):
+        with step(progress, f"asking {oracle.value}", None), _quiet(oracle):
             expected = _ORACLES[oracle](folder, Path(scratch), ids)
         graph_folder = Path(scratch) / "graph"
         graph_folder.mkdir()
@@ -70,13 +74,21 @@ def verify_against(oracle: Oracle, checkpoint: Checkpoint, *, progress: Progress
         hint = "this is a defect of qwedge: please report it with the model's name"
         raise ExportError(f"the fp32 graph differs from {oracle.value} by {worst:.1e}: {differences}", hint=hint)
     package = {Oracle.TRANSFORMERS: "transformers", Oracle.OPTIMUM: "optimum-onnx"}[oracle]
-    return {"oracle": oracle.value, "version": version(package), "max_difference": worst, "by_phase": differences}
+    return {
+        "oracle": oracle.value,
+        "version": version(package),
+        "largest_logit": float(np.abs(expected).max()),
+        "max_difference": worst,
+        "by_phase": differences,
+    }
 
 
 def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a checkpoint as a Hugging Face folder in float32, so that any library can load it."""
     folder.mkdir(parents=True)
-    config = {**checkpoint.config, "dtype": "float32", "torch_dtype": "float32"}
+    # transformers 4 reads rope_theta here only, transformers 5 writes it into rope_parameters.
+    config = {**checkpoint.config, "rope_theta": architecture_for(checkpoint.config).rope_theta, "dtype": "float32"}
+    config.pop("torch_dtype", None)
     names = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     config.setdefault("architectures", [names[config["model_type"]]])
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -93,6 +105,17 @@ def _require(oracle: Oracle) -> None:
         except ModuleNotFoundError:
             hint = "run it in an environment with qwedge[optimum] (in the source tree: make oracle)"
             raise ConfigError(f"--verify {oracle.value} needs {module}, which is not installed", hint=hint) from None
+
+
+@contextmanager
+def _quiet(oracle: Oracle) -> Iterator[None]:
+    """Keep the libraries' remarks about tracing and deprecations out of our output."""
+    importlib.import_module("transformers").logging.set_verbosity_error()
+    if oracle is Oracle.OPTIMUM:
+        importlib.import_module("optimum.utils.logging").set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _ask_transformers(folder: Path, scratch: Path, ids: NDArray[np.int64]) -> Logits:
@@ -114,13 +137,13 @@ def _ask_optimum(folder: Path, scratch: Path, ids: NDArray[np.int64]) -> Logits:
     model = runtime.ORTModelForCausalLM.from_pretrained(scratch / "optimum")
     # It derives the head dimension from the hidden size, which is wrong for Qwen3.
     model.embed_size_per_head = getattr(model.config, "head_dim", None) or model.embed_size_per_head
-    prefill = model(torch.from_numpy(ids[None, :_PREFILL]), use_cache=True)
-    logits, past = [prefill.logits[0].numpy()], prefill.past_key_values
-    for position in range(_PREFILL, len(ids)):
-        mask = torch.ones(1, position + 1, dtype=torch.int64)
-        answer = model(torch.from_numpy(ids[None, position : position + 1]), attention_mask=mask, past_key_values=past)
+    logits, past, start = [], None, 0
+    for size in [_PREFILL] + [1] * _DECODE:
+        chunk = torch.from_numpy(ids[None, start : start + size])
+        mask = torch.ones(1, start + size, dtype=torch.int64)
+        answer = model(chunk, attention_mask=mask, past_key_values=past, use_cache=True)
         logits.append(answer.logits[0].numpy())
-        past = answer.past_key_values
+        past, start = answer.past_key_values, start + size
     return np.concatenate(logits)
 
 
