@@ -205,10 +205,14 @@ def _is_plain(payload: bytes) -> bool:
 
 
 def _text(payload: bytes) -> str:
+    """A bare prompt; zeros at its end pad the fixed-length strings of PLCs."""
+    hint = "send text or JSON in UTF-8"
     try:
-        text = payload.decode("utf-8")
+        text = payload.rstrip(b"\0").decode("utf-8")
     except UnicodeDecodeError:
-        raise RequestError("the prompt is not valid UTF-8", hint="send text or JSON in UTF-8") from None
+        raise RequestError("the prompt is not valid UTF-8", hint=hint) from None
+    if "\0" in text:
+        raise RequestError("the prompt is binary, not text", hint=hint)
     if not text.strip():
         raise RequestError("the prompt is empty", hint="send the prompt as the payload")
     return text

@@ -1,0 +1,84 @@
+"""A real mosquitto for all tests of a module, and bridges over fake engines."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+
+from edge.config import BrokerAddress, MqttSettings
+from edge.mqtt import EmbeddedBroker, MqttBridge
+from edge.service import Service
+from tests.edge.mqtt.client import TIMEOUT_S, Client
+from tests.fakes import FakeEngine, make_service
+
+_names = itertools.count(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _mosquitto_is_there() -> None:
+    found = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
+    if found is None:
+        reason = "these tests need mosquitto: apt-get install mosquitto mosquitto-clients"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session")
+def broker() -> Iterator[EmbeddedBroker]:
+    with EmbeddedBroker(0) as broker:
+        yield broker
+
+
+@dataclass(frozen=True)
+class Device:
+    """A running device and clients for it."""
+
+    engine: FakeEngine
+    service: Service
+    bridge: MqttBridge
+    name: str
+    client: Callable[..., Client]
+    """Makes a connected client; ``protocol`` and ``extra`` as for :class:`Client`."""
+
+
+MakeDevice = Callable[..., Device]
+
+
+@pytest.fixture
+def make_device(broker: EmbeddedBroker) -> Iterator[MakeDevice]:
+    """Start a device of a name of its own on the broker; everything ends with the test."""
+    with ExitStack() as stack:
+
+        def make(
+            engine: FakeEngine | None = None, *, max_queue: int = 8, address: BrokerAddress = broker.address
+        ) -> Device:
+            engine = engine or FakeEngine()
+            service = make_service(engine, max_queue=max_queue)
+            name = f"device-{next(_names)}"
+            bridge = MqttBridge(service, MqttSettings(device=name, keepalive_s=5), address)
+            service.start()
+            bridge.start()
+            stack.callback(lambda: (engine.gate.set(), service.stop(), bridge.stop()))
+            wait_until(lambda: bridge.connected)
+
+            def client(protocol: str = "5", extra: tuple[str, ...] = ()) -> Client:
+                asking = Client(address, f"client-{next(_names)}", name, protocol=protocol, extra=extra)
+                return stack.enter_context(asking)
+
+            return Device(engine, service, bridge, name, client)
+
+        yield make
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = TIMEOUT_S) -> None:
+    """Poll a condition; fails when it does not come true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.01)
