@@ -51,7 +51,9 @@ run: $(STAMP) ## set everything up and serve the demo model over HTTP and MQTT
 
 test: $(STAMP) ## set everything up and run the tests
 	@scripts/need-package.sh mosquitto mosquitto "the MQTT tests" || true
-	@scripts/need-package.sh mosquitto-clients mosquitto_pub "the MQTT tests" || true
+	@scripts/need-package.sh mosquitto-clients mosquitto_pub "the tests of the printed examples" || true
+	@scripts/need-package.sh curl curl "the tests of the printed examples" || true
+	@scripts/need-package.sh chromium chromium "the test of the web page" || true
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
 check: $(STAMP) ## lint, format, types, and generated documentation in step

@@ -28,7 +28,7 @@ LAYERS = (
     {"edge", "edge.errors", "edge.bundle", "edge.config"},
     {"edge.engine"},
     {"edge.scheduler", "edge.tokenizer", "edge.chat", "edge.text_stream", "edge.metrics"},
-    {"edge.service"},
+    {"edge.service", "edge.loader"},
     {"edge.openai"},
     {"edge.http", "edge.mqtt"},
     {"edge.commands"},
