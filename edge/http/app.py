@@ -98,7 +98,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
+        return FileResponse(STATIC / "index.html")
 
 
 async def _generate(service: Service, parse: Parse, request: Request) -> Response:

@@ -141,7 +141,7 @@ class _Response:
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.request_id
             headers.update(_SECURITY_HEADERS)
-            headers.setdefault("cache-control", "no-store")
+            headers.setdefault("cache-control", "no-cache" if "etag" in headers else "no-store")
         await self._send(message)
 
 

@@ -31,6 +31,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
         _, definitions = models_json_schema(
             [(ChatRequest, "validation"), (CompletionRequest, "validation")], ref_template=_REF
         )
-        document.setdefault("components", {})["schemas"] = definitions["$defs"]
+        document["components"] = {"schemas": definitions["$defs"]}
+        for operation in (operation for path in document["paths"].values() for operation in path.values()):
+            operation["responses"].pop("422", None)  # FastAPI's own validation, which never comes into play here
         app.openapi_schema = document
     return app.openapi_schema

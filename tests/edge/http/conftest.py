@@ -1,0 +1,29 @@
+"""Fixtures: real servers on free ports."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from edge.config import ServerSettings
+from tests.fakes import FakeEngine
+from tests.serving import Served, served
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Served]]:
+    """Start servers: ``serve(engine, max_queue=..., max_body_bytes=...)``; all end with the test."""
+    with ExitStack() as stack:
+
+        def start(engine: FakeEngine | None = None, *, max_queue: int = 8, **settings: Any) -> Served:
+            server = served(engine or FakeEngine(), max_queue=max_queue, settings=ServerSettings(port=0, **settings))
+            return stack.enter_context(server)
+
+        yield start
+
+
+@pytest.fixture
+def server(serve: Callable[..., Served]) -> Served:
+    """A server with nothing special about it."""
+    return serve()

@@ -1,0 +1,88 @@
+"""A real HTTP server on a free port over the fake engine, and what tests of it need."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+from edge.config import ServerSettings
+from edge.http.app import create_app
+from edge.http.server import HttpServer, bind
+from edge.service import Service
+from tests.fakes import FakeEngine, make_service
+
+
+@dataclass
+class Served:
+    """A server that runs in a thread of its own."""
+
+    url: str
+    port: int
+    engine: FakeEngine
+    service: Service
+    client: httpx.Client
+
+    def connect(self) -> socket.socket:
+        """A plain connection to the server."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+    @contextmanager
+    def asking(self, text: str = "Hi") -> Iterator[Callable[[], int]]:
+        """Ask in a thread while the block runs; gives a function that returns the status, once the block has ended."""
+        statuses: list[int] = []
+
+        def ask() -> None:
+            body = {"messages": [{"role": "user", "content": text}]}
+            statuses.append(httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=30).status_code)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        try:
+            yield lambda: statuses[0]
+        finally:
+            thread.join()
+
+
+@contextmanager
+def served(engine: FakeEngine, *, max_queue: int, settings: ServerSettings) -> Iterator[Served]:
+    """Serve until the block ends."""
+    service = make_service(engine, max_queue=max_queue)
+    sock = bind(settings.host, settings.port)
+    ready: list[tuple[HttpServer, asyncio.AbstractEventLoop]] = []
+    started = threading.Event()
+
+    async def main() -> None:
+        ready.append((HttpServer(create_app(service, settings), sock), asyncio.get_running_loop()))
+        started.set()
+        await ready[0][0].serve()
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), name="http")
+    service.start()
+    thread.start()
+    assert started.wait(10)
+    http, loop = ready[0]
+    host, port = http.address
+    try:
+        with httpx.Client(base_url=f"http://{host}:{port}", timeout=20) as client:
+            yield Served(f"http://{host}:{port}", port, engine, service, client)
+    finally:
+        engine.gate.set()
+        service.stop()
+        loop.call_soon_threadsafe(http.shutdown)
+        thread.join(15)
+        assert not thread.is_alive()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Until something is so; fails when it does not become so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
