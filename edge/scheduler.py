@@ -230,6 +230,9 @@ class Scheduler:
             if position >= self._max_queue:
                 retry = max(1.0, self._eta_s(position) / 2)
                 raise OverloadedError(f"{position} requests are waiting", hint="try again later", retry_after_s=retry)
+            if self._idle():
+                # The engine's thread has not woken up yet: idleness must not count as a lack of progress.
+                self._progress_at = time.monotonic()
             self._waiting.append(sequence)
             sequence.consumer.queued(position, self._eta_s(position))
             self._changed.notify_all()
