@@ -94,6 +94,7 @@ class Checkpoint:
         config: the keys of config.json, untouched (a GGUF's metadata is translated to them).
         generation: sampling defaults and stop ids.
         tensors: every tensor that can be read, by its Hugging Face name.
+        origin: where it came from.
         notes: what the user should know about this checkpoint, one sentence each.
     """
 
@@ -114,7 +115,7 @@ class Checkpoint:
         self.notes = tuple(notes)
         self._stored = stored
         self._text = text
-        self._origin = origin
+        self.origin = origin
         self._files = tuple(files)
         self._weight_files = {each.file.path: each.file for each in stored.values()}
 
@@ -176,7 +177,7 @@ class Checkpoint:
             CheckpointError: a file cannot be read any more.
         """
         hashes = {path.name: sha256_file(path, progress=progress) for path in self._files}
-        origin = self._origin
+        origin = self.origin
         return Source(kind=origin.kind, location=origin.location, revision=origin.revision, sha256=hashes)
 
     @cached_property

@@ -27,7 +27,7 @@ from edge.bundle import GRAPH, KVLayout
 from edge.errors import ConfigError, ExportError
 from export.architectures import architecture_for
 from export.checkpoint import Checkpoint
-from export.pipeline import build_graph
+from export.pipeline import build_graph, disk_errors
 from export.progress import Progress, step
 from export.quantize.recipes import recipe_named
 
@@ -60,7 +60,7 @@ def verify_against(oracle: Oracle, checkpoint: Checkpoint, *, progress: Progress
     """
     _require(oracle)
     ids = np.random.default_rng(_SEED).integers(0, checkpoint.vocab_ids(), _PREFILL + _DECODE)
-    with tempfile.TemporaryDirectory(prefix="qwedge-oracle-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="qwedge-oracle-") as scratch, disk_errors():
         folder = Path(scratch) / "checkpoint"
         write_folder(checkpoint, folder)
         with step(progress, f"asking {oracle.value}", None), _quiet(oracle):

@@ -26,7 +26,9 @@ from edge.bundle import (
     GRAPH,
     SCHEMA_VERSION,
     TOKENIZER,
+    FileEntry,
     Manifest,
+    Source,
     hash_file,
     publish_bundle,
 )
@@ -85,10 +87,10 @@ def export_bundle(
 
     Args:
         checkpoint: the open source.
-        destination: the bundle's folder; must not exist, or be empty.
+        destination: the bundle's folder; must not exist, or be empty (as it stays if the export fails).
         recipe: number formats.
         progress: receives the phases.
-        name: the model name requests will use; None = made from the source and the recipe.
+        name: the model name requests will use; None = made from the source's.
         context: tokens of context; None = the checkpoint's, at most :data:`DEFAULT_CONTEXT`.
         licence: SPDX id or name, where known.
         oracle: what :func:`export.oracle.verify_against` measured, for the manifest.
@@ -96,11 +98,11 @@ def export_bundle(
     Raises:
         CheckpointError: the checkpoint is damaged or does not match its config.
         ConfigError: name, context or destination cannot be used.
-        ExportError: a verification failed.
+        ExportError: a verification failed, or the disk refused.
     """
     clock = _Clock()
-    model_name = _model_name(name, checkpoint)
-    with _staging(destination) as staging:
+    model_name = _model_name(name, checkpoint.origin.location)
+    with _staging(destination) as staging, disk_errors():
         with clock.phase("quantize"):
             graph = build_graph(checkpoint, staging, recipe, progress=progress, context=context)
         with clock.phase("verify"):
@@ -110,10 +112,17 @@ def export_bundle(
             measured = {"self_test": tested}
             if oracle is not None:
                 measured["oracle"] = oracle
-            manifest = _manifest(
-                graph, checkpoint, staging, recipe=recipe, name=model_name, licence=licence, measured=measured
+            source, files = _hash(checkpoint, staging, progress)
+            manifest = Manifest(
+                name=model_name,
+                recipe=recipe.describe(),
+                source=source,
+                files=files,
+                measured=measured,
+                licence=licence,
+                **_facts(graph, checkpoint),
             )
-            publish_bundle(staging, destination, manifest)
+            _publish(staging, destination.resolve(), manifest)
     return Report(destination, manifest, clock.seconds, checkpoint.notes)
 
 
@@ -125,21 +134,19 @@ def build_graph(
     Raises:
         CheckpointError: tensors are missing, left over, misshapen or unreadable; the config is unsupported.
         ConfigError: ``context`` is out of range.
+        OSError: the disk refused; see :func:`disk_errors`.
     """
     architecture = architecture_for(checkpoint.config)
     architecture.check({name: info.shape for name, info in checkpoint.tensors.items()})
     length = _context(context, architecture)
-    try:
-        with (
-            step(progress, f"{recipe.name} weights", architecture.parameter_count()) as advance,
-            DataFile(folder) as file,
-        ):
-            weights = Weights(checkpoint, recipe, file, advance)
-            builder = GraphBuilder(weights)
-            bytes_per_token = architecture.build(builder, length)
-            model = builder.model(architecture.model_type)
-    except OSError as error:
-        raise ExportError(f"cannot write the weights: {error.strerror}", hint="is there enough disk space?") from None
+    with (
+        step(progress, f"{recipe.name} weights", architecture.parameter_count()) as advance,
+        DataFile(folder) as file,
+    ):
+        weights = Weights(checkpoint, recipe, file, advance)
+        builder = GraphBuilder(weights)
+        bytes_per_token = architecture.build(builder, length)
+        model = builder.model(architecture.model_type)
     assert weights.parameter_count == architecture.parameter_count()
     ir.save(model, folder / GRAPH)
     return Graph(model, architecture, length, weights.parameter_count, bytes_per_token)
@@ -165,34 +172,35 @@ def _write_text(checkpoint: Checkpoint, staging: Path) -> None:
     (staging / GENERATION).write_text(generation + "\n", encoding="utf-8")
 
 
-def _manifest(
-    graph: Graph,
-    checkpoint: Checkpoint,
-    staging: Path,
-    *,
-    recipe: Recipe,
-    name: str,
-    licence: str | None,
-    measured: dict[str, Any],
-) -> Manifest:
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        name=name,
-        version="1",
-        model_type=graph.architecture.model_type,
-        parameter_count=graph.parameter_count,
-        recipe=recipe.describe(),
-        context_length=graph.context_length,
-        vocab_size=checkpoint.vocab_ids(),
-        padded_vocab_size=graph.architecture.padded_vocab_size,
-        kv=graph.architecture.kv_layout(),
-        weight_bytes_per_token=graph.weight_bytes_per_token,
-        source=checkpoint.source,
-        files=sorted((hash_file(path) for path in staging.iterdir()), key=lambda entry: entry.path),
-        min_runtime_version=MIN_RUNTIME_VERSION,
-        measured=measured,
-        licence=licence,
-    )
+def _facts(graph: Graph, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the manifest says of the graph and its format."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "version": "1",
+        "min_runtime_version": MIN_RUNTIME_VERSION,
+        "model_type": graph.architecture.model_type,
+        "parameter_count": graph.parameter_count,
+        "context_length": graph.context_length,
+        "vocab_size": checkpoint.vocab_ids(),
+        "padded_vocab_size": graph.architecture.padded_vocab_size,
+        "kv": graph.architecture.kv_layout(),
+        "weight_bytes_per_token": graph.weight_bytes_per_token,
+    }
+
+
+def _hash(checkpoint: Checkpoint, staging: Path, progress: Progress) -> tuple[Source, list[FileEntry]]:
+    """Where the weights came from, and the bundle's files, all with their SHA-256."""
+    paths = sorted(staging.iterdir())
+    total = checkpoint.num_file_bytes + sum(path.stat().st_size for path in paths)
+    with step(progress, "hashing", total) as advance:
+        return checkpoint.hash_files(advance), [hash_file(path, progress=advance) for path in paths]
+
+
+def _publish(staging: Path, destination: Path, manifest: Manifest) -> None:
+    if destination.exists():
+        # It was empty at the start; if it is not any more, this refuses.
+        destination.rmdir()
+    publish_bundle(staging, destination, manifest)
 
 
 def _context(wanted: int | None, architecture: Decoder) -> int:
@@ -204,9 +212,9 @@ def _context(wanted: int | None, architecture: Decoder) -> int:
     return wanted
 
 
-def _model_name(given: str | None, checkpoint: Checkpoint) -> str:
+def _model_name(given: str | None, location: str) -> str:
     if given is None:
-        stem = checkpoint.source.location.rpartition("/")[2].removesuffix(".gguf")
+        stem = location.rpartition("/")[2].removesuffix(".gguf")
         given = _NAME.sub("-", stem.lower()).strip("-._")[:80] or "model"
     if _NAME.search(given) or not given[:1].isalnum() or len(given) > 96:
         hint = "use lower-case letters, digits, dots and dashes"
@@ -217,22 +225,31 @@ def _model_name(given: str | None, checkpoint: Checkpoint) -> str:
 @contextmanager
 def _staging(destination: Path) -> Iterator[Path]:
     """A hidden folder beside ``destination`` that is gone afterwards, whatever happens."""
-    if destination.is_dir() and not any(destination.iterdir()):
-        destination.rmdir()
-    if destination.exists():
-        hint = "choose another folder, or remove it first"
-        raise ConfigError(f"{destination} exists already", hint=hint, param="output")
+    place = destination.resolve()
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
+        if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+            hint = "choose another folder, or remove it first"
+            raise ConfigError(f"{destination} exists already", hint=hint, param="output")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
     except OSError as error:
         hint = "choose a folder you may write to"
-        raise ConfigError(f"cannot write to {destination.parent}: {error.strerror}", hint=hint) from None
+        raise ConfigError(f"cannot write to {place.parent}: {error.strerror}", hint=hint, param="output") from None
     staging.chmod(0o755)
     try:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Translate a full disk into an error with a hint, wherever it shows."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ExportError(f"cannot write the model: {reason}", hint="is there enough disk space?") from None
 
 
 class _Clock:

@@ -106,9 +106,7 @@ class Weights:
 
     def vector(self, name: str, sources: Sequence[str]) -> ir.Value:
         """One float32 vector out of one or more 1-D tensors, end to end."""
-        parts = [self._checkpoint.rows(source) for source in sources]
-        self._count(sum(part.size for part in parts))
-        return self.file.add(name, np.concatenate(parts))
+        return self.file.add(name, np.concatenate([self._read(source, 0, None) for source in sources]))
 
     def matrix(self, name: str, sources: Sequence[str], form: Format) -> Matrix:
         """One matrix out of one or more 2-D tensors of the same width, stacked by rows."""
@@ -150,18 +148,19 @@ class Weights:
         return Matrix(rows, columns, form, parts, num_bytes)
 
     def _chunks(self, sources: Sequence[str]) -> Iterator[NDArray[np.float32]]:
-        """Row chunks of the stacked sources, checked for numbers that would poison a whole block."""
+        """Row chunks of the stacked sources."""
         for source in sources:
             rows, columns = self._checkpoint.tensors[source].shape
             step = max(1, CHUNK_ELEMENTS // columns)
             for start in range(0, rows, step):
-                chunk = self._checkpoint.rows(source, start, min(start + step, rows))
-                if not np.isfinite(chunk).all():
-                    hint = "the checkpoint is damaged: download it again"
-                    raise ExportError(f"{source} holds NaN or infinity near row {start}", hint=hint)
-                self._count(chunk.size)
-                yield chunk
+                yield self._read(source, start, min(start + step, rows))
 
-    def _count(self, parameters: int) -> None:
-        self.parameter_count += parameters
-        self._progress(parameters)
+    def _read(self, source: str, start: int, stop: int | None) -> NDArray[np.float32]:
+        """Some rows, checked for numbers that would poison a whole block."""
+        rows = self._checkpoint.rows(source, start, stop)
+        if not np.isfinite(rows).all():
+            hint = "the checkpoint is damaged: download it again"
+            raise ExportError(f"{source} holds NaN or infinity at row {start} or after", hint=hint)
+        self.parameter_count += rows.size
+        self._progress(rows.size)
+        return rows

@@ -19,6 +19,8 @@ from export.weights import Matrix
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor names and shapes, as the checkpoint stores them."""
+_MOST_LAYERS = 1024
+"""Ten times the deepest model: a damaged config must not list tensors without end."""
 
 
 class Decoder(ABC):
@@ -37,7 +39,7 @@ class Decoder(ABC):
         self.head_dim = positive_int(config, "head_dim", self.hidden_size // self.num_heads)
         self.padded_vocab_size = positive_int(config, "vocab_size")
         self.max_positions = positive_int(config, "max_position_embeddings")
-        self.rms_norm_eps = float(config.get("rms_norm_eps", 1e-6))
+        self.rms_norm_eps = positive_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6))
         self.rope_theta = rope_theta(config)
         self.tied = bool(config.get("tie_word_embeddings", False))
         self.model_type = str(config["model_type"])
@@ -155,14 +157,20 @@ class Decoder(ABC):
         hint = "export a model of the supported families: qwedge export --list"
         if config.get("use_sliding_window"):
             raise CheckpointError("sliding-window attention is not supported", hint=hint)
-        scaling = config.get("rope_scaling") or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            raise CheckpointError(f"rope scaling of type {kind!r} is not supported", hint=hint)
+        for key in ("rope_scaling", "rope_parameters"):
+            scaling = _object(config, key)
+            kind = scaling.get("rope_type", scaling.get("type", "default"))
+            if kind != "default":
+                raise CheckpointError(f"rope scaling of type {kind!r} is not supported", hint=hint)
         if config.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"the activation {config['hidden_act']!r} is not supported", hint=hint)
         if self.num_heads % self.num_kv_heads or self.head_dim % 8:
             raise CheckpointError("the head counts or the head dimension do not fit together", hint="check config.json")
+        if self.hidden_size % 32:
+            # GatherBlockQuantized has no room for padding in its rows.
+            raise CheckpointError(f"hidden_size {self.hidden_size} is no multiple of 32", hint="check config.json")
+        if self.num_layers > _MOST_LAYERS:
+            raise CheckpointError(f"a model of {self.num_layers} layers is not supported", hint="check config.json")
 
 
 def layer_prefix(layer: int) -> str:
@@ -185,11 +193,26 @@ def positive_int(config: Mapping[str, Any], key: str, default: int | None = None
 
 def rope_theta(config: Mapping[str, Any]) -> float:
     """The rotary base: ``rope_theta``, or ``rope_parameters.rope_theta`` as transformers 5 writes it."""
-    parameters = config.get("rope_parameters") or {}
-    theta = config.get("rope_theta", parameters.get("rope_theta", 10000.0))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-        raise CheckpointError(f"config.json: rope_theta is {theta!r}, not a positive number", hint="check config.json")
-    return float(theta)
+    nested = _object(config, "rope_parameters").get("rope_theta", 10000.0)
+    return positive_number("rope_theta", config.get("rope_theta", nested))
+
+
+def positive_number(key: str, value: Any) -> float:
+    """A positive finite number of the config.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise CheckpointError(f"config.json: {key} is {value!r}, not a positive number", hint="check config.json")
+    return float(value)
+
+
+def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"config.json: {key} is {value!r}, not an object", hint="check config.json")
+    return value
 
 
 def _some(names: list[str], most: int = 4) -> str:

@@ -35,7 +35,10 @@ def quantize_rows(weights: NDArray[np.float32], form: Blockwise) -> QuantizedRow
     low = np.minimum(grouped.min(axis=2), 0.0)
     high = np.maximum(grouped.max(axis=2), 0.0)
     top = float(2**form.bits - 1)
-    scales = ((high - low) / top).astype(np.float32)
+    # Divided before they are subtracted: the range of two large floats is none.
+    scales = high / top - low / top
+    # A range of denormals has no inverse: such a block is zero.
+    scales[scales < np.finfo(np.float32).tiny] = 0.0
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0)
     zero_points = np.rint(-low * inverse)
     codes = grouped * inverse[:, :, None]
