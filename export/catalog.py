@@ -51,7 +51,7 @@ class CatalogEntry(_Model):
     revision: str | None = None
     """Commit of the repository, where pinned."""
     size: int | None = None
-    """Bytes of ``file``, where pinned."""
+    """Bytes of the weights, where known."""
     sha256: Sha256 | None = None
     """SHA-256 of ``file``, where pinned."""
     parameters: int
@@ -65,7 +65,7 @@ class CatalogEntry(_Model):
 
     @property
     def download_bytes(self) -> int:
-        """Bytes to download; for safetensors an estimate, two for each parameter."""
+        """Bytes to download; where unknown an estimate, two for each parameter."""
         return self.size if self.size is not None else 2 * self.parameters
 
 

@@ -151,6 +151,12 @@ def sha256_file(path: Path, *, progress: Callable[[int], None] | None = None) ->
     return digest.hexdigest()
 
 
+def shown(value: object) -> str:
+    """A value from a file as it may stand in a message: its repr on one line, cut after 100 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """The error for a file that the system refuses to read or write."""
     return CheckpointError(f"{path}: {error.strerror or error}", hint="check that the file exists and its permissions")
@@ -160,5 +166,5 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+        raise ValueError(f"the key {shown(next(name for name in names if names.count(name) > 1))} stands twice")
     return result

@@ -7,6 +7,7 @@ from typing import Any
 
 from edge.errors import CheckpointError
 from export.checkpoint import GenerationDefaults
+from export.files import shown
 
 END_OF_TURN = "<|im_end|>"
 """Ends a turn of every Qwen chat model, whatever its config calls eos."""
@@ -45,7 +46,7 @@ def _ids(key: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:
     value: Any = next((source[key] for source in sources if source.get(key) is not None), [])
     ids = value if isinstance(value, list) else [value]
     if not all(_is_integer(each) and each >= 0 for each in ids):
-        raise CheckpointError(f"{key} is {value!r}, not a token id or a list of them", hint=_HINT)
+        raise CheckpointError(f"{key} is {shown(value)}, not a token id or a list of them", hint=_HINT)
     return tuple(ids)
 
 
@@ -57,7 +58,7 @@ def _integer(source: Mapping[str, Any], key: str) -> int | None:
     value = source.get(key)
     if value is None or (_is_integer(value) and value >= 0):
         return value
-    raise CheckpointError(f"{key} is {value!r}, not a whole number from 0", hint=_HINT)
+    raise CheckpointError(f"{key} is {shown(value)}, not a whole number from 0", hint=_HINT)
 
 
 def _number(source: Mapping[str, Any], key: str, *, low: float, high: float = 1e6) -> float | None:
@@ -66,7 +67,7 @@ def _number(source: Mapping[str, Any], key: str, *, low: float, high: float = 1e
         return None
     if isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high:
         return float(value)
-    raise CheckpointError(f"{key} is {value!r}, not a number from {low:g} to {high:g}", hint=_HINT)
+    raise CheckpointError(f"{key} is {shown(value)}, not a number from {low:g} to {high:g}", hint=_HINT)
 
 
 def _is_integer(value: Any) -> bool:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edge.errors import CheckpointError
 from export.catalog import FAMILY_SAMPLING, catalog, find_by_title
 from export.checkpoint import Checkpoint, GenerationDefaults, Origin, StoredTensor, TensorInfo, Text
-from export.files import DAMAGED, WeightFile
+from export.files import DAMAGED, WeightFile, shown
 from export.generation import END_OF_TURN, generation_defaults
 from export.gguf_header import GGUFHeader, GGUFTensor, read_header
 from export.gguf_tokenizer import GGUFTokenizer, rebuild_tokenizer, repair_template
@@ -90,7 +90,7 @@ def open_gguf(path: Path, origin: Origin) -> Checkpoint:
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         hint = f"supported architectures: {', '.join(ARCHITECTURES)}"
-        raise CheckpointError(f"{path.name} has the architecture {name!r}, which is not supported", hint=hint)
+        raise CheckpointError(f"{path.name} has the architecture {shown(name)}, which is not supported", hint=hint)
     tokenizer = rebuild_tokenizer(metadata, path.name)
     template, notes = _template(metadata, path.name)
     file = WeightFile.open(path)
@@ -119,7 +119,7 @@ def _tensors(
     for tensor in header.tensors.values():
         name = _hf_name(tensor.name, architecture)
         if name in stored:
-            raise CheckpointError(f"{file.path.name} has tensor {name!r} twice", hint=DAMAGED)
+            raise CheckpointError(f"{file.path.name} has tensor {shown(name)} twice", hint=DAMAGED)
         stored[name] = _stored(tensor, file)
     if EMBEDDING not in stored:
         raise CheckpointError(f"{file.path.name} has no token_embd.weight", hint="this is no complete language model")
@@ -150,7 +150,7 @@ def _stored(tensor: GGUFTensor, file: WeightFile) -> StoredTensor:
         block_size, row_bytes = GGML_QUANT_SIZES[kind]
         if block_size != 1:
             hint = "llama.cpp stores vectors as F32 or F16"
-            raise CheckpointError(f"{file.path.name}: vector {tensor.name!r} has type {kind.name}", hint=hint)
+            raise CheckpointError(f"{file.path.name}: vector {shown(tensor.name)} has type {kind.name}", hint=hint)
     return StoredTensor(TensorInfo(shape, kind.name), file, tensor.offset, row_bytes, _decoder(tensor, file.path))
 
 
@@ -167,7 +167,7 @@ def _decoder(tensor: GGUFTensor, path: Path) -> Callable[[NDArray[np.uint8]], ND
         decode(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8))
     except NotImplementedError:
         hint = "use a quantization such as Q4_K_M or Q8_0, or the Hugging Face folder"
-        raise CheckpointError(f"{path.name}: no reader for {kind.name} ({tensor.name!r})", hint=hint) from None
+        raise CheckpointError(f"{path.name}: no reader for {kind.name} ({shown(tensor.name)})", hint=hint) from None
     return decode
 
 
@@ -218,7 +218,7 @@ def _rope_scaling(metadata: Mapping[str, Any], name: str, file: str) -> dict[str
 def _number(metadata: Mapping[str, Any], key: str, kind: type[int | float], file: str) -> Any:
     value = metadata.get(key)
     if type(value) is not kind or not 0 < value < 1 << 48:
-        raise CheckpointError(f"{file} has {key} = {value!r}", hint="use a GGUF made by a current llama.cpp")
+        raise CheckpointError(f"{file} has {key} = {shown(value)}", hint="use a GGUF made by a current llama.cpp")
     # Metadata is float32: its shortest spelling is what the config said (1e-06, not 9.99999997e-07).
     return value if kind is int else float(str(np.float32(value)))
 

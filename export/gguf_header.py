@@ -19,7 +19,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from edge.errors import CheckpointError
-from export.files import DAMAGED, unreadable
+from export.files import DAMAGED, shown, unreadable
 
 MAGIC = b"GGUF"
 MAX_HEADER_BYTES = 128 << 20
@@ -112,7 +112,7 @@ class _HeaderReader:
         for _ in range(num_pairs):
             key = self.string()
             if key in pairs:
-                raise self.error(f"has the metadata key {key!r} twice")
+                raise self.error(f"has the metadata key {shown(key)} twice")
             pairs[key] = self.value(self.scalar("I"), key)
         return pairs
 
@@ -122,9 +122,9 @@ class _HeaderReader:
         tensors: dict[str, GGUFTensor] = {}
         for name, shape, kind, relative in entries:
             if name in tensors:
-                raise self.error(f"has tensor {name!r} twice")
+                raise self.error(f"has tensor {shown(name)} twice")
             if relative % alignment:
-                raise self.error(f"puts tensor {name!r} at byte {relative}, which is not aligned to {alignment}")
+                raise self.error(f"puts tensor {shown(name)} at byte {relative}, which is not aligned to {alignment}")
             block_size, block_bytes = GGML_QUANT_SIZES[kind]
             row_bytes = shape[-1] // block_size * block_bytes
             tensors[name] = GGUFTensor(name, shape, kind, data_start + relative, row_bytes)
@@ -136,30 +136,30 @@ class _HeaderReader:
         name = self.string()
         num_dims = self.scalar("I")
         if not 1 <= num_dims <= _MAX_DIMS:
-            raise self.error(f"gives tensor {name!r} {num_dims} dimensions")
+            raise self.error(f"gives tensor {shown(name)} {num_dims} dimensions")
         shape = tuple(self.scalar("Q") for _ in range(num_dims))[::-1]
         code, offset = self.scalar("I"), self.scalar("Q")
         if code not in GGML_QUANT_SIZES:
             hint = "use a quantization that this version of the gguf package knows, such as Q4_K_M or Q8_0"
-            raise self.error(f"stores tensor {name!r} as the unknown type {code}", hint=hint)
+            raise self.error(f"stores tensor {shown(name)} as the unknown type {code}", hint=hint)
         kind = GGMLQuantizationType(code)
         if not all(0 < dim < 1 << 48 for dim in shape) or shape[-1] % GGML_QUANT_SIZES[kind][0]:
-            raise self.error(f"gives tensor {name!r} the shape {list(shape)}, impossible for {kind.name}")
+            raise self.error(f"gives tensor {shown(name)} the shape {shown(list(shape))}, impossible for {kind.name}")
         return name, shape, kind, offset
 
     def check_places(self, tensors: Mapping[str, GGUFTensor]) -> None:
         previous_end = 0
         for tensor in sorted(tensors.values(), key=lambda each: each.offset):
             if tensor.offset < previous_end:
-                raise self.error(f"puts tensor {tensor.name!r} over the one before")
+                raise self.error(f"puts tensor {shown(tensor.name)} over the one before")
             if tensor.end > self.size:
-                raise self.error(f"is truncated: tensor {tensor.name!r} ends at byte {tensor.end} of {self.size}")
+                raise self.error(f"is truncated: tensor {shown(tensor.name)} ends at byte {tensor.end} of {self.size}")
             previous_end = tensor.end
 
     def alignment(self, metadata: Mapping[str, Any]) -> int:
         value = metadata.get("general.alignment", 32)
         if not isinstance(value, int) or not 1 <= value <= 1 << 20 or value & (value - 1):
-            raise self.error(f"has the alignment {value!r}, not a power of two")
+            raise self.error(f"has the alignment {shown(value)}, not a power of two")
         return value
 
     def value(self, kind: int, key: str) -> Any:
@@ -169,17 +169,17 @@ class _HeaderReader:
         if kind == _ARRAY:
             return self.array(key)
         if kind not in _SCALARS:
-            raise self.error(f"has the unknown value type {kind} at {key!r}")
+            raise self.error(f"has the unknown value type {kind} at {shown(key)}")
         return self.scalar(_SCALARS[kind])
 
     def array(self, key: str) -> Any:
         kind, length = self.scalar("I"), self.scalar("Q")
         if length > MAX_ARRAY:
-            raise self.error(f"claims {length} elements at {key!r}")
+            raise self.error(f"claims {length} elements at {shown(key)}")
         if kind == _STRING:
             return [self.string() for _ in range(length)]
         if kind not in _SCALARS:
-            raise self.error(f"has an array of the unsupported type {kind} at {key!r}")
+            raise self.error(f"has an array of the unsupported type {kind} at {shown(key)}")
         dtype = np.dtype(_SCALARS[kind]).newbyteorder("<")
         return np.frombuffer(self.read(length * dtype.itemsize), dtype)
 

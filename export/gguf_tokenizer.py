@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edge.errors import CheckpointError
-from export.files import DAMAGED
+from export.files import DAMAGED, shown
 from export.tokenizer_json import QWEN2_SPLIT, AddedToken, build_tokenizer
 
 SPLITS: Mapping[str, str] = {"qwen2": QWEN2_SPLIT}
@@ -65,7 +65,7 @@ def rebuild_tokenizer(metadata: Mapping[str, Any], name: str) -> GGUFTokenizer:
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model != "gpt2" or not isinstance(pre, str) or pre not in SPLITS:
         hint = f"supported: gpt2 with {', '.join(SPLITS)}; export from the Hugging Face folder instead"
-        raise CheckpointError(f"{name} has a tokenizer of kind {model!r}, {pre!r}", hint=hint)
+        raise CheckpointError(f"{name} has a tokenizer of kind {shown(model)}, {shown(pre)}", hint=hint)
     tokens, types = _strings(metadata, "tokenizer.ggml.tokens", name), metadata.get("tokenizer.ggml.token_type")
     kinds = types.tolist() if isinstance(types, np.ndarray) else []
     if len(kinds) != len(tokens):
@@ -109,6 +109,6 @@ def _merges(metadata: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
     for merge in _strings(metadata, "tokenizer.ggml.merges", name):
         left, space, right = merge.partition(" ")
         if not (left and space and right) or " " in right:
-            raise CheckpointError(f"{name} holds the merge {merge!r}, which is no pair", hint=DAMAGED)
+            raise CheckpointError(f"{name} holds the merge {shown(merge)}, which is no pair", hint=DAMAGED)
         pairs.append((left, right))
     return pairs

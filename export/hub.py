@@ -52,8 +52,10 @@ class Hub:
             return False
         answered = threading.Event()
         # A thread, because resolving a name has no timeout of its own.
-        threading.Thread(target=self._probe, args=(answered,), daemon=True).start()
-        return answered.wait(PROBE_TIMEOUT_S)
+        probe = threading.Thread(target=self._probe, args=(answered,), daemon=True)
+        probe.start()
+        probe.join(PROBE_TIMEOUT_S)
+        return answered.is_set()
 
     def _probe(self, answered: threading.Event) -> None:
         request = urllib.request.Request(self.endpoint, method="HEAD")  # noqa: S310 - the user's own endpoint
@@ -96,7 +98,8 @@ class Hub:
         if not any(name.endswith((".safetensors", ".gguf")) for name in wanted):
             raise CheckpointError(f"{repo} holds no weights to export", hint=_no_weights_hint(files))
         with step(progress, f"downloading {repo}", sum(wanted.values())) as advance, _translated_errors(repo):
-            snapshot = self._snapshot(repo, patterns, info.sha, tqdm_class=_bar(advance))
+            # By its name, not by the commit just seen: this is what makes the cache know the name later.
+            snapshot = self._snapshot(repo, patterns, revision, tqdm_class=_bar(advance))
         self._check_hashes(snapshot, progress)
         return snapshot
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from edge.errors import CheckpointError
 from export.checkpoint import Checkpoint, Origin, StoredTensor, Text
-from export.files import DAMAGED, read_bytes, read_json, read_text
+from export.files import DAMAGED, read_bytes, read_json, read_text, shown
 from export.generation import END_OF_TURN, generation_defaults
 from export.safetensors_header import open_shard
 from export.tokenizer_json import AddedToken, build_tokenizer, inspect_tokenizer
@@ -74,7 +74,7 @@ def _weights(folder: Path, stack: ExitStack) -> tuple[dict[str, StoredTensor], l
         file, tensors = open_shard(shard)
         stack.callback(file.close)
         if twice := stored.keys() & tensors.keys():
-            raise CheckpointError(f"{shard.name}: tensor {min(twice)!r} stands in another shard too", hint=DAMAGED)
+            raise CheckpointError(f"{shard.name}: tensor {shown(min(twice))} stands in another shard too", hint=DAMAGED)
         stored |= tensors
     if index is not None:
         _check_index(index, stored)
@@ -88,17 +88,17 @@ def _index(path: Path) -> dict[str, str]:
     for tensor, shard in weight_map.items():
         # A plain name: an index must not reach outside its folder.
         if not isinstance(shard, str) or "/" in shard or "\0" in shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{path.name} puts tensor {tensor!r} into {shard!r}", hint=DAMAGED)
+            raise CheckpointError(f"{path.name} puts tensor {shown(tensor)} into {shown(shard)}", hint=DAMAGED)
     return weight_map
 
 
 def _check_index(index: Mapping[str, str], stored: Mapping[str, StoredTensor]) -> None:
     for name, shard in index.items():
         if name not in stored or stored[name].file.path.name != shard:
-            raise CheckpointError(f"{shard} lacks tensor {name!r}, which {INDEX} puts there", hint=DAMAGED)
+            raise CheckpointError(f"{shard} lacks tensor {shown(name)}, which {INDEX} puts there", hint=DAMAGED)
     if extra := stored.keys() - index.keys():
         name = min(extra)
-        raise CheckpointError(f"{stored[name].file.path.name}: tensor {name!r} is not in {INDEX}", hint=DAMAGED)
+        raise CheckpointError(f"{stored[name].file.path.name}: tensor {shown(name)} is not in {INDEX}", hint=DAMAGED)
 
 
 def _drop_tied_head(config: Mapping[str, Any], stored: dict[str, StoredTensor]) -> list[str]:
@@ -118,7 +118,7 @@ def _tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -> bytes:
     lines = read_text(folder / "merges.txt").splitlines()
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     if bad := next((pair for pair in merges if len(pair) != 2), None):
-        raise CheckpointError(f"{folder / 'merges.txt'} holds {' '.join(bad)!r}, not a pair", hint=DAMAGED)
+        raise CheckpointError(f"{folder / 'merges.txt'} holds {shown(' '.join(bad))}, not a pair", hint=DAMAGED)
     pairs = [(pair[0], pair[1]) for pair in merges]
     return build_tokenizer(read_json(folder / "vocab.json"), pairs, _added_tokens(tokenizer_config))
 

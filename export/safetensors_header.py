@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edge.errors import CheckpointError
 from export.checkpoint import StoredTensor, TensorInfo
-from export.files import DAMAGED, WeightFile, parse_object
+from export.files import DAMAGED, WeightFile, parse_object, shown
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -56,7 +56,7 @@ def read_tensors(file: WeightFile) -> dict[str, StoredTensor]:
     header, data_start = _header(file)
     tensors, ends = {}, {}
     for name, entry in header.items():
-        where = f"{file.path.name}: tensor {name!r}"
+        where = f"{file.path.name}: tensor {shown(name)}"
         info, begin, end = _entry(entry, where)
         ends[begin, end] = name
         itemsize, decode = _DTYPES[info.dtype]
@@ -87,15 +87,15 @@ def _entry(entry: Any, where: str) -> tuple[TensorInfo, int, int]:
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         hint = "use the original BF16, F16 or F32 checkpoint, or a GGUF"
-        raise CheckpointError(f"{where} has dtype {dtype!r}, which is not supported", hint=hint)
+        raise CheckpointError(f"{where} has dtype {shown(dtype)}, which is not supported", hint=hint)
     if not _is_naturals(shape) or not 1 <= len(shape) <= _MAX_DIMS or 0 in shape:
-        raise CheckpointError(f"{where} has shape {shape!r}", hint=DAMAGED)
+        raise CheckpointError(f"{where} has shape {shown(shape)}", hint=DAMAGED)
     if not _is_naturals(span) or len(span) != 2:
-        raise CheckpointError(f"{where} has data_offsets {span!r}", hint=DAMAGED)
+        raise CheckpointError(f"{where} has data_offsets {shown(span)}", hint=DAMAGED)
     begin, end = span
     needed = math.prod(shape) * _DTYPES[dtype][0]
     if end - begin != needed:
-        message = f"{where}: {dtype} {shape} needs {needed} bytes, its offsets span {end - begin}"
+        message = f"{where}: {dtype} {shown(shape)} needs {needed} bytes, its offsets span {end - begin}"
         raise CheckpointError(message, hint=DAMAGED)
     return TensorInfo(tuple(shape), dtype), begin, end
 
@@ -111,9 +111,9 @@ def _check_tiling(spans: Mapping[tuple[int, int], str], file: WeightFile, data_s
     for (begin, end), name in sorted(spans.items()):
         if begin != position:
             what = "overlaps the one before" if begin < position else f"leaves a hole of {begin - position} bytes"
-            raise CheckpointError(f"{file.path.name}: tensor {name!r} {what}", hint=DAMAGED)
+            raise CheckpointError(f"{file.path.name}: tensor {shown(name)} {what}", hint=DAMAGED)
         if end > file.size - data_start:
-            message = f"{file.path.name}: tensor {name!r} ends at byte {data_start + end} of a file of {file.size}"
+            message = f"{file.path.name}: tensor {shown(name)} ends at byte {data_start + end} of a file of {file.size}"
             raise CheckpointError(message, hint=DAMAGED)
         position = end
     if position != file.size - data_start:

@@ -70,7 +70,7 @@ def resolve(
     hub = Hub(cache / "hub", endpoint) if endpoint else Hub(cache / "hub")
     if entry := catalog().get(source.lower()):
         return resolve_entry(entry, cache=cache, offline=offline, progress=progress, hub=hub)
-    if (path := Path(source).expanduser()).exists():
+    if source and (path := Path(source).expanduser()).exists():
         kind = "folder" if path.is_dir() else "gguf"
         return Resolved(path, Origin(kind, path.resolve().name))
     if _HUB_ID.fullmatch(source):

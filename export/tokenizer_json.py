@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from edge.errors import CheckpointError
-from export.files import DAMAGED, parse_object
+from export.files import DAMAGED, parse_object, shown
 
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -82,8 +82,10 @@ def inspect_tokenizer(content: bytes, name: str) -> TokenizerFacts:
     document = parse_object(content, name)
     try:
         Tokenizer.from_buffer(content)
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception and ValueError alike
-        raise CheckpointError(f"{name} is no usable tokenizer: {error}", hint=DAMAGED) from None
+    except BaseException as error:  # the library raises bare Exception, and a panic in its Rust is not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{name} is no usable tokenizer: {shown(str(error))}", hint=DAMAGED) from None
     vocab = document["model"].get("vocab")
     if not isinstance(vocab, dict) or not vocab:
         raise CheckpointError(f"{name} has no vocabulary of ids", hint="only BPE tokenizers (Qwen) are supported")

@@ -167,6 +167,11 @@ def test_no_stop_id_at_all(folder: Path) -> None:
     assert "eos_token_id" in fails(folder)
 
 
+def test_a_message_stays_one_short_line_whatever_the_file_says(folder: Path) -> None:
+    change(folder / "generation_config.json", eos_token_id="x\n" * 100_000)
+    assert len(fails(folder)) < 300
+
+
 def with_header(path: Path, header: dict[str, Any] | bytes, data: bytes, *, length: int | None = None) -> None:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
@@ -262,3 +267,11 @@ class TestShards:
     def test_an_index_without_a_map(self, folder: Path, weight_map: Any) -> None:
         self.write_index(folder, weight_map)
         assert "no weight_map" in fails(folder)
+
+
+def test_a_tokenizer_whose_library_panics(folder: Path) -> None:
+    # The library cuts the prefix off the right half of a merge without looking whether it is there.
+    document = json.loads(tiny.tokenizer_json())
+    document["model"]["continuing_subword_prefix"] = "####"
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    assert "no usable tokenizer" in fails(folder)
