@@ -37,6 +37,7 @@ $(STAMP): .locks/dev.txt pyproject.toml scripts/make-venv.sh
 	@touch $@
 
 model: $(BUNDLE)/manifest.json ## the demo model, exported to a bundle in models/
+	@:
 
 # The export publishes a bundle at once and whole, so a manifest means that it is there.
 $(BUNDLE)/manifest.json: | $(STAMP)
@@ -85,7 +86,7 @@ lock: ## resolve pyproject.toml into .locks/
 	@$(LOCK) --excludes .locks/device-excludes.txt -o .locks/runtime.txt
 	@$(LOCK) --constraints .locks/runtime.txt --extra export -o .locks/export.txt
 	@$(LOCK) --constraints .locks/export.txt --extra export --extra dev -o .locks/dev.txt
-	@$(LOCK) --extra export --extra optimum --excludes .locks/oracle-excludes.txt --no-emit-package torch -o .locks/oracle.txt
+	@$(LOCK) --extra export --extra optimum --group oracle --excludes .locks/oracle-excludes.txt --no-emit-package torch -o .locks/oracle.txt
 	@if grep -nE '^ *--(index-url|extra-index-url|find-links)|https?://' .locks/*.txt; then echo "lock: an index got into .locks/" >&2; exit 1; fi
 	@for name in runtime export dev oracle; do echo "lock: $$name has $$(grep -c '^[a-z].*==' .locks/$$name.txt) packages"; done
 

@@ -31,9 +31,10 @@ fi
 
 echo "setup: installing the Debian package $package"
 log=$(mktemp)
-if ! { "${as_root[@]}" apt-get -q update &&
-    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends "$package"; } \
-    >"$log" 2>&1 </dev/null; then
+# An update can fail for one of many sources; whether the package is to be had, the installation itself tells.
+"${as_root[@]}" apt-get -q update >"$log" 2>&1 </dev/null || true
+if ! "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends "$package" \
+    >>"$log" 2>&1 </dev/null; then
     echo "setup: $package could not be installed, needed for $purpose: $(grep -m1 '^E:' "$log" || echo "see $log")" >&2
     exit 1
 fi
