@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 BATCH_S: Final = 0.05
 """Shortest time between two token batches of one answer."""
+POSITION_INTERVAL_S: Final = 1.0
+"""Shortest time between two positions of one waiting request."""
 
 
 class Answers:
@@ -149,21 +151,25 @@ class Answers:
                 self._end(job, self._reason(job, event.error))
 
     def _queued(self, job: Job, event: QueuedEvent) -> None:
-        if not job.announced:
-            job.announced = True
+        now = time.monotonic()
+        if job.queued_at is None:
             self._progress(job.reply, Accepted(id=job.request.id, device=self._device))
+        elif now - job.queued_at < POSITION_INTERVAL_S:
+            return  # every start moves all that wait: a long queue would fill the link with positions
+        job.queued_at = now
         evt = Queued(id=job.request.id, position=event.position, eta_ms=round(event.eta_s * 1000))
         self._progress(job.reply, evt)
 
-    def _collect(self, job: Job, event: Event) -> None:
+    def _collect(self, job: Job, event: Delta | Finished) -> None:
         """Add an event to the answer, and its text to the next batch."""
         assert job.answer is not None
-        for delta in _deltas(job.answer.chunks(event)):
-            if text := delta.get("content") or delta.get("text"):
-                job.text.append(text)
-            if reasoning := delta.get("reasoning_content"):
-                job.reasoning.append(reasoning)
-        if job.stream and (job.text or job.reasoning):
+        chunks = job.answer.chunks(event)
+        if not job.stream:
+            return
+        for delta in _deltas(chunks):
+            job.text.append(delta.get("content") or delta.get("text") or "")
+            job.reasoning.append(delta.get("reasoning_content") or "")
+        if any(job.text) or any(job.reasoning):
             self._unflushed.add(job)
 
     def _flush(self, job: Job) -> None:

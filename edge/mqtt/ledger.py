@@ -68,8 +68,8 @@ class Job:
     """Not yet published reasoning; the answers thread only."""
     flushed_at: float = 0.0
     """When the last batch was published; the answers thread only."""
-    announced: bool = False
-    """``accepted`` was published; the answers thread only."""
+    queued_at: float | None = None
+    """When its position was published last; None before ``accepted``. The answers thread only."""
     ended: bool = False
     """Its outcome was published; the answers thread only."""
     cancelled: bool = False

@@ -58,7 +58,7 @@ class Accepted(_Message):
 
 
 class Queued(_Message):
-    """Device to client, on ``evt``: the request waits; sent again whenever it moves up."""
+    """Device to client, on ``evt``: the request waits; sent again when it moves up."""
 
     id: str
     event: Literal["queued"] = "queued"

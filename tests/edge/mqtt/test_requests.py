@@ -313,9 +313,26 @@ def test_requests_under_names_that_are_not_allowed_are_ignored(make_device: Make
 
 
 def test_an_engine_that_fails_gives_a_500_and_the_next_request_an_answer(make_device: MakeDevice) -> None:
-    client = make_device(FakeEngine(fail_after=3)).client()
-    client.send("1", chat("x", stream=True))
-    assert client.done("1").status == 500
+    client = make_device(FakeEngine(lambda prompt: "ok" if "short" in prompt else LONG, fail_after=3)).client()
+    client.send("1", chat("long", stream=True))
+    done = client.done("1")
+    assert (done.status, done.body["error"]["code"]) == (500, "engine_failed")
+    client.send("2", chat("short"))
+    assert text_of(client.done("2")) == "ok"
+
+
+def test_a_long_queue_does_not_fill_the_link_with_positions(make_device: MakeDevice) -> None:
+    device = make_device(FakeEngine(slots=1), max_queue=20)
+    client = device.client()
+    device.engine.gate.clear()
+    for number in range(20):
+        client.send(str(number), chat("x"))
+    client.event("19", "queued")
+    device.engine.gate.set()
+    client.done("19")
+    positions = [e.position for e in client.of("19", "evt") if e.event == "queued"]
+    assert positions[0] >= 18
+    assert len(positions) < 10
 
 
 def test_many_requests_at_once_get_one_outcome_each(make_device: MakeDevice) -> None:

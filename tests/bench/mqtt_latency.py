@@ -1,0 +1,125 @@
+"""What MQTT adds to the service: first token and whole answer, p50 and p95, over a real mosquitto.
+
+The engine is a fake that answers at a fixed pace, so that the difference is the front end's own. Run it with
+
+    python -m tests.bench.mqtt_latency
+
+It prints one JSON line for people and scripts. The service alone gets a prepared request; MQTT's side includes the
+network, JSON, the template and tokenizing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from edge.config import MqttSettings
+from edge.mqtt import EmbeddedBroker, MqttBridge
+from edge.openai import parse_chat, prepare
+from edge.service import Delta, Event, Failed, Finished, Service
+from tests.edge.mqtt.client import Client, chat
+from tests.fakes import FakeEngine, make_service
+
+Sample = tuple[float, float]
+"""Seconds from sending to the first token, and to the end."""
+
+
+def main() -> None:
+    """Measure both ways in turns and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--step-ms", type=float, default=2.0, help="pace of the fake engine")
+    options = parser.parse_args()
+    service = make_service(FakeEngine(lambda _: "x" * options.tokens, step_s=options.step_ms / 1000))
+    service.start()
+    with EmbeddedBroker(0) as broker:
+        bridge = MqttBridge(service, MqttSettings(device="bench"), broker.address)
+        bridge.start()
+        with Client(broker.address, "bench", "bench") as client:
+            client._paho.socket().setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while not bridge.connected:
+                time.sleep(0.01)
+            figures = measure(service, client, options.requests)
+        bridge.stop()
+    service.stop()
+    print(json.dumps({"machine": platform.processor() or platform.machine(), **vars(options), **figures}))
+
+
+def measure(service: Service, client: Client, number: int) -> dict[str, Any]:
+    """Alternate, so that both see the same machine."""
+    alone, over_mqtt = [], []
+    for request in range(number):
+        alone.append(ask_service(service))
+        over_mqtt.append(ask_over_mqtt(client, f"r{request}"))
+    return {
+        "alone": summary(alone),
+        "mqtt": summary(over_mqtt),
+        "first_token_overhead_ms": round(_p50(over_mqtt, 0) - _p50(alone, 0), 3),
+        "total_overhead_percent": round(100 * (_p50(over_mqtt, 1) / _p50(alone, 1) - 1), 2),
+    }
+
+
+def ask_service(service: Service) -> Sample:
+    """One request to the service itself."""
+    request = prepare(service.model, parse_chat(chat("go")["body"]))
+    return _timed(lambda seen: service.submit(request, lambda event: seen(*_moment(event))))
+
+
+def ask_over_mqtt(client: Client, request_id: str) -> Sample:
+    """One streamed request over the broker."""
+    done, tok = f"{client.branch}/{request_id}/done", f"{client.branch}/{request_id}/tok"
+
+    def send(seen: Callable[[bool, bool], None]) -> None:
+        client._paho.on_message = lambda _c, _d, message: seen(message.topic == tok, message.topic == done)
+        topic = f"{client.device}/req/{client.name}/{request_id}"
+        client._paho.publish(topic, json.dumps(chat("go", stream=True)), 1)
+
+    return _timed(send)
+
+
+def summary(samples: list[Sample]) -> dict[str, float]:
+    """Milliseconds."""
+    names = {"first_token": 0, "total": 1}
+    return {
+        f"{name}_p{percent}_ms": round(1000 * statistics.quantiles([s[i] for s in samples], n=100)[percent - 1], 3)
+        for name, i in names.items()
+        for percent in (50, 95)
+    }
+
+
+def _timed(send: Callable[[Callable[[bool, bool], None]], object]) -> Sample:
+    """Time from ``send`` to the first token and to the end, as its callback reports them."""
+    times: list[float] = []
+    ended = threading.Event()
+
+    def seen(is_token: bool, is_end: bool) -> None:
+        if is_end or (is_token and not times):
+            times.append(time.perf_counter())
+        if is_end:
+            ended.set()
+
+    began = time.perf_counter()
+    send(seen)
+    assert ended.wait(60)
+    return times[0] - began, times[-1] - began
+
+
+def _moment(event: Event) -> tuple[bool, bool]:
+    return isinstance(event, Delta), isinstance(event, Finished | Failed)
+
+
+def _p50(samples: list[Sample], i: int) -> float:
+    """Milliseconds."""
+    return 1000 * statistics.median(sample[i] for sample in samples)
+
+
+if __name__ == "__main__":
+    main()
