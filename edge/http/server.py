@@ -44,6 +44,8 @@ MAX_CONNECTIONS = 512
 """Connections at once; more are closed at once."""
 SHUTDOWN_S = 3
 """Seconds for the last bytes to be delivered after :meth:`HttpServer.shutdown`."""
+SEND_BUFFER_BYTES = 1 << 16
+"""What the system may hold for one slow reader: enough for seconds of tokens, and small enough to notice him."""
 _BACKLOG = 512
 
 
@@ -67,6 +69,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # accepted connections inherit it
         sock.bind(address)
         # Listening right away makes a second server on this port fail here, not later.
         sock.listen(_BACKLOG)

@@ -6,7 +6,8 @@ const english = {
   welcome: "Ask the model on this device",
   welcomeHint: "Nothing you write leaves it.",
   promptLabel: "Your message",
-  promptPlaceholder: "Message (Enter sends, Shift+Enter starts a line)",
+  promptPlaceholder: "Write a message",
+  promptKeys: "Enter sends, Shift+Enter starts a new line, Escape stops the answer",
   send: "Send",
   stop: "Stop",
   systemPrompt: "System prompt",
@@ -45,8 +46,9 @@ export function t(key, values = {}) {
   return english[key].replace(/\{(\w+)\}/g, (_, name) => String(values[name]));
 }
 
-/** Fill the static texts of the document: data-t is the content, data-t-placeholder the placeholder. */
+/** Fill the static texts of the document: data-t is the content, data-t-placeholder and data-t-title attributes. */
 export function fillTexts(root) {
   for (const node of root.querySelectorAll("[data-t]")) node.textContent = t(node.dataset.t);
   for (const node of root.querySelectorAll("[data-t-placeholder]")) node.placeholder = t(node.dataset.tPlaceholder);
+  for (const node of root.querySelectorAll("[data-t-title]")) node.title = t(node.dataset.tTitle);
 }
