@@ -56,6 +56,7 @@ test: $(STAMP) ## set everything up and run the tests
 	@scripts/need-package.sh curl curl "the tests of the printed examples" || true
 	@scripts/need-package.sh chromium chromium "the test of the web page" || true
 	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(if $(ARGS),,scripts/test-oracle.sh)
 
 check: $(STAMP) ## lint, format, types, and generated documentation in step
 	@$(VENV)/bin/ruff check .

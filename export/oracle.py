@@ -133,7 +133,10 @@ def _ask_optimum(folder: Path, scratch: Path, ids: NDArray[np.int64]) -> Logits:
         importlib.import_module("optimum.exporters.onnx"),
         importlib.import_module("optimum.onnxruntime"),
     )
-    exporters.main_export(str(folder), output=scratch / "optimum", task="text-generation-with-past")
+    # Its own validation asks for 1e-5 absolute, which no real model reaches: ours follows.
+    exporters.main_export(
+        str(folder), output=scratch / "optimum", task="text-generation-with-past", do_validation=False
+    )
     model = runtime.ORTModelForCausalLM.from_pretrained(scratch / "optimum")
     # It derives the head dimension from the hidden size, which is wrong for Qwen3.
     model.embed_size_per_head = getattr(model.config, "head_dim", None) or model.embed_size_per_head

@@ -43,7 +43,8 @@ class Decoder(ABC):
         self.rope_theta = rope_theta(config)
         self.tied = bool(config.get("tie_word_embeddings", False))
         self.model_type = str(config["model_type"])
-        self._refuse_unsupported(config)
+        self._check_sizes()
+        _refuse_unsupported(config)
 
     @abstractmethod
     def attention_tensors(self, prefix: str) -> Shapes:
@@ -153,29 +154,36 @@ class Decoder(ABC):
         logits = graph.matmul(graph.cut(rows, FINAL_HIDDEN, ["positions", self.hidden_size]), head)
         graph.output(logits, "logits", ir.DataType.FLOAT, ["positions", self.padded_vocab_size])
 
-    def _refuse_unsupported(self, config: Mapping[str, Any]) -> None:
-        hint = "export a model of the supported families: qwedge export --list"
-        if config.get("use_sliding_window"):
-            raise CheckpointError("sliding-window attention is not supported", hint=hint)
-        for key in ("rope_scaling", "rope_parameters"):
-            scaling = _object(config, key)
-            kind = scaling.get("rope_type", scaling.get("type", "default"))
-            if kind != "default":
-                raise CheckpointError(f"rope scaling of type {kind!r} is not supported", hint=hint)
-        if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"the activation {config['hidden_act']!r} is not supported", hint=hint)
-        if self.num_heads % self.num_kv_heads or self.head_dim % 8:
-            raise CheckpointError("the head counts or the head dimension do not fit together", hint="check config.json")
-        if self.hidden_size % 32:
-            # GatherBlockQuantized has no room for padding in its rows.
-            raise CheckpointError(f"hidden_size {self.hidden_size} is no multiple of 32", hint="check config.json")
-        if self.num_layers > _MOST_LAYERS:
-            raise CheckpointError(f"a model of {self.num_layers} layers is not supported", hint="check config.json")
+    def _check_sizes(self) -> None:
+        reason = ""
+        if self.num_heads % self.num_kv_heads:
+            reason = f"{self.num_heads} attention heads are no multiple of {self.num_kv_heads} key heads"
+        elif self.head_dim % 16:
+            reason = f"head_dim {self.head_dim} is no multiple of 16, as GroupQueryAttention wants it to rotate"
+        elif self.hidden_size % 32:
+            reason = f"hidden_size {self.hidden_size} is no multiple of 32, the smallest block of GatherBlockQuantized"
+        elif self.num_layers > _MOST_LAYERS:
+            reason = f"num_hidden_layers is {self.num_layers}"
+        if reason:
+            raise CheckpointError(f"this model cannot be exported: {reason}", hint="check config.json")
 
 
 def layer_prefix(layer: int) -> str:
     """Name prefix of a layer's tensors, with its closing dot."""
     return f"model.layers.{layer}."
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    hint = "export a model of the supported families: qwedge export --list"
+    if config.get("use_sliding_window"):
+        raise CheckpointError("sliding-window attention is not supported", hint=hint)
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = _object(config, key)
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            raise CheckpointError(f"rope scaling of type {kind!r} is not supported", hint=hint)
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"the activation {config['hidden_act']!r} is not supported", hint=hint)
 
 
 def positive_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
