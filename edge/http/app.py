@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ async def _complete(service: Service, answer: Answer, generation: GenerationRequ
     return answer.body()
 
 
-async def _server_sent(answer: Answer, first: Event, rest: AsyncGenerator[Event, None]) -> AsyncIterator[bytes]:
+async def _server_sent(answer: Answer, first: Event, rest: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
     """The events of an answer as server-sent events; ``[DONE]`` is the last one whatever happens.
 
     The place in the queue is a comment, which clients that do not know it skip.
@@ -135,7 +135,7 @@ async def _server_sent(answer: Answer, first: Event, rest: AsyncGenerator[Event,
         async for event in rest:
             yield _comment(event)
             for chunk in answer.chunks(event):
-                yield b"data: " + json.dumps(chunk, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+                yield b"data: %s\n\n" % _to_json(chunk)
             if isinstance(event, Failed):
                 log.info("%s ended in mid-stream: %s", answer.id, event.error.code)
     yield b"data: [DONE]\n\n"
@@ -147,12 +147,16 @@ def _comment(event: Event) -> bytes:
     return f": queued position={event.position} eta_s={event.eta_s:.1f}\n\n".encode()
 
 
+def _to_json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
 class EventStream(Response):
     """A stream of server-sent events that stops its source when the client goes away."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, lines: AsyncIterator[bytes]) -> None:
+    def __init__(self, lines: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._lines = lines
@@ -160,10 +164,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream."""
         del scope
-        try:
-            await unless_disconnected(receive, self._send(send))
-        except CancelledError:
-            log.debug("a client went away in mid-stream")
+        with suppress(CancelledError):
+            async with aclosing(self._lines):
+                await unless_disconnected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -91,7 +91,7 @@ class Tool(_Wire):
 class _Generation(_Wire):
     """Fields that chat and text completions share."""
 
-    model: str | None = None
+    model: Annotated[str, Field(max_length=_MAX_NAME)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

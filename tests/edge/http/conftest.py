@@ -23,7 +23,8 @@ def serve() -> Iterator[Callable[..., Served]]:
         yield start
 
 
-@pytest.fixture
-def server(serve: Callable[..., Served]) -> Served:
-    """A server with nothing special about it."""
-    return serve()
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    """A server with nothing special about it, for tests that leave it as they found it."""
+    with served(FakeEngine(), max_queue=8, settings=ServerSettings(port=0)) as running:
+        yield running

@@ -210,7 +210,8 @@ class TestHealth:
         # What ran when the server was told to stop came to its end.
         assert answered() == 200
 
-    def test_metrics_count_what_happened(self, server: Served) -> None:
+    def test_metrics_count_what_happened(self, serve: Serve) -> None:
+        server = serve()
         server.client.post(CHAT, json={"messages": MESSAGES})
         server.client.post(CHAT, json={"messages": MESSAGES, "max_tokens": 1})
         text = server.client.get("/metrics").text
