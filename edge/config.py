@@ -63,11 +63,11 @@ class ServerSettings(_Section):
         1 << 20, ge=1 << 10, le=1 << 26, description="Largest request body in bytes; a larger one is answered with 413."
     )
     allowed_hosts: tuple[str, ...] = Field(
-        ("127.0.0.1", "localhost", "[::1]"),
+        ("localhost",),
         min_length=1,
         max_length=64,
-        description="Host headers that are answered (without port), against DNS rebinding; the address in `host` is"
-        " always allowed. Name the device here when it listens on a network: `edge-7.local`.",
+        description="Names that requests may use as Host (without port), against DNS rebinding; plain IP addresses and"
+        " the name in `host` are always allowed. Name a device on a network here: `edge-7.local`.",
     )
     drain_s: float = Field(
         10.0,

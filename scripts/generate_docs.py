@@ -48,7 +48,7 @@ bundle = "/var/lib/qwedge/models/qwen2.5-coder-0.5b-instruct-int4"
 
 [server]
 host = "0.0.0.0"
-allowed_hosts = ["edge-7.local", "192.0.2.7"]
+allowed_hosts = ["edge-7.local"]
 
 [mqtt]
 broker = "mqtt://broker.plant.example:1883"

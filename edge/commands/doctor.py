@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shutil
 import signal
 import socket
@@ -23,7 +22,7 @@ from edge.bundle import read_manifest
 from edge.commands import machine
 from edge.commands.options import Config, Json, print_json, settings
 from edge.config import Settings
-from edge.errors import QwedgeError
+from edge.errors import QwedgeError, UnavailableError
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -33,7 +32,6 @@ MIN_FREE_RAM = 1 << 30
 """Bytes; the 0.5B model at int4 needs about 700 MB."""
 MIN_FREE_DISK = 2 << 30
 """Bytes; an export of the 0.5B model needs its download and its bundle."""
-_SBIN = "/usr/sbin:/usr/local/sbin"
 
 
 @dataclass(frozen=True)
@@ -159,16 +157,14 @@ def _disk(bundle: Path | None) -> Check:
 
 
 def _mosquitto() -> Check:
-    path = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:{_SBIN}")
-    if path is None:
-        hint = "apt-get install mosquitto, or name a broker: --broker mqtt://HOST:PORT; HTTP works without"
-        return Check("mosquitto", "warn", "not found", hint)
+    from edge.mqtt.broker import find_mosquitto, mosquitto_version
+
     try:
-        output = subprocess.run([path, "-h"], capture_output=True, text=True, timeout=5, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Check("mosquitto", "warn", f"{path} does not run: {error}", "reinstall mosquitto")
-    match = re.search(r"version (\S+)", output)
-    return Check("mosquitto", "ok", f"{match.group(1) if match else 'unknown version'} at {path}")
+        path = find_mosquitto()
+        version = ".".join(map(str, mosquitto_version(path)))
+    except UnavailableError as error:
+        return Check("mosquitto", "warn", f"{error.message}; HTTP works without", error.hint)
+    return Check("mosquitto", "ok", f"{version} at {path}")
 
 
 def _port(name: str, host: str, port: int, flag: str) -> Check:
