@@ -38,6 +38,8 @@ SESSION_EXPIRY_S: Final = 3600
 """How long the broker keeps requests for a device that is away (MQTT 5)."""
 BACKOFF_S: Final = (0.25, 5.0)
 """First and longest pause between attempts, before jitter."""
+_LOOP_S: Final = 1.0
+"""Longest time between two looks at the clock."""
 _STABLE_S: Final = 5.0
 """A connection that lasted this long starts the backoff anew."""
 _SILENT_ATTEMPTS: Final = 3
@@ -91,7 +93,7 @@ class Connection:
     Args:
         address: the broker.
         identity: client id and credentials.
-        keepalive_s: a dead link is noticed within twice as long.
+        keepalive_s: a dead link is noticed within twice as long; at least 2.
         will: published by the broker when the link is lost.
         filters: what to subscribe to, at QoS 1.
         max_payload: bytes; the payload of a larger message is dropped at once.
@@ -188,10 +190,14 @@ class Connection:
             self._ready.clear()
             if self._stopping.is_set():
                 return
-            self._report_end(was_ready=was_ready)
-            attempt = 0 if was_ready and time.monotonic() - began > _STABLE_S else attempt + 1
-            if not self._change_version():
-                self._stopping.wait(backoff_s(attempt))
+            if self._refuses_version_5():
+                self._change_version()
+                continue
+            stable = was_ready and time.monotonic() - began > _STABLE_S
+            self._report_end(was_ready=was_ready, stable=stable)
+            self._count_silence()
+            attempt = 0 if stable else attempt + 1
+            self._stopping.wait(backoff_s(attempt))
 
     def _one_link(self) -> None:
         """Connect and serve the link until it ends."""
@@ -199,7 +205,7 @@ class Connection:
             self._client.reconnect()
             rc = MQTTErrorCode.MQTT_ERR_SUCCESS
             while rc == MQTTErrorCode.MQTT_ERR_SUCCESS and self._client.socket() and not self._abandoned.is_set():
-                rc = self._client.loop(timeout=1.0)
+                rc = self._client.loop(timeout=_LOOP_S)
             closed = rc in {MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_CONN_LOST}
             self._reason = self._reason or (_CLOSED if closed else paho.error_string(rc))
         except OSError as error:
@@ -209,27 +215,35 @@ class Connection:
             log.debug("a malformed packet ended the link", exc_info=error)
             self._reason = "it does not speak MQTT"
 
-    def _report_end(self, *, was_ready: bool) -> None:
+    def _report_end(self, *, was_ready: bool, stable: bool) -> None:
         """One line for each new state of affairs, none for its repetition."""
         report = f"{'the connection was lost' if was_ready else 'no connection'}: {self._reason}"
+        if was_ready and not stable:
+            # Brokers let the newest client of a name in and push the other out, often without a word.
+            report += f" (does another device use the name {self._identity.client_id}?)"
         if report != self._last_report:
-            place = f"{self._address.host}:{self._address.port}"
-            log.warning("MQTT broker %s: %s; trying again, every %.0f s at most", place, report, BACKOFF_S[1])
+            log.warning("MQTT broker %s: %s; trying again, every %.0f s at most", self._place, report, BACKOFF_S[1])
         self._last_report = report
 
-    def _change_version(self) -> bool:
-        """Go to the other protocol version where the broker does not speak this one; True to try at once."""
-        refused = self._reason == _version_reason()
-        silent = not (self._answered or self._ever_answered) and self._reason == _CLOSED
+    def _refuses_version_5(self) -> bool:
+        return self._client.protocol == MQTTProtocolVersion.MQTTv5 and self._reason == _version_reason()
+
+    def _count_silence(self) -> None:
+        """Some brokers just hang up on a version that they do not know: after a few times, try the other one."""
+        silent = self._reason == _CLOSED and not (self._answered or self._ever_answered)
         self._silent_attempts = self._silent_attempts + 1 if silent else 0
-        if not refused and self._silent_attempts < _SILENT_ATTEMPTS:
-            return False
-        self._silent_attempts = 0
+        if self._silent_attempts == _SILENT_ATTEMPTS:
+            self._silent_attempts = 0
+            self._change_version()
+
+    def _change_version(self) -> None:
         is_5 = self._client.protocol == MQTTProtocolVersion.MQTTv5
-        if refused and not is_5:
-            return False
         self._client = self._make_client(MQTTProtocolVersion.MQTTv311 if is_5 else MQTTProtocolVersion.MQTTv5)
-        return refused
+        log.info("MQTT broker %s: going on with MQTT %s", self._place, self.protocol)
+
+    @property
+    def _place(self) -> str:
+        return f"{self._address.host}:{self._address.port}"
 
     # --- paho -------------------------------------------------------------------------------------------------------
 
@@ -257,7 +271,9 @@ class Connection:
         client.on_publish = self._published
         client.on_message = self._received
         options: dict[str, Any] = {"clean_start": False, "properties": _connect_properties()} if is_5 else {}
-        client.connect_async(self._address.host, self._address.port, self._keepalive_s, **options)
+        # paho waits one keepalive before it pings and another for the reply, and looks at its clock once in _LOOP_S.
+        keepalive_s = self._keepalive_s - int(_LOOP_S)
+        client.connect_async(self._address.host, self._address.port, keepalive_s, **options)
         return client
 
     def _connected(
@@ -283,8 +299,7 @@ class Connection:
         if any(reason.is_failure for reason in reasons):
             log.error("the broker does not let %s subscribe to its requests", self._identity.client_id)
             return
-        place = f"{self._address.host}:{self._address.port}"
-        log.info("connected to the MQTT broker %s (MQTT %s)", place, self.protocol)
+        log.info("connected to the MQTT broker %s (MQTT %s)", self._place, self.protocol)
         self._last_report = ""
         self._ready.set()
         self._on_ready()

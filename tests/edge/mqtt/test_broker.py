@@ -17,7 +17,7 @@ from edge.errors import UnavailableError
 from edge.mqtt import EmbeddedBroker, broker
 from edge.mqtt.broker import find_mosquitto, make_config, mosquitto_version
 from tests.edge.mqtt.client import Client
-from tests.edge.mqtt.conftest import wait_until
+from tests.edge.mqtt.conftest import accepts, wait_until
 
 pytestmark = pytest.mark.broker
 
@@ -129,13 +129,8 @@ def test_the_installed_mosquitto_has_a_version() -> None:
 
 
 def _listening(own: EmbeddedBroker) -> BrokerAddress:
-    wait_until(lambda: _accepts(own.address.port))
+    wait_until(lambda: accepts(own.address.port))
     return own.address
-
-
-def _accepts(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _runs(pid: int) -> bool:

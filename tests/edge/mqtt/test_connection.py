@@ -191,6 +191,19 @@ def test_a_refusal_is_reported_and_is_no_connection(
     assert len([line for line in reports if reason in line]) == 1, "said once, not with every attempt"
 
 
+def test_two_devices_of_one_name_are_told_so(broker: EmbeddedBroker, caplog: pytest.LogCaptureFixture) -> None:
+    service = make_service()
+    service.start()
+    twins = [MqttBridge(service, MqttSettings(device="twin"), broker.address) for _ in range(2)]
+    with caplog.at_level(logging.WARNING):
+        for twin in twins:
+            twin.start()
+        wait_until(lambda: "does another device use the name qwedge-twin?" in caplog.text)
+        for twin in twins:
+            twin.stop()
+    service.stop()
+
+
 def test_a_broker_that_is_away_is_reported_once_and_found_when_it_comes(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
