@@ -1,4 +1,4 @@
-"""Takes docs/page.png from a running server: ``python -m tests.page_screenshot http://127.0.0.1:8080 docs/page.png``."""
+"""Takes the page's picture: ``python -m tests.page_screenshot http://127.0.0.1:8080 docs/page.png``."""
 
 from __future__ import annotations
 

@@ -228,6 +228,7 @@ def test_it_fits_a_phone(serve: Serve, browser: Browser, *, dark: bool) -> None:
         ("1. a\n\n   more\n2. b", '<ol start="1"><li>a<p>more</p></li><li>b</li></ol>'),
         ("> a\n> > b", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote>"),
         ("\\*a\\* \\<", "<p>*a* &lt;</p>"),
+        ("\\[ x \\]", "<p>\\[ x \\]</p>"),
         ("``a`b``", "<p><code>a`b</code></p>"),
         ("---", "<hr>"),
         ("**bold `code*` end**", "<p><strong>bold <code>code*</code> end</strong></p>"),

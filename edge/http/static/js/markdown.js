@@ -157,7 +157,8 @@ function paragraph(lines, at, depth) {
 const INLINE = new RegExp(
   [
     "(?<tick>`+)(?<code>[^`]|[^`][\\s\\S]*?[^`])\\k<tick>(?!`)",
-    "\\\\(?<escaped>[!-/:-@[-`{-~])",
+    // Not before brackets: \\( and \\[ open formulas, which are shown as they are written.
+    "\\\\(?<escaped>[!-'*-/:-@\\\\^-`{-~])",
     "\\*\\*(?=\\S)(?<strong>[\\s\\S]*?\\S)\\*\\*",
     "\\*(?=[^\\s*])(?<emphasis>[^*]*?[^\\s*])\\*(?!\\*)",
     "(?<![\\p{L}\\p{N}_])__(?=\\S)(?<strong2>[\\s\\S]*?\\S)__(?![\\p{L}\\p{N}_])",
