@@ -157,7 +157,7 @@ function paragraph(lines, at, depth) {
 const INLINE = new RegExp(
   [
     "(?<tick>`+)(?<code>[^`]|[^`][\\s\\S]*?[^`])\\k<tick>(?!`)",
-    // Not before brackets: \\( and \\[ open formulas, which are shown as they are written.
+    // Not before brackets: \( and \[ open formulas, which are shown as they are written.
     "\\\\(?<escaped>[!-'*-/:-@\\\\^-`{-~])",
     "\\*\\*(?=\\S)(?<strong>[\\s\\S]*?\\S)\\*\\*",
     "\\*(?=[^\\s*])(?<emphasis>[^*]*?[^\\s*])\\*(?!\\*)",
