@@ -24,7 +24,7 @@ def architecture_for(config: Mapping[str, Any]) -> Decoder:
         CheckpointError: the model type is unknown, or the config lacks a field or asks for what is not supported.
     """
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(f"the model type {model_type!r} is not supported", hint=f"supported: {known}")
     return ARCHITECTURES[model_type](config)
