@@ -31,7 +31,7 @@ MAX_PACKET_BYTES: Final = 4 << 20
 """Larger packets never reach the device. Requests end at 1 MiB; those between get a 413 that says so."""
 START_TIMEOUT_S: Final = 10.0
 STOP_TIMEOUT_S: Final = 5.0
-_BACKOFF_S: Final = (0.1, 5.0)
+_BACKOFF_S: Final = (0.1, 1.0)
 """First and longest pause before a restart."""
 _STABLE_S: Final = 10.0
 """A child that lived this long starts the backoff anew."""

@@ -36,7 +36,7 @@ MAX_PENDING: Final = 1000
 MAX_INFLIGHT: Final = 20
 SESSION_EXPIRY_S: Final = 3600
 """How long the broker keeps requests for a device that is away (MQTT 5)."""
-BACKOFF_S: Final = (0.25, 5.0)
+BACKOFF_S: Final = (0.25, 3.0)
 """First and longest pause between attempts, before jitter."""
 _LOOP_S: Final = 1.0
 """Longest time between two looks at the clock."""
@@ -214,6 +214,9 @@ class Connection:
             # paho raises these on packets that are not MQTT; the next link starts from nothing.
             log.debug("a malformed packet ended the link", exc_info=error)
             self._reason = "it does not speak MQTT"
+        except Exception:  # whatever goes wrong on a link, the next one is made
+            log.exception("the link failed")
+            self._reason = "an internal error"
 
     def _report_end(self, *, was_ready: bool, stable: bool) -> None:
         """One line for each new state of affairs, none for its repetition."""
@@ -253,8 +256,6 @@ class Connection:
             CallbackAPIVersion.VERSION2, self._identity.client_id, protocol=version,
             clean_session=None if is_5 else False, reconnect_on_failure=False,
         )  # fmt: skip
-        client.enable_logger(logging.getLogger(f"{__name__}.paho"))
-        client.suppress_exceptions = True  # logged by paho; the network thread lives on
         client.max_queued_messages_set(MAX_PENDING)
         client.max_inflight_messages_set(MAX_INFLIGHT)
         if self._identity.username is not None:
@@ -317,16 +318,21 @@ class Connection:
             log.warning("the broker refused a message: %s", reason)
 
     def _received(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
+        # An exception would end the link before the message is acknowledged, and so bring it back for ever.
+        try:
+            self._on_message(self._incoming(message))
+        except Exception:
+            log.exception("a message could not be taken")
+
+    def _incoming(self, message: paho.MQTTMessage) -> Incoming:
         properties = message.properties
-        self._on_message(
-            Incoming(
-                topic=message.topic,
-                payload=bytes(message.payload) if len(message.payload) <= self._max_payload else None,
-                retain=message.retain,
-                response_topic=getattr(properties, "ResponseTopic", None),
-                correlation=getattr(properties, "CorrelationData", None),
-                expiry_s=getattr(properties, "MessageExpiryInterval", None),
-            )
+        return Incoming(
+            topic=message.topic,
+            payload=bytes(message.payload) if len(message.payload) <= self._max_payload else None,
+            retain=message.retain,
+            response_topic=getattr(properties, "ResponseTopic", None),
+            correlation=getattr(properties, "CorrelationData", None),
+            expiry_s=getattr(properties, "MessageExpiryInterval", None),
         )
 
 

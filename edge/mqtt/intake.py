@@ -160,7 +160,7 @@ class Intake:
             request = wanted.parse()
             generation = prepare(self._service.model, request)
             deadline_s = _remaining_s(wanted.deadline_s, received_at)
-            generation = replace(generation, deadline_s=deadline_s)
+            generation = replace(generation, deadline_s=deadline_s, identity=f"mqtt:{job.request.client}")
             job.answer = Answer(self._service.model, request, generation)
             job.ticket = self._service.submit(generation, partial(self._answers.put, job))
         except BaseException:
