@@ -107,6 +107,13 @@ class EngineSettings(_Section):
     prefill_chunk: int = Field(
         256, ge=8, le=8192, description="Prompt tokens read in one step; running answers pause for as long."
     )
+    prefix_cache_mb: int = Field(
+        128,
+        ge=0,
+        le=1 << 16,
+        description="MiB for keys and values of past prompts, so that a shared system prompt or a growing conversation"
+        " is not read again; 0 keeps none.",
+    )
     spin_us: int = Field(
         1000,
         ge=0,

@@ -62,7 +62,9 @@ def load_service(bundle: Path, manifest: Manifest, settings: Settings) -> Servic
         spin_us=options.spin_us,
     )
     model = load_model(bundle, manifest, engine.context_length)
-    scheduler = Scheduler(engine, max_queue=settings.scheduler.max_queue)
+    scheduler = Scheduler(
+        engine, max_queue=settings.scheduler.max_queue, prefix_cache_bytes=options.prefix_cache_mb << 20
+    )
     return Service(model, scheduler, Metrics(), default_max_tokens=settings.scheduler.default_max_tokens)
 
 

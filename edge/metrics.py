@@ -5,7 +5,8 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from edge.errors import QwedgeError
-from edge.scheduler import FinishReason, SchedulerStats, Timings
+from edge.scheduler import SchedulerStats
+from edge.sequence import FinishReason, Timings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -21,7 +22,10 @@ class Metrics:
             "qwedge_requests", "Requests that ended, by outcome (stop, length or error code)", ["outcome"],
             registry=self._registry,
         )  # fmt: skip
-        self._prompt_tokens = Counter("qwedge_prompt_tokens", "Tokens prefilled", registry=self._registry)
+        self._prompt_tokens = Counter("qwedge_prompt_tokens", "Tokens of prompts", registry=self._registry)
+        self._cached_tokens = Counter(
+            "qwedge_cached_tokens", "Tokens of prompts that the prefix cache knew", registry=self._registry
+        )
         self._output_tokens = Counter("qwedge_output_tokens", "Tokens generated", registry=self._registry)
         self._ttft = Histogram(
             "qwedge_ttft_seconds", "Time to first token, queue included", buckets=_TTFT_BUCKETS, registry=self._registry
@@ -65,4 +69,5 @@ class Metrics:
         # A request that never left the queue prefilled nothing.
         if timings.num_output_tokens:
             self._prompt_tokens.inc(timings.num_prompt_tokens)
+            self._cached_tokens.inc(timings.num_cached_tokens)
             self._output_tokens.inc(timings.num_output_tokens)

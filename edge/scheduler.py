@@ -6,7 +6,7 @@ rows 0..n-1 of the engine's KV pool and the sequence in prefill occupies row n: 
 batch. When a sequence leaves, the last row moves into its place.
 
 The scheduler sees token ids only. What a token means (text, stop strings) is the consumer's business, see
-:class:`Consumer`; the service is the one that implements it.
+``edge.sequence.Consumer``; the service is the one that implements it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.engine.sampler import Sampler
+from edge.engine.prefix_cache import Prefix, PrefixCache
 from edge.errors import CancelledError, DeadlineError, EngineError, OverloadedError, QwedgeError, UnavailableError
+from edge.sequence import FinishReason, Sequence, SequenceStatus
 
 log = logging.getLogger(__name__)
 
-FinishReason = Literal["stop", "length"]
 _EWMA = 0.2
 """Weight of the newest request in the running mean that retry hints and ETAs are made from."""
 
@@ -44,6 +43,11 @@ class Engine(Protocol):
     """Tokens that one row holds."""
     prefill_chunk: int
     """Most tokens of one prefill step."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes."""
+        ...
 
     def prefill(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
         """Append ``ids`` [n] to the ``past`` tokens of ``row``; returns the last position's logits [padded_vocab]."""
@@ -60,106 +64,17 @@ class Engine(Protocol):
         """Copy the first ``length`` tokens of a row over another row and give the source's memory back."""
         ...
 
+    def read_row(self, row: int, length: int) -> NDArray[np.float32]:
+        """A copy of the keys and values of a row's first tokens."""
+        ...
+
+    def write_row(self, row: int, cache: NDArray[np.float32], length: int) -> None:
+        """Put the first ``length`` tokens of what :meth:`read_row` returned into a row."""
+        ...
+
     def release_row(self, row: int) -> None:
         """Give a row's memory back; its tokens are gone."""
         ...
-
-
-class Consumer(Protocol):
-    """Receives what happens to one sequence. Called on the engine's thread: must return quickly and never raise."""
-
-    def queued(self, position: int, eta_s: float) -> None:
-        """``position`` sequences are ahead in the queue (0 = next)."""
-        ...
-
-    def started(self) -> None:
-        """Prefill begins."""
-        ...
-
-    def token(self, token_id: int) -> FinishReason | None:
-        """A token was generated (never an eos id); a reason ends the sequence with this token."""
-        ...
-
-    def finished(self, reason: FinishReason, timings: Timings) -> None:
-        """Terminal: the sequence is complete."""
-        ...
-
-    def failed(self, error: QwedgeError, timings: Timings) -> None:
-        """Terminal: cancelled, out of time, or the engine failed."""
-        ...
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Where a sequence's time went; seconds on the monotonic clock. Zero where a phase was not reached."""
-
-    queue_s: float
-    prefill_s: float
-    """From leaving the queue to the first token: the engine's part of TTFT."""
-    decode_s: float
-    """From the first token to the last."""
-    num_prompt_tokens: int
-    num_output_tokens: int
-    """Generated tokens, the closing eos included."""
-    num_cached_tokens: int = 0
-    """Prompt tokens whose keys and values were there already."""
-
-    @property
-    def ttft_s(self) -> float:
-        """Time to first token, the queue included."""
-        return self.queue_s + self.prefill_s
-
-    @property
-    def tpot_s(self) -> float:
-        """Mean time per output token after the first; 0 with fewer than two tokens."""
-        return self.decode_s / (self.num_output_tokens - 1) if self.num_output_tokens > 1 else 0.0
-
-
-class SequenceStatus(Enum):
-    """The life of a sequence."""
-
-    WAITING = "waiting"
-    PREFILL = "prefill"
-    DECODE = "decode"
-    FINISHED = "finished"
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One prompt and its growing answer."""
-
-    prompt_ids: NDArray[np.int64]  # [num_prompt_tokens]
-    max_tokens: int
-    """Most tokens to generate."""
-    eos_ids: frozenset[int]
-    sampler: Sampler
-    consumer: Consumer
-    deadline: float | None = None
-    """On the clock of :func:`time.monotonic`."""
-
-    status: SequenceStatus = SequenceStatus.WAITING
-    row: int = -1
-    num_computed_tokens: int = 0
-    """Tokens whose keys and values are in the row: 0 <= num_computed <= num_prompt + num_output."""
-    num_output_tokens: int = 0
-    last_token: int = -1
-    cancelled: bool = False
-    submitted_at: float = field(default_factory=time.monotonic)
-    started_at: float | None = None
-    first_token_at: float | None = None
-
-    def timings(self) -> Timings:
-        """Timings up to now."""
-        now = time.monotonic()
-        started = self.started_at if self.started_at is not None else now
-        first = self.first_token_at if self.first_token_at is not None else now
-        return Timings(
-            queue_s=started - self.submitted_at,
-            prefill_s=first - started,
-            decode_s=now - first,
-            num_prompt_tokens=len(self.prompt_ids),
-            num_output_tokens=self.num_output_tokens,
-        )
 
 
 @dataclass(frozen=True)
@@ -182,10 +97,12 @@ class Scheduler:
     Args:
         engine: the engine; after :meth:`start` only the scheduler's thread touches it.
         max_queue: sequences that may wait; one more is refused with :class:`OverloadedError`.
+        prefix_cache_bytes: memory for keys and values of past prompts; 0 = none.
     """
 
-    def __init__(self, engine: Engine, *, max_queue: int) -> None:
+    def __init__(self, engine: Engine, *, max_queue: int, prefix_cache_bytes: int = 0) -> None:
         self._engine = engine
+        self._prefixes = PrefixCache(prefix_cache_bytes)  # the engine's thread only
         self._max_queue = max_queue
         self._changed = threading.Condition()
         self._waiting: deque[Sequence] = deque()  # guarded by _changed
@@ -312,8 +229,24 @@ class Scheduler:
         sequence.status = SequenceStatus.PREFILL
         sequence.row = len(self._running)
         sequence.started_at = time.monotonic()
+        self._reuse_prefix(sequence)
         sequence.consumer.started()
         self._announce_positions()
+
+    def _reuse_prefix(self, sequence: Sequence) -> None:
+        """Start with the keys and values of a known beginning."""
+        if found := self._prefixes.find(sequence.identity, sequence.prompt_ids):
+            prefix, length = found
+            self._engine.write_row(sequence.row, prefix.cache, length)
+            sequence.num_computed_tokens = sequence.num_cached_tokens = length
+
+    def _keep_prefix(self, sequence: Sequence) -> None:
+        """Remember a sequence's keys and values before its row is given away."""
+        length = sequence.num_computed_tokens
+        ids = sequence.computed_ids()
+        wanted = self._prefixes.wants(length, length * self._engine.bytes_per_token)
+        if wanted and not self._prefixes.has(sequence.identity, ids):
+            self._prefixes.put(Prefix(sequence.identity, ids, self._engine.read_row(sequence.row, length)))
 
     def _announce_positions(self) -> None:
         with self._changed:
@@ -339,7 +272,7 @@ class Scheduler:
         """One token for every running sequence."""
         batch = list(self._running)
         logits = self._engine.decode(
-            [sequence.last_token for sequence in batch], [sequence.num_computed_tokens for sequence in batch]
+            [sequence.output_ids[-1] for sequence in batch], [sequence.num_computed_tokens for sequence in batch]
         )
         for sequence in batch:
             sequence.num_computed_tokens += 1
@@ -349,8 +282,7 @@ class Scheduler:
     def _next_token(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
         """Sample from ``logits`` [padded_vocab] and let the token take effect."""
         token = sequence.sampler.sample(logits)
-        sequence.last_token = token
-        sequence.num_output_tokens += 1
+        sequence.output_ids.append(token)
         if sequence.first_token_at is None:
             sequence.first_token_at = time.monotonic()
         if token in sequence.eos_ids:
@@ -364,6 +296,7 @@ class Scheduler:
         return len(sequence.prompt_ids) + sequence.num_output_tokens >= self._engine.context_length
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._keep_prefix(sequence)
         self._release(sequence)
         timings = sequence.timings()
         total = timings.prefill_s + timings.decode_s
@@ -371,6 +304,8 @@ class Scheduler:
         sequence.consumer.finished(reason, timings)
 
     def _fail(self, sequence: Sequence, error: QwedgeError) -> None:
+        if isinstance(error, CancelledError | DeadlineError):
+            self._keep_prefix(sequence)  # the work was sound, only nobody waited for the end
         self._release(sequence)
         sequence.consumer.failed(error, sequence.timings())
 

@@ -22,8 +22,9 @@ from edge.chat import ChatTemplate
 from edge.engine.sampler import Sampler, SamplingParams
 from edge.errors import ContextOverflowError, ModelNotFoundError, QwedgeError, RequestError
 from edge.metrics import Metrics
-from edge.scheduler import FinishReason, Scheduler, SchedulerStats, Timings
-from edge.scheduler import Sequence as EngineSequence
+from edge.scheduler import Scheduler, SchedulerStats
+from edge.sequence import FinishReason, Timings
+from edge.sequence import Sequence as EngineSequence
 from edge.text_stream import TextStream
 from edge.tokenizer import Tokenizer
 
@@ -42,6 +43,8 @@ class GenerationRequest:
     """Strings that end the answer and are not part of it."""
     deadline_s: float | None = None
     """Seconds from submission after which the request fails with 408."""
+    identity: str = ""
+    """Who asks; cached prefixes are shared within an identity only."""
     ignore_eos: bool = False
     """Generate past end-of-sequence tokens: for benchmarks."""
 
@@ -186,8 +189,8 @@ class Service:
             OverloadedError: the queue is full.
             UnavailableError: the service is stopping.
         """
-        sequence = self._sequence(request, on_event)
         try:
+            sequence = self._sequence(request, on_event)
             self._scheduler.submit(sequence)
         except QwedgeError as error:
             self.metrics.refused(error)
@@ -211,6 +214,7 @@ class Service:
             eos_ids=frozenset() if request.ignore_eos else model.eos_ids,
             sampler=Sampler(request.sampling, request.prompt_ids, model.manifest.vocab_size),
             consumer=_EventConsumer(on_event, TextStream(model.tokenizer, request.stop), self.metrics),
+            identity=request.identity,
             deadline=None if request.deadline_s is None else time.monotonic() + request.deadline_s,
         )
 

@@ -85,6 +85,7 @@ class FakeEngine:
         self.slots = slots
         self.context_length = context_length
         self.prefill_chunk = prefill_chunk
+        self.bytes_per_token = 4
         self.num_steps = 0
         """Prefill chunks and decode steps so far: it stops growing when nobody wants an answer any more."""
         self.gate = threading.Event()
@@ -115,6 +116,16 @@ class FakeEngine:
         assert length >= 0
         self._prompts[target] = self._prompts[source]
         self._answers[target] = self._answers[source]
+
+    def read_row(self, row: int, length: int) -> NDArray[np.float32]:
+        """See :class:`edge.scheduler.Engine`; the ids themselves stand for their keys and values."""
+        tokens = [*self._prompts[row], *self._answers[row]][:length]
+        assert len(tokens) == length
+        return np.array(tokens, np.float32).reshape(1, 1, length, 1)
+
+    def write_row(self, row: int, cache: NDArray[np.float32], length: int) -> None:
+        """See :class:`edge.scheduler.Engine`."""
+        self._prompts[row] = cache[0, 0, :length, 0].astype(int).tolist()
 
     def release_row(self, row: int) -> None:
         """See :class:`edge.scheduler.Engine`."""
@@ -147,12 +158,16 @@ def make_model(context_length: int = 4096, *, template: str | None = CHAT_TEMPLA
 
 
 def make_service(
-    engine: FakeEngine | None = None, *, max_queue: int = 8, template: str | None = CHAT_TEMPLATE
+    engine: FakeEngine | None = None,
+    *,
+    max_queue: int = 8,
+    template: str | None = CHAT_TEMPLATE,
+    prefix_cache_bytes: int = 0,
 ) -> Service:
     """A service over the fake engine, not started yet."""
     engine = engine or FakeEngine()
     model = make_model(engine.context_length, template=template)
-    return Service(model, Scheduler(engine, max_queue=max_queue), Metrics())
+    return Service(model, Scheduler(engine, max_queue=max_queue, prefix_cache_bytes=prefix_cache_bytes), Metrics())
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:

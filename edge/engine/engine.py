@@ -86,9 +86,22 @@ class Engine:
         """Copy the first ``length`` tokens of a row over another row and give the source's memory back."""
         self._pool.move_row(source, target, length)
 
+    def read_row(self, row: int, length: int) -> NDArray[np.float32]:
+        """A copy of the keys and values of a row's first tokens [2 * layers, kv_heads, length, head_dim]."""
+        return self._pool.read_row(row, length)
+
+    def write_row(self, row: int, cache: NDArray[np.float32], length: int) -> None:
+        """Put the first ``length`` tokens of what :meth:`read_row` returned into a row."""
+        self._pool.write_row(row, cache, length)
+
     def release_row(self, row: int) -> None:
         """Give a row's memory back to the system."""
         self._pool.release(row)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes."""
+        return self.manifest.kv.bytes_per_token
 
     @property
     def _width(self) -> int:

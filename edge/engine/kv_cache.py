@@ -61,6 +61,14 @@ class KVPool:
         self._arrays[:, target, :, :length] = self._arrays[:, source, :, :length]
         self.release(source)
 
+    def read_row(self, row: int, length: int) -> NDArray[np.float32]:
+        """A copy of the first ``length`` tokens of a row [2 * layers, kv_heads, length, head_dim]."""
+        return self._arrays[:, row, :, :length].copy()
+
+    def write_row(self, row: int, cache: NDArray[np.float32], length: int) -> None:
+        """Put the first ``length`` tokens of what :meth:`read_row` returned into a row."""
+        self._arrays[:, row, :, :length] = cache[:, :, :length]
+
     def release(self, row: int) -> None:
         """Give the memory of a row back to the system; its contents are zeros afterwards."""
         for array in range(2 * self.layers):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from edge.errors import QwedgeError, RequestError
 from edge.openai.blocks import BlockParser, Call, Content, Piece, Reasoning
 from edge.openai.schemas import ChatRequest, CompletionRequest
-from edge.scheduler import Timings
+from edge.sequence import Timings
 from edge.service import Delta, Event, Failed, Finished, GenerationRequest, Model
 
 _THINK_OPENED = "<think>\n"

@@ -46,7 +46,14 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
     values = {
         "server": {"host": "::1", "port": 0, "max_body_bytes": 4096, "allowed_hosts": ("a.local", "b"), "drain_s": 0.5},
         "model": {"bundle": tmp_path},
-        "engine": {"threads": 2, "context": 512, "slots": 1, "prefill_chunk": 64, "spin_us": 0},
+        "engine": {
+            "threads": 2,
+            "context": 512,
+            "slots": 1,
+            "prefill_chunk": 64,
+            "prefix_cache_mb": 64,
+            "spin_us": 0,
+        },
         "scheduler": {"max_queue": 3, "default_max_tokens": 9},
         "mqtt": {
             "broker": "embedded",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edge.errors import EngineError, ModelNotFoundError, OverloadedError, QwedgeError, RequestError
 from edge.openai import Answer, error_body, parse_body, parse_chat, parse_completion, prepare
 from edge.openai.blocks import BlockParser, Call, Content, Piece, Reasoning
-from edge.scheduler import FinishReason, Timings
+from edge.sequence import FinishReason, Timings
 from edge.service import Delta, Failed, Finished, Model, Queued, Started
 from tests.fakes import CHAT_TEMPLATE, MODEL_NAME, make_model
 

@@ -142,7 +142,7 @@ def test_cancelling_after_the_end_does_nothing() -> None:
 
 
 def test_a_leaving_sequence_does_not_disturb_its_batch_mates() -> None:
-    engine = FakeEngine(reply=lambda prompt: prompt * 20, slots=4, prefill_chunk=4)
+    engine = FakeEngine(reply=lambda prompt: prompt * 20, slots=4, prefill_chunk=4, step_s=0.002)
     with running(engine) as service:
         clients = [Client(service, name * 6) for name in "abcd"]
         for client in clients:

@@ -1,0 +1,129 @@
+"""A sequence: one prompt and its growing answer, and who hears of it.
+
+The scheduler moves a sequence through WAITING, PREFILL and DECODE to FINISHED; docs/architecture.md tells its life.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.engine.sampler import Sampler
+from edge.errors import QwedgeError
+
+FinishReason = Literal["stop", "length"]
+
+
+class Consumer(Protocol):
+    """Receives what happens to one sequence. Called on the engine's thread: must return quickly and never raise."""
+
+    def queued(self, position: int, eta_s: float) -> None:
+        """``position`` sequences are ahead in the queue (0 = next)."""
+        ...
+
+    def started(self) -> None:
+        """Prefill begins."""
+        ...
+
+    def token(self, token_id: int) -> FinishReason | None:
+        """A token was generated (never an eos id); a reason ends the sequence with this token."""
+        ...
+
+    def finished(self, reason: FinishReason, timings: Timings) -> None:
+        """Terminal: the sequence is complete."""
+        ...
+
+    def failed(self, error: QwedgeError, timings: Timings) -> None:
+        """Terminal: cancelled, out of time, or the engine failed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where a sequence's time went; seconds on the monotonic clock. Zero where a phase was not reached."""
+
+    queue_s: float
+    prefill_s: float
+    """From leaving the queue to the first token: the engine's part of TTFT."""
+    decode_s: float
+    """From the first token to the last."""
+    num_prompt_tokens: int
+    num_output_tokens: int
+    """Generated tokens, the closing eos included."""
+    num_cached_tokens: int = 0
+    """Prompt tokens whose keys and values were there already."""
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token, the queue included."""
+        return self.queue_s + self.prefill_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time per output token after the first; 0 with fewer than two tokens."""
+        return self.decode_s / (self.num_output_tokens - 1) if self.num_output_tokens > 1 else 0.0
+
+
+class SequenceStatus(Enum):
+    """The life of a sequence."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt and its growing answer."""
+
+    prompt_ids: NDArray[np.int64]  # [num_prompt_tokens]
+    max_tokens: int
+    """Most tokens to generate."""
+    eos_ids: frozenset[int]
+    sampler: Sampler
+    consumer: Consumer
+    deadline: float | None = None
+    """On the clock of :func:`time.monotonic`."""
+    identity: str = ""
+    """Whose it is: cached prefixes are shared within an identity only."""
+
+    status: SequenceStatus = SequenceStatus.WAITING
+    row: int = -1
+    num_computed_tokens: int = 0
+    """Tokens whose keys and values are in the row: 0 <= num_computed <= num_prompt + num_output."""
+    num_cached_tokens: int = 0
+    """Prompt tokens whose keys and values came from the prefix cache."""
+    output_ids: list[int] = field(default_factory=list)
+    cancelled: bool = False
+    submitted_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    first_token_at: float | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.output_ids)
+
+    def computed_ids(self) -> NDArray[np.int64]:
+        """The tokens whose keys and values are in the row [num_computed_tokens]."""
+        return np.concatenate([self.prompt_ids, np.array(self.output_ids, np.int64)])[: self.num_computed_tokens]
+
+    def timings(self) -> Timings:
+        """Timings up to now."""
+        now = time.monotonic()
+        started = self.started_at if self.started_at is not None else now
+        first = self.first_token_at if self.first_token_at is not None else now
+        return Timings(
+            queue_s=started - self.submitted_at,
+            prefill_s=first - started,
+            decode_s=now - first,
+            num_prompt_tokens=len(self.prompt_ids),
+            num_output_tokens=self.num_output_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+        )
