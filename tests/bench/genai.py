@@ -51,12 +51,14 @@ class Arena:
             "qwedge": (sys.executable, here / "run_qwedge.py", bundle),
             "genai": (peer.python, here / "run_genai.py", peer.model),
         }
+        self._order = list(_SIDES)
         self._patience_s = patience_s
 
     def pair(self, job: Job) -> dict[str, Run]:
-        """Both sides, one after the other, once the machine is quiet."""
+        """Both sides, one after the other, once the machine is quiet; the other one first the next time."""
         self._await_quiet()
-        return {side: self.run(side, job) for side in _SIDES}
+        self._order.reverse()
+        return {side: self.run(side, job) for side in self._order}
 
     def run(self, side: str, job: Job) -> Run:
         """One run in a process of its own."""
