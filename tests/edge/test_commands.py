@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import httpx
 import psutil
 import pytest
 
+import edge.cli
 from tests.export import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -37,11 +39,30 @@ def environment(**changes: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("QWEDGE_")} | changes
 
 
-def qwedge(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*args), cwd=ROOT, env=environment(), input=stdin, capture_output=True, text=True, timeout=TIMEOUT_S,
-        check=False,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def qwedge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process, which has the heavy packages loaded already."""
+    for name in [name for name in os.environ if name.startswith("QWEDGE_")]:
+        monkeypatch.delenv(name)
+
+    def run(*args: str, stdin: str = "") -> Done:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = edge.cli.run(args)
+        return Done(status, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +70,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model with a long context, exported as a user would."""
     folder = tmp_path_factory.mktemp("commands")
     checkpoint = tiny.write_folder(folder / "checkpoint", tiny.qwen2_config(max_position_embeddings=CONTEXT))
-    done = qwedge("export", str(checkpoint), "-o", str(folder / "bundle"), "--name", "tiny")
-    assert done.returncode == 0, done.stderr
+    line = command("export", str(checkpoint), "-o", str(folder / "bundle"), "--name", "tiny")
+    subprocess.run(line, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=TIMEOUT_S)
     return folder / "bundle"
 
 
@@ -112,16 +133,16 @@ def wait_gone(processes: list[psutil.Process]) -> bool:
     return not alive
 
 
-def test_generate_streams_or_prints_json(bundle: Path) -> None:
+def test_generate_streams_or_prints_json(bundle: Path, qwedge: Run) -> None:
     options = ("--bundle", str(bundle), "--max-tokens", "8", "--temperature", "0", "--raw")
     as_json = json.loads(qwedge("generate", "hello", *options, "--json").stdout)
     streamed = qwedge("generate", *options, stdin="hello")
-    assert (streamed.returncode, streamed.stderr) == (0, "")
+    assert (streamed.status, streamed.stderr) == (0, "")
     assert streamed.stdout == as_json["choices"][0]["text"] + "\n"
     assert as_json["usage"]["completion_tokens"] == 8
 
 
-def test_generate_refuses_what_the_model_cannot_do(bundle: Path) -> None:
+def test_generate_refuses_what_the_model_cannot_do(bundle: Path, qwedge: Run) -> None:
     for args, status, message in (
         (("hello",), 2, "error: no bundle is given"),
         (("hello", "--bundle", str(bundle), "--temperature", "9"), 2, "error: temperature is out of range"),
@@ -130,10 +151,10 @@ def test_generate_refuses_what_the_model_cannot_do(bundle: Path) -> None:
         (("hello", "--bundle", str(bundle.parent)), 5, "error: "),
     ):
         done = qwedge("generate", *args)
-        assert (done.returncode, done.stdout) == (status, "")
+        assert (done.status, done.stdout) == (status, "")
         assert done.stderr.startswith(message)
         assert "\nhint: " in done.stderr
-    assert qwedge("generate", "--bundle", str(bundle), stdin=" ").returncode == 2
+    assert qwedge("generate", "--bundle", str(bundle), stdin=" ").status == 2
 
 
 def test_chat_answers_obeys_and_survives_ctrl_c(bundle: Path) -> None:
@@ -160,7 +181,7 @@ def test_chat_answers_obeys_and_survives_ctrl_c(bundle: Path) -> None:
     assert "(stopped)" in stderr
 
 
-def test_bench_reports_consistent_figures(bundle: Path) -> None:
+def test_bench_reports_consistent_figures(bundle: Path, qwedge: Run) -> None:
     options = (
         "--bundle",
         str(bundle),
@@ -269,11 +290,11 @@ def test_a_taken_broker_port_leaves_http_alone_with_a_line_that_says_so(bundle: 
             assert "HTTP alone, without MQTT" in server.log.read_text()
 
 
-def test_a_taken_port_is_noticed_before_anything_else() -> None:
+def test_a_taken_port_is_noticed_before_anything_else(qwedge: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = qwedge("serve", "--bundle", "/nowhere", "--port", port)
     error, hint = done.stderr.splitlines()
-    assert done.returncode == 6
+    assert done.status == 6
     assert error.startswith(f"error: cannot listen on 127.0.0.1:{port}")
     assert hint.startswith("hint: ")
