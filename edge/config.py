@@ -107,6 +107,14 @@ class EngineSettings(_Section):
     prefill_chunk: int = Field(
         256, ge=8, le=8192, description="Prompt tokens read in one step; running answers pause for as long."
     )
+    draft_tokens: int = Field(
+        0,
+        ge=0,
+        le=15,
+        description="Most tokens guessed ahead from the text so far, for a request that runs alone; 0 never guesses."
+        " Copying answers (code edits, extractions) get faster. Greedy text may then differ where two tokens are"
+        " almost equally likely, since steps of one and of several tokens round differently.",
+    )
     prefix_cache_mb: int = Field(
         128,
         ge=0,

@@ -63,7 +63,10 @@ def load_service(bundle: Path, manifest: Manifest, settings: Settings) -> Servic
     )
     model = load_model(bundle, manifest, engine.context_length)
     scheduler = Scheduler(
-        engine, max_queue=settings.scheduler.max_queue, prefix_cache_bytes=options.prefix_cache_mb << 20
+        engine,
+        max_queue=settings.scheduler.max_queue,
+        prefix_cache_bytes=options.prefix_cache_mb << 20,
+        draft_tokens=options.draft_tokens,
     )
     return Service(model, scheduler, Metrics(), default_max_tokens=settings.scheduler.default_max_tokens)
 

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.engine.prefix_cache import Prefix, PrefixCache
+from edge.engine.speculation import MAX_DRAFT, DraftLength, PromptLookup
 from edge.errors import CancelledError, DeadlineError, EngineError, OverloadedError, QwedgeError, UnavailableError
 from edge.sequence import FinishReason, Sequence, SequenceStatus
 
@@ -58,6 +59,10 @@ class Engine(Protocol):
 
         The returned array is valid until the next call.
         """
+        ...
+
+    def verify(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """Append ``ids`` [n] like :meth:`prefill`; returns the logits [n, padded_vocab] of all positions."""
         ...
 
     def move_row(self, source: int, target: int, length: int) -> None:
@@ -98,10 +103,12 @@ class Scheduler:
         engine: the engine; after :meth:`start` only the scheduler's thread touches it.
         max_queue: sequences that may wait; one more is refused with :class:`OverloadedError`.
         prefix_cache_bytes: memory for keys and values of past prompts; 0 = none.
+        draft_tokens: most tokens guessed ahead for a sequence that runs alone (``edge.engine.speculation``).
     """
 
-    def __init__(self, engine: Engine, *, max_queue: int, prefix_cache_bytes: int = 0) -> None:
+    def __init__(self, engine: Engine, *, max_queue: int, prefix_cache_bytes: int = 0, draft_tokens: int = 0) -> None:
         self._engine = engine
+        self._draft_length = DraftLength(min(draft_tokens, MAX_DRAFT))
         self._prefixes = PrefixCache(prefix_cache_bytes)  # the engine's thread only
         self._max_queue = max_queue
         self._changed = threading.Condition()
@@ -259,7 +266,7 @@ class Scheduler:
         assert sequence is not None
         assert sequence.row == len(self._running)
         past = sequence.num_computed_tokens
-        chunk = sequence.prompt_ids[past : past + self._engine.prefill_chunk]
+        chunk = sequence.prompt_ids[past : past + self._chunk_length(len(sequence.prompt_ids) - past)]
         logits = self._engine.prefill(sequence.row, chunk, past)
         sequence.num_computed_tokens = past + len(chunk)
         if sequence.num_computed_tokens == len(sequence.prompt_ids):
@@ -268,7 +275,52 @@ class Scheduler:
             sequence.status = SequenceStatus.DECODE
             self._next_token(sequence, logits)
 
+    def _chunk_length(self, remaining: int) -> int:
+        """Tokens of the next chunk; never one that leaves a single token for the last.
+
+        The kernels give the same bits for a token in every chunk of two or more, but others for a token by itself
+        (docs/lab-notes.md). So how a prompt is cut, or how much of it was known, does not change the answer.
+        """
+        length = min(remaining, self._engine.prefill_chunk)
+        return length - 1 if remaining - length == 1 else length
+
     def _decode(self) -> None:
+        """At least one token for every running sequence."""
+        if len(self._running) == 1 and self._prefilling is None:
+            self._decode_alone(self._running[0])
+        else:
+            self._decode_batch()
+
+    def _decode_alone(self, sequence: Sequence) -> None:
+        """One step for the only sequence, verifying a guess of several tokens where that has paid so far."""
+        guess = self._guess(sequence)
+        ids, past = [sequence.output_ids[-1], *guess], sequence.num_computed_tokens
+        started_at = time.monotonic()
+        logits = self._engine.verify(0, np.array(ids), past) if guess else self._engine.decode(ids, [past])
+        self._draft_length.took(len(ids), time.monotonic() - started_at)
+        num_right = 0
+        for position in range(len(ids)):
+            sequence.num_computed_tokens += 1
+            self._next_token(sequence, logits[position])
+            ended = sequence.status is SequenceStatus.FINISHED
+            if ended or guess[position : position + 1] != sequence.output_ids[-1:]:
+                break
+            num_right += 1
+        self._draft_length.guessed(len(guess), num_right)
+
+    def _guess(self, sequence: Sequence) -> list[int]:
+        """What may come next, as far as there is room for it; nothing where guessing does not pay."""
+        room = self._engine.context_length - sequence.num_computed_tokens - 1
+        most = min(self._draft_length.best(), room, sequence.max_tokens - sequence.num_output_tokens - 1)
+        if most <= 0:
+            return []
+        if sequence.lookup is None:
+            sequence.lookup = PromptLookup(sequence.prompt_ids.tolist())
+        known_outputs = len(sequence.lookup) - len(sequence.prompt_ids)
+        sequence.lookup.extend(sequence.output_ids[known_outputs:])
+        return sequence.lookup.guess(most)
+
+    def _decode_batch(self) -> None:
         """One token for every running sequence."""
         batch = list(self._running)
         logits = self._engine.decode(

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.engine.sampler import Sampler
+from edge.engine.speculation import PromptLookup
 from edge.errors import QwedgeError
 
 FinishReason = Literal["stop", "length"]
@@ -100,6 +101,8 @@ class Sequence:
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values came from the prefix cache."""
     output_ids: list[int] = field(default_factory=list)
+    lookup: PromptLookup | None = None
+    """Where guesses come from, made when the first one is wanted."""
     cancelled: bool = False
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None

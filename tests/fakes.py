@@ -106,6 +106,11 @@ class FakeEngine:
         logits: NDArray[np.float32] = _logits([self._answers[row][0]])[0]
         return logits
 
+    def verify(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """See :class:`edge.scheduler.Engine`."""
+        self._step()
+        return _logits([self._next(row, past + offset) for offset in range(len(ids))])
+
     def decode(self, ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
         """See :class:`edge.scheduler.Engine`."""
         self._step()

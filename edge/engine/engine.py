@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edge.bundle import Manifest
 from edge.engine.kv_cache import KVPool
 from edge.engine.session import Inputs, Session
+from edge.engine.speculation import MAX_DRAFT
 
 
 class Engine:
@@ -53,7 +54,8 @@ class Engine:
         self.threads = threads or physical_cores()
         self._pool = KVPool(manifest.kv, slots=slots, context=self.context_length)
         self._session = Session(bundle, threads=self.threads, spin_us=spin_us)
-        self._prefill_steps: dict[int, _Prefill] = {}
+        self._prefill_steps: dict[int, _Append] = {}
+        self._verify_steps: dict[int, _Append] = {}
         self._decode_steps: dict[int, _Decode] = {}
 
     def prefill(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
@@ -66,8 +68,24 @@ class Engine:
         assert 0 < len(ids) <= self.prefill_chunk
         assert past + len(ids) <= self.context_length
         if row not in self._prefill_steps:
-            self._prefill_steps[row] = _Prefill(self._session, self._pool, row, self.prefill_chunk, self._width)
-        return self._prefill_steps[row].run(ids, past)
+            self._prefill_steps[row] = self._append(row, self.prefill_chunk, all_logits=False)
+        logits: NDArray[np.float32] = self._prefill_steps[row].run(ids, past)[0]
+        return logits
+
+    def verify(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """Append ``ids`` [n], n <= MAX_DRAFT + 1, to the ``past`` tokens of ``row``.
+
+        Tokens that turn out wrong are taken back by appending the next ones over them: pass a smaller ``past``.
+
+        Returns:
+            Logits [n, padded_vocab] of all positions; valid until the next call.
+        """
+        assert 0 <= row < self.slots
+        assert 0 < len(ids) <= MAX_DRAFT + 1
+        assert past + len(ids) <= self.context_length
+        if row not in self._verify_steps:
+            self._verify_steps[row] = self._append(row, MAX_DRAFT + 1, all_logits=True)
+        return self._verify_steps[row].run(ids, past)
 
     def decode(self, ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
         """Append ``ids[i]`` to the ``past[i]`` tokens of row i, for rows 0..n-1.
@@ -98,6 +116,9 @@ class Engine:
         """Give a row's memory back to the system."""
         self._pool.release(row)
 
+    def _append(self, row: int, most: int, *, all_logits: bool) -> _Append:
+        return _Append(self._session, self._pool, row, most=most, all_logits=all_logits, width=self._width)
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes."""
@@ -108,36 +129,49 @@ class Engine:
         return self.manifest.padded_vocab_size
 
 
-class _Prefill:
-    """Prefill of one row: the inputs' shape follows the chunk, the cache stays bound."""
+class _Append:
+    """Several tokens for one row: shapes follow the number of tokens, the cache stays bound.
 
-    def __init__(self, session: Session, pool: KVPool, row: int, chunk: int, width: int) -> None:
-        self._ids = np.zeros((1, chunk), np.int64)
+    Args:
+        most: most tokens of a step.
+        all_logits: whether every position gets logits, or the last one only.
+    """
+
+    def __init__(self, session: Session, pool: KVPool, row: int, *, most: int, all_logits: bool, width: int) -> None:
+        self._all_logits = all_logits
+        self._ids = np.zeros((1, most), np.int64)
         self._seqlens = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
-        self._last = np.zeros(1, np.int64)
-        self._logits: NDArray[np.float32] = np.zeros((1, width), np.float32)
-        self._bound = chunk
+        self._indices = np.arange(most if all_logits else 1, dtype=np.int64)
+        self._logits: NDArray[np.float32] = np.zeros((len(self._indices), width), np.float32)
+        self._bound = most
         inputs: Inputs = {
             "input_ids": self._ids,
             "seqlens_k": self._seqlens,
             "total_sequence_length": self._total,
-            "logits_indices": self._last,
+            "logits_indices": self._indices,
         }
         self._step = session.step(inputs, self._logits, pool, row)
 
     def run(self, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """Logits [n, padded_vocab] of all positions, or [1, padded_vocab] of the last."""
         n = len(ids)
         if n != self._bound:
-            self._step.bind_input("input_ids", self._ids[:, :n])
-            self._bound = n
+            self._rebind(n)
         self._ids[0, :n] = ids
         self._seqlens[0] = past + n - 1
         self._total[()] = past + n
-        self._last[0] = n - 1
+        if not self._all_logits:
+            self._indices[0] = n - 1
         self._step.run()
-        logits: NDArray[np.float32] = self._logits[0]
-        return logits
+        return self._logits[:n]
+
+    def _rebind(self, n: int) -> None:
+        self._step.bind_input("input_ids", self._ids[:, :n])
+        if self._all_logits:
+            self._step.bind_input("logits_indices", self._indices[:n])
+            self._step.bind_output("logits", self._logits[:n])
+        self._bound = n
 
 
 class _Decode:

@@ -49,12 +49,13 @@ class PrefixCache:
     def find(self, identity: str, ids: NDArray[np.int64]) -> tuple[Prefix, int] | None:
         """The entry that shares the longest beginning with ``ids`` [n], and that beginning's length.
 
-        The last token is never taken from an entry: the model has to see one to say what follows.
+        The last two tokens are never taken from an entry: the model has to see one to say what follows, and a token
+        by itself would be rounded differently than without the cache.
         """
         best: tuple[int, int] | None = None
         for key, entry in self._entries.items():
             if entry.identity == identity:
-                length = min(_common(entry.ids, ids), len(ids) - 1)
+                length = min(_common(entry.ids, ids), len(ids) - 2)
                 if length >= MIN_TOKENS and (best is None or length >= best[1]):
                     best = key, length
         if best is None:

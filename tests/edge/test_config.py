@@ -52,6 +52,7 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
             "slots": 1,
             "prefill_chunk": 64,
             "prefix_cache_mb": 64,
+            "draft_tokens": 5,
             "spin_us": 0,
         },
         "scheduler": {"max_queue": 3, "default_max_tokens": 9},

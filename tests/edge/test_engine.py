@@ -150,6 +150,29 @@ def test_a_pool_that_cannot_be_had_is_refused() -> None:
         KVPool(KVLayout(layers=4096, kv_heads=4096, head_dim=4096), slots=4096, context=1 << 30)
 
 
+@pytest.mark.parametrize("recipe", ["int4", "int8"])
+def test_how_a_prompt_is_cut_does_not_change_one_bit(recipe: str, tmp_path: Path) -> None:
+    with open_checkpoint(tiny.write_folder(tmp_path / "checkpoint", tiny.qwen2_config())) as checkpoint:
+        manifest = export_bundle(checkpoint, tmp_path / "bundle", RECIPES[recipe], progress=Silent()).manifest
+    engine = Engine(tmp_path / "bundle", manifest, slots=1, context=64, threads=1, prefill_chunk=64)
+    ids = prompt(24)
+    whole = feed(engine, 0, ids, [24])
+    # Chunks of two tokens and more; a single token goes through other kernels.
+    for sizes in ([12, 12], [22, 2], [2] * 12, [3, 7, 14]):
+        np.testing.assert_array_equal(feed(engine, 0, ids, sizes), whole)
+
+
+def test_verify_gives_the_logits_of_every_position(engine: Engine) -> None:
+    ids = prompt(14, 6)
+    expected = [feed(engine, 0, ids[:length], [length]) for length in range(11, 15)]
+    feed(engine, 0, ids[:10], [10])
+    logits = engine.verify(0, ids[10:], 10)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    # Wrong guesses are overwritten by what really comes.
+    engine.verify(0, prompt(4, 9), 10)
+    np.testing.assert_allclose(engine.verify(0, ids[10:], 10), expected, atol=1e-5)
+
+
 def test_quantized_and_float_bundles_have_the_same_interface(tmp_path: Path) -> None:
     with open_checkpoint(tiny.write_folder(tmp_path / "checkpoint", tiny.qwen2_config())) as checkpoint:
         for recipe in RECIPES.values():

@@ -31,7 +31,8 @@ class Client:
     def __init__(self, service: Service, prompt: str = "hello", **options: object) -> None:
         self.events: list[Event] = []
         self._queue: queue.Queue[Event] = queue.Queue()
-        request = GenerationRequest(tuple(prompt.encode()), SamplingParams(), **options)  # type: ignore[arg-type]
+        options.setdefault("sampling", SamplingParams())
+        request = GenerationRequest(tuple(prompt.encode()), **options)  # type: ignore[arg-type]
         self.ticket: Ticket = service.submit(request, self._queue.put)
 
     def wait_for(self, kind: type[Event] | tuple[type[Event], ...]) -> Event:
