@@ -19,6 +19,8 @@ import numpy as np
 
 from edge.bundle import Manifest
 from edge.chat import ChatTemplate
+from edge.engine.grammar import Grammars
+from edge.engine.grammar_source import Grammar
 from edge.engine.sampler import Sampler, SamplingParams
 from edge.errors import ContextOverflowError, ModelNotFoundError, QwedgeError, RequestError
 from edge.metrics import Metrics
@@ -47,6 +49,8 @@ class GenerationRequest:
     """Who asks; cached prefixes are shared within an identity only."""
     ignore_eos: bool = False
     """Generate past end-of-sequence tokens: for benchmarks."""
+    grammar: Grammar | None = None
+    """The form the answer must have. On an event loop, :meth:`Model.check_grammar` comes first, in a worker thread."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,12 @@ class Model:
     """Tokens per sequence as served: at most the manifest's."""
     loaded_at: float = field(default_factory=time.time)
     """Unix time, for OpenAI's ``created``."""
+    grammars: Grammars = field(init=False, repr=False, compare=False)
+    """Compiled for this vocabulary."""
+
+    def __post_init__(self) -> None:
+        grammars = Grammars(self.tokenizer, self.manifest.vocab_size, self.eos_ids)
+        object.__setattr__(self, "grammars", grammars)
 
     def check_name(self, name: str | None) -> None:
         """Accept None and the served model's name.
@@ -129,6 +139,14 @@ class Model:
         if name not in {None, "", self.manifest.name}:
             hint = f"this device serves {self.manifest.name}; see GET /v1/models"
             raise ModelNotFoundError(f"the model {name!r} is not served here", hint=hint, param="model")
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Compile a grammar, so that its use later is quick; the first one takes about half a second.
+
+        Raises:
+            RequestError: the grammar is malformed or too large.
+        """
+        self.grammars.constraint(grammar)
 
     def sampling(self, given: Mapping[str, Any]) -> SamplingParams:
         """Sampling parameters of a request: what it gives over the model's defaults.
@@ -185,7 +203,7 @@ class Service:
 
         Raises:
             ContextOverflowError: the prompt leaves no room for a token.
-            RequestError: the prompt is empty or holds an id the model does not have.
+            RequestError: the prompt is empty or holds an id the model does not have, or the grammar is not usable.
             OverloadedError: the queue is full.
             UnavailableError: the service is stopping.
         """
@@ -206,13 +224,14 @@ class Service:
         ids = np.asarray(request.prompt_ids, dtype=np.int64)
         if ids.min() < 0 or ids.max() >= model.manifest.padded_vocab_size:
             raise RequestError("the prompt holds a token id outside the vocabulary", param="prompt")
+        constraint = None if request.grammar is None else model.grammars.constraint(request.grammar)
         room = model.context_length - n_prompt
         wanted = request.max_tokens or self._default_max_tokens or room
         return EngineSequence(
             prompt_ids=ids,
             max_tokens=min(wanted, room),
             eos_ids=frozenset() if request.ignore_eos else model.eos_ids,
-            sampler=Sampler(request.sampling, request.prompt_ids, model.manifest.vocab_size),
+            sampler=Sampler(request.sampling, request.prompt_ids, model.manifest.vocab_size, constraint=constraint),
             consumer=_EventConsumer(on_event, TextStream(model.tokenizer, request.stop), self.metrics),
             identity=request.identity,
             deadline=None if request.deadline_s is None else time.monotonic() + request.deadline_s,

@@ -1,8 +1,8 @@
 """From logits to the next token id, on numpy alone.
 
-The order of the steps is logit bias, penalties, temperature, top_k, top_p, min_p: the penalties as vLLM applies them
-[1], the filters as the logits warpers of transformers [2]. A filter sees only what the one before it left over, with
-the probabilities renormalised.
+The order of the steps is the grammar's mask, logit bias, penalties, temperature, top_k, top_p, min_p: the penalties as
+vLLM applies them [1], the filters as the logits warpers of transformers [2]. A filter sees only what the one before it
+left over, with the probabilities renormalised.
 
 A vocabulary has 150,000 entries and a decode step of a small model takes about 20 ms, so nothing here sorts it or
 copies it to float64: top_k finds its candidates by the maxima of groups, top_p sorts only the tokens near the cut.
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.engine.grammar import Constraint
 from edge.errors import EngineError, RequestError
 
 Floats = NDArray[np.float32]
@@ -113,12 +114,20 @@ class Sampler:
         params: how to choose.
         prompt_ids: the prompt, which the repetition penalty counts in.
         vocab_size: number of real token ids; logits at and beyond it are padding and never chosen.
+        constraint: keeps the answer inside a grammar.
 
     Raises:
         RequestError: ``logit_bias`` names an id that the vocabulary does not have.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        vocab_size: int,
+        *,
+        constraint: Constraint | None = None,
+    ) -> None:
         if max(params.logit_bias, default=0) >= vocab_size:
             hint = f"use ids below {vocab_size}"
             raise RequestError("logit_bias names an id beyond the vocabulary", hint=hint, param="logit_bias")
@@ -127,11 +136,21 @@ class Sampler:
         self._rng = np.random.Generator(np.random.PCG64(None if params.seed is None else params.seed % 2**64))
         self._bias = _Bias(params.logit_bias) if params.logit_bias else None
         self._penalties = _Penalties(params, prompt_ids, vocab_size) if _penalises(params) else None
-        adjusts = self._bias is not None or self._penalties is not None
-        self._scratch = np.empty(0 if params.greedy and not adjusts else vocab_size, np.float32)
+        self._constraint = constraint
+        self._adjusts = not (constraint is None and self._bias is None and self._penalties is None)
+        self._scratch = np.empty(vocab_size if self._adjusts or not params.greedy else 0, np.float32)
+
+    def prepare(self) -> None:
+        """Called before the forward pass whose logits :meth:`sample` will get: what can be done meanwhile begins."""
+        if self._constraint is not None:
+            self._constraint.prepare()
+
+    def forced_tokens(self) -> list[int]:
+        """Tokens that a grammar prescribes next; changes nothing."""
+        return [] if self._constraint is None else self._constraint.forced_tokens()
 
     def sample(self, logits: Floats) -> int:
-        """Choose the next token and count it for the penalties.
+        """Choose the next token, count it for the penalties and follow it in the grammar.
 
         Args:
             logits: [padded_vocab] of one position; left as it is. ``-inf`` marks a forbidden token.
@@ -141,6 +160,7 @@ class Sampler:
 
         Raises:
             EngineError: a logit is NaN or positive infinity, or every token is forbidden.
+            RequestError: going on exceeds the limits of the grammar.
         """
         # Extreme logits may overflow to infinity on the way; both ends are handled.
         with np.errstate(over="ignore"):
@@ -151,12 +171,17 @@ class Sampler:
             chosen = best if self._params.greedy else self._draw(adjusted, adjusted[best])
         if self._penalties is not None:
             self._penalties.count(chosen)
+        if self._constraint is not None:
+            self._constraint.accept(chosen)
         return chosen
 
     def _adjust(self, logits: Floats) -> Floats:
-        if self._bias is None and self._penalties is None:
+        if not self._adjusts:
             return logits
-        np.copyto(self._scratch, logits)
+        if self._constraint is None:
+            np.copyto(self._scratch, logits)
+        else:
+            self._constraint.mask(logits, out=self._scratch)
         if self._bias is not None:
             self._bias.apply(self._scratch)
         if self._penalties is not None:

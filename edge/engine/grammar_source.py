@@ -1,0 +1,144 @@
+"""The grammars a request may ask for, and their form for llguidance.
+
+A grammar comes from outside and must not cost more than a prompt. llguidance has limits of its own; what they do not
+catch is refused here, by the size of its parts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+MAX_SOURCE_BYTES = 64 * 1024
+MAX_SCHEMA_DEPTH = 64
+"""Levels of nested arrays and objects in the text of a schema."""
+MAX_CHOICES = 1000
+"""Entries of a choice list or of an ``enum``."""
+MAX_PROPERTIES = 500
+"""Properties of one object: the time to compile grows with their square."""
+MAX_DIVISOR = 1000
+"""Product of the terms of all ``multipleOf`` as fractions: they become an automaton with about as many states."""
+_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON as models write it in one line. Free white space would let a small model indent without end, and leaves nothing
+for the grammar to force."""
+
+
+Kind = Literal["json_schema", "regex", "lark", "choice", "tool_call"]
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The form an answer must have."""
+
+    kind: Kind
+    source: str
+    """By kind: a JSON schema; a regular expression; a Lark grammar; a JSON array of strings, one of them the answer; a
+    JSON object of function names and the schemas of their arguments, one of which is called in Hermes' form."""
+    param: str = field(default="response_format", compare=False)
+    """The field of the request it came from, for errors."""
+
+
+def llguidance_source(grammar: Grammar) -> str:
+    """The grammar in llguidance's own form.
+
+    Raises:
+        ValueError: it is malformed or beyond a limit.
+    """
+    from llguidance import LLMatcher  # noqa: PLC0415 - a service without grammars does without
+
+    match grammar.kind:
+        case "json_schema":
+            _check_schema(schema := json.loads(grammar.source))
+            return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_STYLE)
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.source)
+        case "lark":
+            if "%json" in grammar.source:
+                raise ValueError("%json is not supported: send the schema alone")
+            return LLMatcher.grammar_from_lark(grammar.source)
+        case "choice":
+            return LLMatcher.grammar_from_lark(_choice(json.loads(grammar.source)))
+        case "tool_call":
+            return LLMatcher.grammar_from_lark(_tool_call(json.loads(grammar.source)))
+
+
+def _choice(choices: Sequence[str]) -> str:
+    if len(choices) > MAX_CHOICES:
+        raise ValueError(f"it has more than {MAX_CHOICES} choices")
+    return "start: " + " | ".join(map(_literal, choices))
+
+
+def _tool_call(schemas: dict[str, Any]) -> str:
+    """One call in the form of Qwen2.5 and Qwen3, which ``edge.openai.blocks`` reads."""
+    lines = ['start: "<tool_call>\\n{\\"name\\": " call "}\\n</tool_call>"']
+    lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(schemas))))
+    for index, (name, schema) in enumerate(schemas.items()):
+        _check_schema(schema)
+        # Each schema is a document of its own, so that its references keep their meaning.
+        styled = json.dumps({**schema, "x-guidance": _STYLE})
+        head = json.dumps(name) + ', "arguments": '
+        lines.append(f"call_{index}: {_literal(head)} arguments_{index}")
+        lines.append(f"arguments_{index}: %json {styled}")
+    return "\n".join(lines)
+
+
+def _literal(text: str) -> str:
+    """A string of a Lark grammar."""
+    return json.dumps(text)
+
+
+def _check_schema(schema: Any) -> None:
+    """Refuse what llguidance's own limits do not catch.
+
+    Raises:
+        ValueError: a bound is exceeded.
+    """
+    divisor = 1
+    for node in _nodes(schema):
+        if _size(node.get("properties")) > MAX_PROPERTIES:
+            raise ValueError(f"an object has more than {MAX_PROPERTIES} properties")
+        if _size(node.get("enum")) > MAX_CHOICES:
+            raise ValueError(f"an enum has more than {MAX_CHOICES} values")
+        divisor *= _divisor(node.get("multipleOf"))
+        if divisor > MAX_DIVISOR:
+            raise ValueError(f"multipleOf is larger than {MAX_DIVISOR}")
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, dict | list) else 0
+
+
+def _divisor(multiple_of: Any) -> int:
+    """Numerator times denominator of ``multipleOf``: 7 for 7, 10 for 2.5 = 5/2; 1 for what is no number."""
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int | float) or multiple_of <= 0:
+        return 1
+    ratio = Fraction(str(multiple_of))
+    return max(ratio.numerator, 1) * ratio.denominator
+
+
+def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a schema, level by level.
+
+    Raises:
+        ValueError: it is nested too deeply, or no schema at all.
+    """
+    if not isinstance(schema, dict):
+        raise ValueError("a schema is a JSON object")  # noqa: TRY004 - callers take it as one kind of refusal
+    level: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        yield from (node for node in level if isinstance(node, dict))
+        level = [child for node in level for child in _inner(node)]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {MAX_SCHEMA_DEPTH} levels")
+
+
+def _inner(node: Any) -> list[Any]:
+    children = node.values() if isinstance(node, dict) else node
+    return [child for child in children if isinstance(child, dict | list)]
