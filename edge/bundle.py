@@ -106,7 +106,7 @@ class Manifest(_Model):
     """Bytes of weights that one decode step reads from disk layout (codes, scales, zero points)."""
     source: Source
     files: list[FileEntry]
-    min_runtime_version: str
+    min_runtime_version: Annotated[str, Field(pattern=r"^\d+(\.\d+){0,2}$")]
     measured: dict[str, Any] = Field(default_factory=dict)
     """What the export's verification measured."""
     licence: str | None = None
@@ -233,7 +233,8 @@ def _verify_file(path: Path, entry: FileEntry, hint: str, progress: Progress | N
 
 
 def _open_regular(path: Path) -> Any:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    # Without O_NONBLOCK, opening a pipe would wait for somebody to write into it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     info = os.fstat(descriptor)
     if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
         os.close(descriptor)
