@@ -202,6 +202,8 @@ class _TextShape:
 def _make_parser(model: Model, request: ChatRequest | CompletionRequest, generation: GenerationRequest) -> BlockParser:
     if isinstance(request, CompletionRequest):
         return BlockParser(reasoning=False, tools=False)
+    if generation.grammar is not None:
+        return BlockParser(reasoning=False, tools=generation.grammar.kind == "tool_call")
     tail = model.tokenizer.decode(generation.prompt_ids[-_TAIL_TOKENS:])
     return BlockParser(
         reasoning=request.thinking is not False,

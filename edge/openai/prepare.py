@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edge.errors import RequestError
+from edge.openai.grammar import requested_grammar
 from edge.openai.schemas import ChatRequest, CompletionRequest
 from edge.service import GenerationRequest, Model
 
@@ -27,23 +28,30 @@ def prepare(model: Model, request: ChatRequest | CompletionRequest) -> Generatio
 
     Raises:
         ModelNotFoundError: the request names another model.
-        RequestError: the messages do not suit the template, or a parameter is out of range.
+        RequestError: the messages do not suit the template, a parameter is out of range, or the grammar is not usable.
     """
     model.check_name(request.model)
-    prompt_ids = _chat_ids(model, request) if isinstance(request, ChatRequest) else _completion_ids(model, request)
+    if (grammar := requested_grammar(request)) is not None:
+        model.check_grammar(grammar)
+    prompt_ids = (
+        _chat_ids(model, request, thinks=grammar is None)
+        if isinstance(request, ChatRequest)
+        else _completion_ids(model, request)
+    )
     stop = request.stop or ()
     return GenerationRequest(
         prompt_ids=prompt_ids,
         sampling=model.sampling(_given_sampling(request)),
         max_tokens=request.token_limit,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        grammar=grammar,
     )
 
 
-def _chat_ids(model: Model, request: ChatRequest) -> tuple[int, ...]:
+def _chat_ids(model: Model, request: ChatRequest, *, thinks: bool) -> tuple[int, ...]:
     # Templates test whether tools are defined: no tools are None, not an empty list.
     tools = [tool.model_dump(exclude_unset=True) for tool in request.offered_tools] or None
-    return model.encode_chat(request.messages, tools=tools, enable_thinking=request.thinking)
+    return model.encode_chat(request.messages, tools=tools, enable_thinking=request.thinking if thinks else False)
 
 
 def _completion_ids(model: Model, request: CompletionRequest) -> tuple[int, ...]:

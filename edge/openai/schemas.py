@@ -30,15 +30,9 @@ _UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "suffix": (("",), "use the model's fill-in-the-middle tokens in the prompt"),
     "functions": ((), "use tools"),
     "function_call": (("none",), "use tool_choice"),
-    "parallel_tool_calls": ((True,), "leave it out"),
     "audio": ((), "this server answers with text"),
-    "grammar": (("",), "constrained output is not supported yet"),
-    "json_schema": ((), "constrained output is not supported yet"),
-    "guided_json": ((), "constrained output is not supported yet"),
-    "guided_regex": ((), "constrained output is not supported yet"),
-    "guided_choice": ((), "constrained output is not supported yet"),
-    "guided_grammar": ((), "constrained output is not supported yet"),
-    "structured_outputs": ((), "constrained output is not supported yet"),
+    "grammar": (("",), "use structured_outputs.grammar, in Lark's notation"),
+    "json_schema": ((), "use response_format"),
     "use_beam_search": ((False,), "leave it out"),
 }
 """Field -> values that ask for nothing (null always does), and the hint for every other value."""
@@ -55,17 +49,41 @@ class StreamOptions(_Wire):
     include_usage: bool | None = None
 
 
+class JsonSchema(_Wire):
+    """A named JSON schema; answers follow it, whether ``strict`` is set or not."""
+
+    name: str | None = None
+    strict: bool | None = None
+    definition: Annotated[dict[str, Any], Field(alias="schema")]
+
+
 class ResponseFormat(_Wire):
-    """Free text is the only form of answers so far."""
+    """Free text, any JSON object, or JSON by a schema."""
 
-    type: str
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
-    @field_validator("type")
-    @classmethod
-    def _text_only(cls, value: str) -> str:
-        if value != "text":
-            raise ValueError("is not supported yet: leave response_format out or use the type 'text'")
-        return value
+    @model_validator(mode="after")
+    def _schema_where_named(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            hint = "send json_schema with the type 'json_schema', and only then"
+            param = "response_format.json_schema"
+            raise RequestError("type and json_schema do not go together", hint=hint, param=param)
+        return self
+
+
+class StructuredOutputs(_Wire):
+    """vLLM's way to say what form an answer has; one of the fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    definition: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    """A JSON schema."""
+    json_object: bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    """In Lark's notation."""
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
 
 
 class ToolFunction(_Wire):
@@ -88,6 +106,19 @@ class Tool(_Wire):
     function: ToolFunction
 
 
+class FunctionName(_Wire):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(_Wire):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class _Generation(_Wire):
     """Fields that chat and text completions share."""
 
@@ -105,6 +136,13 @@ class _Generation(_Wire):
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | None = None
+    """The older names of ``structured_outputs``."""
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
 
     @field_validator("stop")
     @classmethod
@@ -140,8 +178,8 @@ class ChatRequest(_Generation):
     """The conversation; :class:`edge.chat.ChatTemplate` checks and normalises each message."""
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    response_format: ResponseFormat | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -149,9 +187,11 @@ class ChatRequest(_Generation):
     def _known_choice(self) -> ChatRequest:
         if self.tool_choice is not None and self.tools is None:
             raise RequestError("tool_choice needs tools", hint="send tools or leave it out", param="tool_choice")
-        if isinstance(self.tool_choice, dict) or self.tool_choice not in {None, "none", "auto"}:
-            hint = "use 'auto' or 'none'; forced calls are not supported yet"
-            raise RequestError("this tool_choice is not supported", hint=hint, param="tool_choice")
+        if isinstance(self.tool_choice, NamedTool) and not self.forced_tools:
+            raise RequestError("tool_choice names no tool", hint="name one of tools", param="tool_choice")
+        if self.parallel_tool_calls is False and self.offered_tools and not self.forced_tools:
+            hint = "leave it out, or force a call by tool_choice: that is always one"
+            raise RequestError("the number of calls cannot be limited", hint=hint, param="parallel_tool_calls")
         return self
 
     @property
@@ -163,6 +203,17 @@ class ChatRequest(_Generation):
     def offered_tools(self) -> list[Tool]:
         """Tools the model may call in this answer."""
         return [] if self.tools is None or self.tool_choice == "none" else self.tools
+
+    @property
+    def forced_tools(self) -> list[Tool]:
+        """Tools of which the answer must call one; none where calls are free."""
+        match self.tool_choice:
+            case "required":
+                return self.offered_tools
+            case NamedTool(function=wanted):
+                return [tool for tool in self.offered_tools if tool.function.name == wanted.name]
+            case _:
+                return []
 
     @property
     def thinking(self) -> bool | None:
@@ -256,8 +307,16 @@ def _path(location: Sequence[int | str], body: Any) -> str:
     return path
 
 
-_FIELDS = frozenset(
-    name
-    for schema in (ChatRequest, CompletionRequest, StreamOptions, ResponseFormat, Tool, ToolFunction)
-    for name in schema.model_fields
+_SCHEMAS = (
+    ChatRequest,
+    CompletionRequest,
+    StreamOptions,
+    ResponseFormat,
+    JsonSchema,
+    StructuredOutputs,
+    Tool,
+    ToolFunction,
+    NamedTool,
+    FunctionName,
 )
+_FIELDS = frozenset(field.alias or name for schema in _SCHEMAS for name, field in schema.model_fields.items())

@@ -124,16 +124,24 @@ class TestFields:
             ("n", True, "n"),
             ("logprobs", True, "logprobs"),
             ("top_logprobs", 3, "top_logprobs"),
-            ("response_format", {"type": "json_object"}, "response_format.type"),
-            ("response_format", {"type": "json_schema"}, "response_format.type"),
+            ("response_format", {"type": "xml"}, "response_format.type"),
+            ("response_format", {"type": "json_schema"}, "response_format.json_schema"),
+            ("response_format", {"type": "text", "json_schema": {"schema": {}}}, "response_format.json_schema"),
+            ("response_format", {"type": "json_schema", "json_schema": {}}, "response_format.json_schema.schema"),
+            ("structured_outputs", {"structural_tag": "x"}, "structured_outputs.structural_tag"),
+            ("structured_outputs", {"json": "x"}, "structured_outputs.json"),
+            ("structured_outputs", {"choice": []}, "structured_outputs.choice"),
+            ("grammar", "root ::= x", "grammar"),
             ("response_format", {}, "response_format.type"),
             ("tools", [], "tools"),
             ("tools", [{"type": "function"}], "tools[0].function"),
             ("tools", [{"type": "function", "function": {"name": ""}}], "tools[0].function.name"),
             ("tool_choice", "auto", "tool_choice"),
             ("functions", [], "functions"),
-            ("parallel_tool_calls", False, "parallel_tool_calls"),
-            ("guided_json", {}, "guided_json"),
+            ("parallel_tool_calls", "no", "parallel_tool_calls"),
+            ("guided_json", "{}", "guided_json"),
+            ("guided_regex", 3, "guided_regex"),
+            ("guided_choice", [1], "guided_choice[0]"),
             ("logit_bias", {"1": "x"}, "logit_bias.1"),
             ("logit_bias", [1], "logit_bias"),
             ("model", 3, "model"),
@@ -152,10 +160,20 @@ class TestFields:
                 parse_chat({"messages": MESSAGES, field: {secret: secret}, "tool_choice": {"type": secret}})
             assert secret not in str(caught.value)
 
-    @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "valve"}}])
-    def test_forced_calls_are_refused(self, choice: Any) -> None:
+    @pytest.mark.parametrize(
+        "choice",
+        ["always", {"type": "function"}, {"type": "function", "function": {"name": "pump"}}, {"name": "valve"}],
+    )
+    def test_unknown_tool_choices_are_refused(self, choice: Any) -> None:
         with pytest.raises(RequestError, match="tool_choice"):
             parse_chat({"messages": MESSAGES, "tools": TOOLS, "tool_choice": choice})
+
+    def test_one_call_only_can_be_had_by_force(self) -> None:
+        body = {"messages": MESSAGES, "tools": TOOLS, "parallel_tool_calls": False}
+        with pytest.raises(RequestError, match="cannot be limited"):
+            parse_chat(body)
+        assert parse_chat({**body, "tool_choice": "required"}).forced_tools
+        assert not parse_chat({**body, "tool_choice": "none"}).forced_tools
 
 
 class TestPrepare:
