@@ -29,8 +29,8 @@ help: ## list the targets
 setup: $(STAMP) ## the environment in .venv, locked with hashes
 	@echo "setup: $(VENV) is ready"
 
-$(STAMP): .locks/dev.txt pyproject.toml scripts/make-venv.sh
-	@scripts/make-venv.sh $(VENV)
+$(STAMP): .locks/dev.txt pyproject.toml .ci/make-venv.sh
+	@.ci/make-venv.sh $(VENV)
 	@echo "setup: installing the locked packages into $(VENV)"
 	@$(VENV)/bin/python $(PIP) install --no-deps --require-hashes -r .locks/dev.txt
 	@$(VENV)/bin/python $(PIP) install --no-deps --no-build-isolation --editable .
@@ -46,32 +46,35 @@ $(BUNDLE)/manifest.json: | $(STAMP)
 	@$(VENV)/bin/qwedge export $(MODEL) --recipe $(RECIPE) -o $(BUNDLE)
 
 run: $(STAMP) ## set everything up and serve the demo model over HTTP and MQTT
-	@scripts/need-package.sh mosquitto mosquitto "requests over MQTT" || true
+	@.ci/need-package.sh mosquitto mosquitto "requests over MQTT" || true
+	@.ci/need-package.sh mosquitto-clients mosquitto_pub "the printed MQTT examples" || true
+	@.ci/need-package.sh curl curl "the printed HTTP examples" || true
 	@$(MAKE) model
 	@QWEDGE_MQTT_PORT=$(BROKER_PORT) exec $(VENV)/bin/qwedge serve --bundle $(BUNDLE) --host $(HOST) --port $(PORT) --broker embedded
 
 test: $(STAMP) ## set everything up and run the tests
-	@scripts/need-package.sh mosquitto mosquitto "the MQTT tests" || true
-	@scripts/need-package.sh mosquitto-clients mosquitto_pub "the tests of the printed examples" || true
-	@scripts/need-package.sh curl curl "the tests of the printed examples" || true
-	@scripts/need-package.sh chromium chromium "the test of the web page" || true
+	@.ci/need-package.sh mosquitto mosquitto "the MQTT tests" || true
+	@.ci/need-package.sh mosquitto-clients mosquitto_pub "the tests of the printed examples" || true
+	@.ci/need-package.sh curl curl "the tests of the printed examples" || true
+	@.ci/need-package.sh chromium chromium "the test of the web page" || true
+	@.ci/need-package.sh chromium-driver chromedriver "the test of the web page" || true
 	@$(VENV)/bin/python -m pytest $(ARGS)
-	@$(if $(ARGS),,scripts/test-oracle.sh)
+	@$(if $(ARGS),,.ci/test-oracle.sh)
 
 check: $(STAMP) ## lint, format, types, and generated documentation in step
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
-	@$(VENV)/bin/python scripts/generate_docs.py --check
+	@$(VENV)/bin/python .ci/generate_docs.py --check
 
 docs: $(STAMP) ## generate docs/cli.md and docs/configuration.md
-	@$(VENV)/bin/python scripts/generate_docs.py
+	@$(VENV)/bin/python .ci/generate_docs.py
 
 oracle: $(ORACLE_STAMP) ## the environment of `qwedge export --verify`, in .venv-oracle
 
 # torch comes first and without a hash: which build of it (CPU, CUDA) is the machine's choice.
-$(ORACLE_STAMP): .locks/oracle.txt pyproject.toml scripts/make-venv.sh
-	@scripts/make-venv.sh $(ORACLE_VENV)
+$(ORACLE_STAMP): .locks/oracle.txt pyproject.toml .ci/make-venv.sh
+	@.ci/make-venv.sh $(ORACLE_VENV)
 	@echo "oracle: installing torch, transformers and optimum into $(ORACLE_VENV)"
 	@$(ORACLE_VENV)/bin/python $(PIP) install torch==2.13.0
 	@$(ORACLE_VENV)/bin/python $(PIP) install --no-deps --require-hashes -r .locks/oracle.txt
@@ -82,7 +85,7 @@ LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" .cache/uv/bin/uv pip compile --quie
 	--python-version 3.11 --fork-strategy fewest --no-emit-index-url pyproject.toml
 
 lock: ## resolve pyproject.toml into .locks/
-	@scripts/make-venv.sh .cache/uv
+	@.ci/make-venv.sh .cache/uv
 	@.cache/uv/bin/python $(PIP) install uv==$(UV_VERSION)
 	@$(LOCK) --excludes .locks/device-excludes.txt -o .locks/runtime.txt
 	@$(LOCK) --constraints .locks/runtime.txt --extra export -o .locks/export.txt
