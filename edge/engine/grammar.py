@@ -147,29 +147,33 @@ class Constraint:
         self._param = param
         self._worker = worker
         self._bits = np.zeros(-(-vocab_size // 32), np.uint32)
-        self._ceiling = np.empty((self._bits.nbytes, 8), np.float32)
+        self._masked = np.empty((self._bits.nbytes, 8), np.float32)
         self._current = False
         self._pending: Future[None] | None = None
         self._slow = False
         self._ended = False
 
-    def mask(self, logits: Floats, out: Floats) -> None:
-        """Copy ``logits`` [vocab_size] to ``out``, with ``-inf`` for every token the grammar does not allow next.
+    def mask(self, logits: Floats) -> Floats:
+        """A copy of ``logits`` [vocab_size] with ``-inf`` for every token the grammar does not allow next.
+
+        The copy is the caller's until the next call.
 
         Raises:
             RequestError: going on exceeds the limits of the grammar.
         """
+        masked = self._masked.reshape(-1)[: self._vocab_size]
         if self._ended:
-            out.fill(-np.inf)
+            masked.fill(-np.inf)
             eos = list(self._eos_ids)
-            out[eos] = logits[eos]
-            return
+            masked[eos] = logits[eos]
+            return masked
         self._settle()
         if not self._current:
             self._compute()
         # The least of logit and ceiling: no branch for each token, as a masked copy would have.
-        np.take(_CEILINGS, self._bits.view(np.uint8), axis=0, out=self._ceiling)
-        np.minimum(logits, self._ceiling.reshape(-1)[: self._vocab_size], out=out)
+        # A mode other than "raise" lets numpy write to `out` without a copy; all bytes are valid rows.
+        np.take(_CEILINGS, self._bits.view(np.uint8), axis=0, out=self._masked, mode="clip")
+        return np.minimum(logits, masked, out=masked)
 
     def accept(self, token_id: int) -> None:
         """The answer goes on with this token, which :meth:`mask` has allowed.

@@ -137,8 +137,8 @@ class Sampler:
         self._bias = _Bias(params.logit_bias) if params.logit_bias else None
         self._penalties = _Penalties(params, prompt_ids, vocab_size) if _penalises(params) else None
         self._constraint = constraint
-        self._adjusts = not (constraint is None and self._bias is None and self._penalties is None)
-        self._scratch = np.empty(vocab_size if self._adjusts or not params.greedy else 0, np.float32)
+        copies = constraint is None and (self._bias is not None or self._penalties is not None)
+        self._scratch = np.empty(vocab_size if copies or not params.greedy else 0, np.float32)
 
     def prepare(self) -> None:
         """Called before the forward pass whose logits :meth:`sample` will get: what can be done meanwhile begins."""
@@ -176,17 +176,16 @@ class Sampler:
         return chosen
 
     def _adjust(self, logits: Floats) -> Floats:
-        if not self._adjusts:
-            return logits
-        if self._constraint is None:
+        if self._constraint is not None:
+            logits = self._constraint.mask(logits)
+        elif self._bias is not None or self._penalties is not None:
             np.copyto(self._scratch, logits)
-        else:
-            self._constraint.mask(logits, out=self._scratch)
+            logits = self._scratch
         if self._bias is not None:
-            self._bias.apply(self._scratch)
+            self._bias.apply(logits)
         if self._penalties is not None:
-            self._penalties.apply(self._scratch)
-        return self._scratch
+            self._penalties.apply(logits)
+        return logits
 
     def _draw(self, logits: Floats, peak: np.float32) -> int:
         params = self._params

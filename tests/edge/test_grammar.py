@@ -92,9 +92,7 @@ def follow(constraint: Constraint, text: str) -> None:
 
 
 def allowed(constraint: Constraint) -> set[int]:
-    out = np.empty(VOCAB, np.float32)
-    constraint.mask(np.zeros(VOCAB, np.float32), out)
-    return set(np.flatnonzero(out == 0).tolist())
+    return set(np.flatnonzero(constraint.mask(np.zeros(VOCAB, np.float32)) == 0).tolist())
 
 
 def check_event(event: dict[str, object]) -> None:
