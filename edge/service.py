@@ -21,6 +21,7 @@ from edge.bundle import Manifest
 from edge.chat import ChatTemplate
 from edge.engine.grammar import Grammars
 from edge.engine.grammar_source import Grammar
+from edge.engine.logprobs import TokenLogprobs
 from edge.engine.sampler import Sampler, SamplingParams
 from edge.errors import ContextOverflowError, ModelNotFoundError, QwedgeError, RequestError
 from edge.metrics import Metrics
@@ -49,6 +50,8 @@ class GenerationRequest:
     """Who asks; cached prefixes are shared within an identity only."""
     ignore_eos: bool = False
     """Generate past end-of-sequence tokens: for benchmarks."""
+    num_logprobs: int | None = None
+    """Alternatives to report with each token's log-probability, 0 to 20; None reports nothing."""
     grammar: Grammar | None = None
     """The form the answer must have. On an event loop, :meth:`Model.check_grammar` comes first, in a worker thread."""
 
@@ -73,6 +76,8 @@ class Delta:
     text: str
     """Text that became final: valid UTF-8, free of stop strings; may be empty."""
     token_id: int
+    logprobs: TokenLogprobs | None = None
+    """Where the request asks for them."""
 
 
 @dataclass(frozen=True)
@@ -227,12 +232,19 @@ class Service:
         constraint = None if request.grammar is None else model.grammars.constraint(request.grammar)
         room = model.context_length - n_prompt
         wanted = request.max_tokens or self._default_max_tokens or room
+        sampler = Sampler(
+            request.sampling,
+            request.prompt_ids,
+            model.manifest.vocab_size,
+            constraint=constraint,
+            num_logprobs=request.num_logprobs,
+        )
         return EngineSequence(
             prompt_ids=ids,
             max_tokens=min(wanted, room),
             eos_ids=frozenset() if request.ignore_eos else model.eos_ids,
-            sampler=Sampler(request.sampling, request.prompt_ids, model.manifest.vocab_size, constraint=constraint),
-            consumer=_EventConsumer(on_event, TextStream(model.tokenizer, request.stop), self.metrics),
+            sampler=sampler,
+            consumer=_EventConsumer(on_event, TextStream(model.tokenizer, request.stop), sampler, self.metrics),
             identity=request.identity,
             deadline=None if request.deadline_s is None else time.monotonic() + request.deadline_s,
         )
@@ -241,9 +253,10 @@ class Service:
 class _EventConsumer:
     """Turns what the scheduler reports of one sequence into events."""
 
-    def __init__(self, on_event: OnEvent, text: TextStream, metrics: Metrics) -> None:
+    def __init__(self, on_event: OnEvent, text: TextStream, sampler: Sampler, metrics: Metrics) -> None:
         self._on_event = on_event
         self._text = text
+        self._sampler = sampler
         self._metrics = metrics
 
     def queued(self, position: int, eta_s: float) -> None:
@@ -253,7 +266,7 @@ class _EventConsumer:
         self._emit(Started())
 
     def token(self, token_id: int) -> FinishReason | None:
-        self._emit(Delta(self._text.push(token_id), token_id))
+        self._emit(Delta(self._text.push(token_id), token_id, self._sampler.take_logprobs()))
         return "stop" if self._text.stopped else None
 
     def finished(self, reason: FinishReason, timings: Timings) -> None:

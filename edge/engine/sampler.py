@@ -14,6 +14,7 @@ copies it to float64: top_k finds its candidates by the maxima of groups, top_p 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.engine.grammar import Constraint
+from edge.engine.logprobs import TokenLogprobs, token_logprobs, top_k
 from edge.errors import EngineError, RequestError
 
 Floats = NDArray[np.float32]
@@ -29,7 +31,7 @@ Ids = NDArray[np.intp]
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them only overflows."""
 MAX_LOGIT_BIAS_ENTRIES = 1024
-_GROUP = 64
+_BLOCK = 64
 _LIKELY_FLOOR = 1e-3  # the cut of a confident model lies among the weights above this
 _BOUNDS: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
@@ -115,6 +117,7 @@ class Sampler:
         prompt_ids: the prompt, which the repetition penalty counts in.
         vocab_size: number of real token ids; logits at and beyond it are padding and never chosen.
         constraint: keeps the answer inside a grammar.
+        num_logprobs: alternatives to record with the log-probability of each token; None records nothing.
 
     Raises:
         RequestError: ``logit_bias`` names an id that the vocabulary does not have.
@@ -127,6 +130,7 @@ class Sampler:
         vocab_size: int,
         *,
         constraint: Constraint | None = None,
+        num_logprobs: int | None = None,
     ) -> None:
         if max(params.logit_bias, default=0) >= vocab_size:
             hint = f"use ids below {vocab_size}"
@@ -137,8 +141,14 @@ class Sampler:
         self._bias = _Bias(params.logit_bias) if params.logit_bias else None
         self._penalties = _Penalties(params, prompt_ids, vocab_size) if _penalises(params) else None
         self._constraint = constraint
+        self._num_logprobs = num_logprobs
+        self._logprobs: deque[TokenLogprobs] = deque()  # as many as tokens were sampled and not told yet: one step's
         copies = constraint is None and (self._bias is not None or self._penalties is not None)
         self._scratch = np.empty(vocab_size if copies or not params.greedy else 0, np.float32)
+
+    def take_logprobs(self) -> TokenLogprobs | None:
+        """Log-probabilities of the first sampled token whose own were not taken yet, where they are recorded."""
+        return self._logprobs.popleft() if self._logprobs else None
 
     def prepare(self) -> None:
         """Called before the forward pass whose logits :meth:`sample` will get: what can be done meanwhile begins."""
@@ -169,6 +179,8 @@ class Sampler:
             if not math.isfinite(adjusted[best]):
                 raise EngineError("the model produced logits that are not finite", hint="verify the bundle and retry")
             chosen = best if self._params.greedy else self._draw(adjusted, adjusted[best])
+        if self._num_logprobs is not None:
+            self._logprobs.append(token_logprobs(logits[: self._vocab_size], chosen, self._num_logprobs))
         if self._penalties is not None:
             self._penalties.count(chosen)
         if self._constraint is not None:
@@ -191,7 +203,7 @@ class Sampler:
         params = self._params
         ids: Ids | None = None
         if 0 < params.top_k < self._vocab_size:
-            ids = _top_k(logits, params.top_k)
+            ids = top_k(logits, params.top_k)
             logits = logits[ids]
         # Unnormalised probabilities: the most probable token has 1.
         weights = np.subtract(logits, peak, out=self._scratch[: logits.size])
@@ -253,20 +265,6 @@ class _Penalties:
         self._counts = np.concatenate([self._counts, np.zeros(spare, np.float32)])
 
 
-def _top_k(logits: Floats, k: int) -> Ids:
-    """Ids of the k largest logits; of equal ones the lower id wins.
-
-    The k-th largest of the maxima of disjoint groups is a lower bound of the k-th largest logit, and few logits lie
-    above it: two passes of vector instructions replace the selection from the whole vocabulary.
-    """
-    columns = logits.size // _GROUP
-    maxima = logits[: _GROUP * columns].reshape(_GROUP, columns).max(axis=0)
-    maxima = np.concatenate([maxima, logits[_GROUP * columns :]])
-    floor = np.partition(maxima if k <= maxima.size else logits, -k)[-k]
-    candidates = np.flatnonzero(logits >= floor)
-    return candidates[np.argsort(-logits[candidates], kind="stable")[:k]]
-
-
 def _filter(weights: Floats, top_p: float, min_p: float) -> Ids | None:
     """Positions that top_p and min_p keep, or None for all of them.
 
@@ -311,9 +309,9 @@ def _nucleus(weights: Floats, mass: float) -> Ids:
 
 def _pick(weights: Floats, rng: np.random.Generator) -> int:
     """Draw a position with probability proportional to its weight: first a block of weights, then one in it."""
-    starts = np.arange(0, weights.size, _GROUP)
+    starts = np.arange(0, weights.size, _BLOCK)
     start = int(starts[_invert(np.add.reduceat(weights, starts), rng.random())])
-    return start + _invert(weights[start : start + _GROUP], rng.random())
+    return start + _invert(weights[start : start + _BLOCK], rng.random())
 
 
 def _invert(weights: Floats, uniform: float) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from edge.errors import QwedgeError, RequestError
 from edge.openai.blocks import BlockParser, Call, Content, Piece, Reasoning
+from edge.openai.logprobs import Entry, LogprobsWriter, chat_logprobs, text_logprobs
 from edge.openai.schemas import ChatRequest, CompletionRequest
 from edge.sequence import Timings
 from edge.service import Delta, Event, Failed, Finished, GenerationRequest, Model
@@ -36,11 +37,16 @@ class Answer:
         self._created = int(time.time())
         self._model_name = model.manifest.name
         self._pieces: list[Piece] = []
+        self._logprobs = LogprobsWriter(model.tokenizer) if generation.num_logprobs is not None else None
+        self._entries: list[Entry] = []
+        self._num_told = 0  # of the entries, in chunks
         self._end: Finished | Failed | None = None
 
     def chunks(self, event: Event) -> list[dict[str, Any]]:
         """The chunks to send for an event; an error body where the request failed."""
         if isinstance(event, Delta):
+            if self._logprobs is not None and event.logprobs is not None:
+                self._entries.append(self._logprobs.entry(event.logprobs))
             return list(self._piece_chunks(self._parser.push(event.text)))
         if isinstance(event, Finished):
             self._end = event
@@ -63,7 +69,7 @@ class Answer:
         timings = self._end.timings
         return {
             **self._head(self._shape.body_object),
-            "choices": [self._choice(self._shape.whole(self._pieces), self._finish_reason(self._end))],
+            "choices": [self._choice(self._shape.whole(self._pieces), self._finish_reason(self._end), self._entries)],
             "usage": usage(timings),
             "timings": timing_figures(timings),
         }
@@ -82,14 +88,17 @@ class Answer:
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
         no_usage_yet = {"usage": None} if self._include_usage else {}
-        choice = self._choice(delta, finish_reason)
+        # A token whose text is held back travels with the next text.
+        choice = self._choice(delta, finish_reason, self._entries[self._num_told :])
+        self._num_told = len(self._entries)
         return {**self._head(self._shape.chunk_object), "choices": [choice], **no_usage_yet}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model_name}
 
-    def _choice(self, part: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **part, "logprobs": None, "finish_reason": finish_reason}
+    def _choice(self, part: dict[str, Any], finish_reason: str | None, entries: Sequence[Entry]) -> dict[str, Any]:
+        logprobs = None if self._logprobs is None else self._shape.logprobs(entries)
+        return {"index": 0, **part, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _finish_reason(self, end: Finished) -> str:
         called = any(isinstance(piece, Call) for piece in self._pieces)
@@ -154,6 +163,10 @@ class _Shape(Protocol):
         """The part of a choice that carries a complete answer."""
         ...
 
+    def logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        """Log-probabilities of tokens."""
+        ...
+
 
 class _ChatShape:
     id_prefix, chunk_object, body_object = "chatcmpl", "chat.completion.chunk", "chat.completion"
@@ -183,6 +196,9 @@ class _ChatShape:
             message["tool_calls"] = calls
         return {"message": message}
 
+    def logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        return chat_logprobs(entries)
+
 
 class _TextShape:
     id_prefix, chunk_object, body_object = "cmpl", "text_completion", "text_completion"
@@ -197,6 +213,9 @@ class _TextShape:
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         return {"text": "".join(piece.text for piece in pieces if isinstance(piece, Content))}
+
+    def logprobs(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        return text_logprobs(entries)
 
 
 def _make_parser(model: Model, request: ChatRequest | CompletionRequest, generation: GenerationRequest) -> BlockParser:

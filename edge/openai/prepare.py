@@ -44,6 +44,7 @@ def prepare(model: Model, request: ChatRequest | CompletionRequest) -> Generatio
         sampling=model.sampling(_given_sampling(request)),
         max_tokens=request.token_limit,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        num_logprobs=request.num_logprobs,
         grammar=grammar,
     )
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from edge.engine.logprobs import MAX_TOP
 from edge.errors import RequestError
 
 MAX_MESSAGES = 4096
@@ -24,8 +25,6 @@ _MAX_NAME = 256
 _UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "n": ((1,), "send the request again for another answer"),
     "best_of": ((1,), "leave it out"),
-    "logprobs": ((False,), "log probabilities are not supported yet"),
-    "top_logprobs": ((), "log probabilities are not supported yet"),
     "echo": ((False,), "put the prompt before the answer yourself"),
     "suffix": (("",), "use the model's fill-in-the-middle tokens in the prompt"),
     "functions": ((), "use tools"),
@@ -180,6 +179,8 @@ class ChatRequest(_Generation):
     tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -193,6 +194,17 @@ class ChatRequest(_Generation):
             hint = "leave it out, or force a call by tool_choice: that is always one"
             raise RequestError("the number of calls cannot be limited", hint=hint, param="parallel_tool_calls")
         return self
+
+    @model_validator(mode="after")
+    def _alternatives_of_logprobs(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs", hint="set logprobs to true", param="top_logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report with each token's log-probability; None = no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def token_limit(self) -> int | None:
@@ -229,6 +241,12 @@ class CompletionRequest(_Generation):
 
     prompt: str | list[Any]
     """Text, token ids, or a batch that holds one of them."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report with each token's log-probability; None = no log-probabilities."""
+        return self.logprobs
 
     @property
     def single_prompt(self) -> str | tuple[int, ...]:
