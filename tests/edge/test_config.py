@@ -172,9 +172,10 @@ def test_any_host_name_becomes_one_topic_level(name: str) -> None:
     assert load_settings(None, {"QWEDGE_MQTT_DEVICE": device}).mqtt.device == device
 
 
+# An onnxruntime session that another test made may have switched denormals off; hypothesis refuses to draw them then.
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        st.none() | st.booleans() | st.integers() | st.floats(allow_subnormal=False) | st.text(max_size=5),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
         max_leaves=5,
     ),

@@ -54,6 +54,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("QWEDGE_CACHE", str(tmp_path / "cache"))
 
     def run(*args: object) -> Done:
+        capsys.readouterr()
         status = edge.cli.run(["export", *map(str, args)])
         captured = capsys.readouterr()
         return Done(status, captured.out, captured.err)
