@@ -74,7 +74,7 @@ class Grammars:
     def constraint(self, grammar: Grammar) -> Constraint:
         """A constraint for a new answer; quick for a grammar that was compiled lately.
 
-        The first call takes about half a second and 30 MB to index the vocabulary: not on an event loop.
+        The first call takes up to a second and 50 MB to index the vocabulary: not on an event loop.
 
         Raises:
             RequestError: the grammar is malformed or too large.
