@@ -295,6 +295,7 @@ class Scheduler:
         """One step for the only sequence, verifying a guess of several tokens where that has paid so far."""
         guess = self._guess(sequence)
         ids, past = [sequence.output_ids[-1], *guess], sequence.num_computed_tokens
+        sequence.sampler.prepare()
         started_at = time.monotonic()
         logits = self._engine.verify(0, np.array(ids), past) if guess else self._engine.decode(ids, [past])
         self._draft_length.took(len(ids), time.monotonic() - started_at)
@@ -314,6 +315,8 @@ class Scheduler:
         most = min(self._draft_length.best(), room, sequence.max_tokens - sequence.num_output_tokens - 1)
         if most <= 0:
             return []
+        if forced := sequence.sampler.forced_tokens():
+            return forced[:most]
         if sequence.lookup is None:
             sequence.lookup = PromptLookup(sequence.prompt_ids.tolist())
         known_outputs = len(sequence.lookup) - len(sequence.prompt_ids)
@@ -323,6 +326,8 @@ class Scheduler:
     def _decode_batch(self) -> None:
         """One token for every running sequence."""
         batch = list(self._running)
+        for sequence in batch:
+            sequence.sampler.prepare()
         logits = self._engine.decode(
             [sequence.output_ids[-1] for sequence in batch], [sequence.num_computed_tokens for sequence in batch]
         )

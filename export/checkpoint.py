@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -179,11 +178,6 @@ class Checkpoint:
         hashes = {path.name: sha256_file(path, progress=progress) for path in self._files}
         origin = self.origin
         return Source(kind=origin.kind, location=origin.location, revision=origin.revision, sha256=hashes)
-
-    @cached_property
-    def source(self) -> Source:
-        """:meth:`hash_files` without progress, done once; reads every file from start to end."""
-        return self.hash_files()
 
 
 def open_checkpoint(path: Path, *, origin: Origin | None = None) -> Checkpoint:

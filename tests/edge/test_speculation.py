@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge.engine.engine import Engine
+from edge.engine.grammar_source import Grammar
 from edge.engine.sampler import SamplingParams
 from edge.engine.speculation import MAX_DRAFT, DraftLength, PromptLookup
 from edge.metrics import Metrics
@@ -106,3 +107,19 @@ def test_answers_of_a_real_engine_stay_the_same(
     assert answers[0] == answers[1]
     if sampling.greedy:
         assert verified, "a greedy answer of a random model repeats itself, so something was guessed"
+
+
+def test_tokens_that_a_grammar_forces_need_no_step_of_their_own() -> None:
+    grammar = Grammar("choice", '["the pump is running within its limits"]')
+    steps = []
+    for draft_tokens in (0, 15):
+        engine = FakeEngine(reply=lambda _: "the pump is running within its limits", slots=1)
+        service = Service(make_model(), Scheduler(engine, max_queue=2, draft_tokens=draft_tokens), Metrics())
+        service.start()
+        client = Client(service, "state?", grammar=grammar)
+        end = client.end()
+        service.stop()
+        assert isinstance(end, Finished)
+        assert client.text == "the pump is running within its limits"
+        steps.append(engine.num_steps)
+    assert steps[1] < steps[0] / 3

@@ -66,7 +66,7 @@ def test_config_generation_text_and_source(folder: Path) -> None:
         assert checkpoint.vocab_ids() == tiny.NUM_IDS
         assert checkpoint.chat_template() == tiny.CHAT_TEMPLATE
         assert checkpoint.tokenizer_json() == tiny.tokenizer_json()
-        source = checkpoint.source
+        source = checkpoint.hash_files()
     assert (source.kind, source.location, source.revision) == ("folder", "model", None)
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert source.sha256 == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}

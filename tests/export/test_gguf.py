@@ -75,7 +75,7 @@ def test_a_gguf_reads_as_the_folder_it_came_from(tmp_path: Path, make_config: An
         assert checkpoint.chat_template() == folder.chat_template()
         assert checkpoint.generation.eos_token_ids == folder.generation.eos_token_ids
         assert checkpoint.generation.pad_token_id == tiny.BOS
-        assert (checkpoint.source.kind, checkpoint.source.location) == ("gguf", "m.gguf")
+        assert (checkpoint.hash_files().kind, checkpoint.hash_files().location) == ("gguf", "m.gguf")
         text = "hello world <|im_start|>don't\n\n 你好 é 123<tool_call>"
         ours, theirs = (Tokenizer.from_buffer(each.tokenizer_json()) for each in (checkpoint, folder))
         assert ours.encode(text).ids == theirs.encode(text).ids

@@ -170,7 +170,7 @@ class TestHub:
         total = sum(map(len, model_files.values()))
         assert ("downloading Org/Tiny", total, total) in progress.steps
         with resolved.open() as checkpoint:
-            assert checkpoint.source.revision == COMMIT
+            assert checkpoint.hash_files().revision == COMMIT
             assert len(checkpoint.tensors) == len(tiny.random_tensors(tiny.qwen2_config()))
         hub.requests.clear()
         again = resolve("Org/Tiny", cache=tmp_path, endpoint=hub.url)
