@@ -241,7 +241,7 @@ class TestLoad:
                 server.engine.gate.set()
 
     def test_a_waiting_stream_tells_its_place(self, serve: Serve) -> None:
-        server = serve(FakeEngine(slots=1, step_s=0.005))
+        server = serve(FakeEngine(slots=1, step_s=0.05))
         with server.asking(), server.asking():
             wait_for(lambda: server.service.stats().num_waiting == 1)
             text = server.client.post(CHAT, json={"messages": MESSAGES, "stream": True}).text
