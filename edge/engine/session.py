@@ -6,6 +6,7 @@ and present share their buffers), logits are read in place. A step copies nothin
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge.bundle import GRAPH
+from edge.engine.huge_pages import collapse_resident
 from edge.engine.kv_cache import KVPool
 from edge.errors import BundleError
 
 Inputs = dict[str, NDArray[Any]]
 """Arrays by the graph's input names."""
+log = logging.getLogger(__name__)
+
 _ERRORS_ONLY = 3
 
 
@@ -43,6 +47,8 @@ class Session:
         except Exception as error:  # noqa: BLE001 - onnxruntime has one class per status and no common base
             first = str(error).partition("\n")[0]
             raise BundleError(f"onnxruntime cannot load {bundle / GRAPH}: {first}", hint="export it again") from None
+        joined = collapse_resident()
+        log.debug("%d MiB of weights on huge pages", joined >> 20)
 
     def step(self, inputs: Inputs, logits: NDArray[np.float32], pool: KVPool, first: int) -> Step:
         """Bind a step over ``len(seqlens_k)`` rows of the pool; all arrays must keep their place as long as it."""
