@@ -17,7 +17,7 @@ from edge.service import Model, Service
 from edge.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096
-"""Tokens of one conversation where neither the settings nor the bundle ask for less: small models use no more well."""
+"""Tokens of one conversation where neither settings nor bundle ask for less; it bounds what the cache can take."""
 
 
 class GenerationDefaults(BaseModel):

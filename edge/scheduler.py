@@ -16,14 +16,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.engine.interface import Engine
 from edge.engine.prefix_cache import Prefix, PrefixCache
 from edge.engine.speculation import MAX_DRAFT, DraftLength, PromptLookup
 from edge.errors import CancelledError, DeadlineError, EngineError, OverloadedError, QwedgeError, UnavailableError
@@ -33,53 +32,6 @@ log = logging.getLogger(__name__)
 
 _EWMA = 0.2
 """Weight of the newest request in the running mean that retry hints and ETAs are made from."""
-
-
-class Engine(Protocol):
-    """What the scheduler needs of an engine; :class:`edge.engine.engine.Engine` is the real one."""
-
-    slots: int
-    """Rows of the KV pool: sequences that can be in prefill or decode at once."""
-    context_length: int
-    """Tokens that one row holds."""
-    prefill_chunk: int
-    """Most tokens of one prefill step."""
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token takes."""
-        ...
-
-    def prefill(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """Append ``ids`` [n] to the ``past`` tokens of ``row``; returns the last position's logits [padded_vocab]."""
-        ...
-
-    def decode(self, ids: SequenceABC[int], past: SequenceABC[int]) -> NDArray[np.float32]:
-        """Append ``ids[i]`` to the ``past[i]`` tokens of row i, for rows 0..n-1; returns logits [n, padded_vocab].
-
-        The returned array is valid until the next call.
-        """
-        ...
-
-    def verify(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """Append ``ids`` [n] like :meth:`prefill`; returns the logits [n, padded_vocab] of all positions."""
-        ...
-
-    def move_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of a row over another row and give the source's memory back."""
-        ...
-
-    def read_row(self, row: int, length: int) -> NDArray[np.float32]:
-        """A copy of the keys and values of a row's first tokens."""
-        ...
-
-    def write_row(self, row: int, cache: NDArray[np.float32], length: int) -> None:
-        """Put the first ``length`` tokens of what :meth:`read_row` returned into a row."""
-        ...
-
-    def release_row(self, row: int) -> None:
-        """Give a row's memory back; its tokens are gone."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The fake at the engine seam: real scheduler, service and text side over an engine that plays back written answers.
 
-A :class:`FakeEngine` obeys :class:`edge.scheduler.Engine`. It reads the prompt back as text, asks its ``reply``
+A :class:`FakeEngine` obeys :class:`edge.engine.interface.Engine`. It reads the prompt back as text, asks its ``reply``
 function for the answer, and returns logits that make exactly that answer the likeliest, byte by byte. So front ends are
 tested fast and without a model, while queueing, cancelling, streaming and stop strings are the product's own.
 
@@ -99,7 +99,7 @@ class FakeEngine:
         self._answers: list[list[int]] = [[] for _ in range(slots + 1)]
 
     def prefill(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """See :class:`edge.scheduler.Engine`."""
+        """See :class:`edge.engine.interface.Engine`."""
         self._step()
         self._prompts[row] = [*self._prompts[row][:past], *ids.tolist()]
         self._answers[row] = [*self._reply(_text(self._prompts[row])).encode(), EOS_ID]
@@ -107,33 +107,33 @@ class FakeEngine:
         return logits
 
     def verify(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """See :class:`edge.scheduler.Engine`."""
+        """See :class:`edge.engine.interface.Engine`."""
         self._step()
         return _logits([self._next(row, past + offset) for offset in range(len(ids))])
 
     def decode(self, ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
-        """See :class:`edge.scheduler.Engine`."""
+        """See :class:`edge.engine.interface.Engine`."""
         self._step()
         return _logits([self._next(row, past[row]) for row in range(len(ids))])
 
     def move_row(self, source: int, target: int, length: int) -> None:
-        """See :class:`edge.scheduler.Engine`."""
+        """See :class:`edge.engine.interface.Engine`."""
         assert length >= 0
         self._prompts[target] = self._prompts[source]
         self._answers[target] = self._answers[source]
 
     def read_row(self, row: int, length: int) -> NDArray[np.float32]:
-        """See :class:`edge.scheduler.Engine`; the ids themselves stand for their keys and values."""
+        """See :class:`edge.engine.interface.Engine`; the ids themselves stand for their keys and values."""
         tokens = [*self._prompts[row], *self._answers[row]][:length]
         assert len(tokens) == length
         return np.array(tokens, np.float32).reshape(1, 1, length, 1)
 
     def write_row(self, row: int, cache: NDArray[np.float32], length: int) -> None:
-        """See :class:`edge.scheduler.Engine`."""
+        """See :class:`edge.engine.interface.Engine`."""
         self._prompts[row] = cache[0, 0, :length, 0].astype(int).tolist()
 
     def release_row(self, row: int) -> None:
-        """See :class:`edge.scheduler.Engine`."""
+        """See :class:`edge.engine.interface.Engine`."""
         self._prompts[row] = []
         self._answers[row] = []
 
