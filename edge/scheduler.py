@@ -231,7 +231,7 @@ class Scheduler:
         """Tokens of the next chunk; never one that leaves a single token for the last.
 
         The kernels give the same bits for a token in every chunk of two or more, but others for a token by itself
-        (docs/lab-notes.md). So how a prompt is cut, or how much of it was known, does not change the answer.
+        (docs/lab-notes.md). So how a prompt is cut, and how much of it an earlier prompt had, changes no bit.
         """
         length = min(remaining, self._engine.prefill_chunk)
         return length - 1 if remaining - length == 1 else length
