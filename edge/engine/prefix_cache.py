@@ -2,7 +2,16 @@
 
 A system prompt that many requests share, or a conversation that grows, starts with tokens whose keys and values were
 computed before. Entries belong to an identity: nobody gets a hit on what somebody else sent, so timing tells nothing
-about other clients' prompts (CVE-2025-46570 is what happens otherwise). Least recently used entries go first.
+about other clients' prompts (CVE-2025-46570 is what happens otherwise). What the operator shares with
+:data:`~edge.engine.prefix.EVERYONE` is there for all. Least recently used entries go first.
+
+With a :class:`~edge.engine.prefix_store.PrefixStore` some entries outlive the process. To disk goes
+
+- at once: what is for everyone;
+- at once: the beginning that two requests had in common before they went different ways, and no more of them;
+- in the end: entries that were used, such as a conversation that went on.
+
+So a conversation is not written anew with each of its turns, and a prompt that came only once never is.
 """
 
 from __future__ import annotations
@@ -14,59 +23,57 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-MIN_TOKENS = 32
-"""Shorter beginnings are not worth an entry: prefilling them takes a tenth of a second."""
+from edge.engine.prefix import EVERYONE, MIN_TOKENS, Prefix, common_length, reusable_length
+from edge.engine.prefix_store import PrefixStore
+
+__all__ = ["EVERYONE", "MIN_TOKENS", "Prefix", "PrefixCache"]
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """Tokens and what the model made of them."""
-
-    identity: str
-    ids: NDArray[np.int64]  # [num_tokens]
-    cache: NDArray[np.float32]  # [2 * layers, kv_heads, num_tokens, head_dim]
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory it takes."""
-        return self.cache.nbytes + self.ids.nbytes
+@dataclass
+class _Entry:
+    prefix: Prefix
+    used: bool
+    """Whether a request, or one that this entry grew from, began with it."""
 
 
 class PrefixCache:
-    """The entries, by identity and token ids.
+    """The entries, by identity and token ids. One thread uses it.
 
     Args:
         budget_bytes: most memory for all entries; 0 keeps nothing.
+        store: what outlives the process; closed with the cache.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, store: PrefixStore | None = None) -> None:
         self._budget = budget_bytes
-        self._entries: OrderedDict[int, Prefix] = OrderedDict()  # least recently used first
+        self._store = store
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()  # least recently used first
         self._keys = count()
         self.num_bytes = 0
         """Memory of all entries."""
 
     def find(self, identity: str, ids: NDArray[np.int64]) -> tuple[Prefix, int] | None:
-        """The entry that shares the longest beginning with ``ids`` [n], and that beginning's length.
+        """The entry that shares the longest beginning with the prompt ``ids`` [n], and that beginning's length.
 
-        The last two tokens are never taken from an entry: the model has to see one to say what follows, and a token
-        by itself would be rounded differently than without the cache.
+        An entry on disk is read if it spares enough more than those in memory. Trouble with it is not the caller's.
         """
-        best: tuple[int, int] | None = None
-        for key, entry in self._entries.items():
-            if entry.identity == identity:
-                length = min(_common(entry.ids, ids), len(ids) - 2)
-                if length >= MIN_TOKENS and (best is None or length >= best[1]):
-                    best = key, length
+        best = self._longest(identity, ids)
+        if stored := self._load(identity, ids, longer_than=best[1] if best else 0):
+            return stored
         if best is None:
             return None
-        self._entries.move_to_end(best[0])
-        return self._entries[best[0]], best[1]
+        key, length = best
+        self._entries.move_to_end(key)
+        entry = self._entries[key]
+        entry.used = True
+        if self._store is not None and length < len(entry.prefix.ids):
+            self._store.save(entry.prefix, length)
+        return entry.prefix, length
 
     def has(self, identity: str, ids: NDArray[np.int64]) -> bool:
-        """Whether an entry begins with all of ``ids``."""
-        mine = (entry for entry in self._entries.values() if entry.identity == identity)
-        return any(_common(entry.ids, ids) == len(ids) for entry in mine)
+        """Whether an entry that ``identity`` may use begins with all of ``ids``."""
+        usable = (entry.prefix for entry in self._entries.values() if entry.prefix.identity in (identity, EVERYONE))
+        return any(common_length(prefix.ids, ids) == len(ids) for prefix in usable)
 
     def wants(self, num_tokens: int, num_bytes: int) -> bool:
         """Whether an entry of that size is worth making."""
@@ -74,21 +81,49 @@ class PrefixCache:
 
     def put(self, prefix: Prefix) -> None:
         """Add an entry in place of those it extends, and drop the oldest until the budget holds."""
-        for key, entry in list(self._entries.items()):
-            extends = entry.identity == prefix.identity and _common(entry.ids, prefix.ids) == len(entry.ids)
-            if extends:
+        self._insert(_Entry(prefix, used=False))
+        if self._store is not None and prefix.identity == EVERYONE:
+            self._store.save(prefix, len(prefix.ids))
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Save what is worth it, as far as ``timeout_s`` seconds allow, and let go of the store; harmless when done."""
+        if self._store is not None:
+            store, self._store = self._store, None
+            store.close([entry.prefix for entry in reversed(self._entries.values()) if entry.used], timeout_s)
+
+    def _longest(self, identity: str, ids: NDArray[np.int64]) -> tuple[int, int] | None:
+        """Key and length of the best entry in memory."""
+        best: tuple[int, int] | None = None
+        for key, entry in self._entries.items():
+            if entry.prefix.identity in (identity, EVERYONE):
+                length = reusable_length(entry.prefix.ids, ids)
+                if length and (best is None or length >= best[1]):
+                    best = key, length
+        return best
+
+    def _load(self, identity: str, ids: NDArray[np.int64], longer_than: int) -> tuple[Prefix, int] | None:
+        """The best entry on disk, brought into memory, if it is so much longer that reading it pays."""
+        while self._store is not None and (found := self._store.longest(identity, ids)):
+            stored, length = found
+            if length < longer_than + MIN_TOKENS:
+                return None
+            if prefix := self._store.load(stored, identity):
+                if self.wants(len(prefix.ids), prefix.num_bytes):
+                    self._insert(_Entry(prefix, used=True))
+                return prefix, length
+        return None
+
+    def _insert(self, entry: _Entry) -> None:
+        new = entry.prefix
+        for key, old in list(self._entries.items()):
+            same = old.prefix.identity == new.identity
+            if same and common_length(old.prefix.ids, new.ids) == len(old.prefix.ids):
+                entry.used = entry.used or old.used
                 self._drop(key)
-        self._entries[next(self._keys)] = prefix
-        self.num_bytes += prefix.num_bytes
+        self._entries[next(self._keys)] = entry
+        self.num_bytes += new.num_bytes
         while self.num_bytes > self._budget:
             self._drop(next(iter(self._entries)))
 
     def _drop(self, key: int) -> None:
-        self.num_bytes -= self._entries.pop(key).num_bytes
-
-
-def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
-    """Length of the common beginning."""
-    shorter = min(len(a), len(b))
-    different = np.flatnonzero(a[:shorter] != b[:shorter])
-    return int(different[0]) if len(different) else shorter
+        self.num_bytes -= self._entries.pop(key).prefix.num_bytes

@@ -1,0 +1,55 @@
+"""A prefix: tokens at the beginning of a prompt, and the keys and values that the model made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+EVERYONE = "*"
+"""The identity whose prefixes all others may use: what the operator chose to share (``qwedge serve --warm``).
+
+No front end ever gives it to a client, so nothing that a client sent gets there.
+"""
+MIN_TOKENS = 32
+"""Shorter beginnings are not worth an entry: prefilling them takes a tenth of a second."""
+
+Ids = NDArray[np.int64] | NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens and what the model made of them."""
+
+    identity: str
+    """Whose it is; nobody else gets a hit on it, but for :data:`EVERYONE`'s."""
+    ids: NDArray[np.int64]  # [num_tokens]
+    cache: NDArray[Any]  # [2 * layers, kv_heads, num_tokens, head_dim], in the type of the bundle's KV cache
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        return self.cache.nbytes + self.ids.nbytes
+
+
+def common_length(a: Ids, b: Ids) -> int:
+    """Length of the common beginning of two rows of token ids."""
+    shorter = min(len(a), len(b))
+    # Most pairs differ early: a look at the first few tokens spares the comparison of thousands.
+    for end in (min(MIN_TOKENS, shorter), shorter):
+        different = np.flatnonzero(a[:end] != b[:end])
+        if len(different):
+            return int(different[0])
+    return shorter
+
+
+def reusable_length(known: Ids, ids: Ids) -> int:
+    """How many tokens of the prompt ``ids`` [n] an entry with the tokens ``known`` can stand for; 0 if not worth it.
+
+    The last two tokens are never taken from an entry: the model has to see one to say what follows, and a token by
+    itself would be rounded differently than without the cache.
+    """
+    length = min(common_length(known, ids), len(ids) - 2)
+    return length if length >= MIN_TOKENS else 0
