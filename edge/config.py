@@ -122,6 +122,14 @@ class EngineSettings(_Section):
         description="MiB for keys and values of past prompts, so that a shared system prompt or a growing conversation"
         " is not read again; 0 keeps none.",
     )
+    prefix_store: Path | None = Field(
+        None,
+        description="Folder that keeps past prompts with their keys and values over a restart, for this process alone;"
+        " without it, they are kept in memory only.",
+    )
+    prefix_store_mb: int = Field(
+        512, ge=1, le=1 << 20, description="MiB of files in `prefix_store`; the least recently used are removed."
+    )
     spin_us: int = Field(
         1000,
         ge=0,
