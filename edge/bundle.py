@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -30,6 +30,10 @@ GENERATION = "generation.json"
 REQUIRED_FILES = frozenset({GRAPH, WEIGHTS, TOKENIZER, GENERATION})
 MAX_MANIFEST_BYTES = 1 << 20
 _CHUNK = 1 << 20
+
+CacheType = Literal["float32", "int8"]
+"""Number formats of the attention cache."""
+_ITEM_BYTES: dict[CacheType, int] = {"float32": 4, "int8": 1}
 
 Progress = Callable[[int], None]
 """Called with the number of bytes handled since the last call."""
@@ -74,12 +78,12 @@ class KVLayout(_Model):
     layers: Annotated[int, Field(gt=0)]
     kv_heads: Annotated[int, Field(gt=0)]
     head_dim: Annotated[int, Field(gt=0)]
-    dtype: str = "float32"
+    dtype: CacheType = "float32"
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of cache that one token of one sequence occupies."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * 4
+        return 2 * self.layers * self.kv_heads * self.head_dim * _ITEM_BYTES[self.dtype]
 
 
 class Manifest(_Model):

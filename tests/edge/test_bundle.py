@@ -177,6 +177,7 @@ class TestManifest:
             ("vocab_size", "eight"),
             ("kv", {"layers": 1, "kv_heads": 1, "head_dim": 0}),
             ("kv", {"layers": 1, "kv_heads": 1, "head_dim": 8, "colour": "red"}),
+            ("kv", {"layers": 1, "kv_heads": 1, "head_dim": 8, "dtype": "int4"}),
             ("recipe", "int4"),
             ("files", []),
             ("surprise", 1),
@@ -222,8 +223,9 @@ class TestManifest:
 
 
 def test_the_cache_of_one_token() -> None:
-    """Keys and values, of 24 layers, with 2 heads of 64 float32 each."""
+    """Keys and values, of 24 layers, with 2 heads of 64 numbers each."""
     assert KVLayout(layers=24, kv_heads=2, head_dim=64).bytes_per_token == 2 * 24 * 2 * 64 * 4
+    assert KVLayout(layers=24, kv_heads=2, head_dim=64, dtype="int8").bytes_per_token == 2 * 24 * 2 * 64
 
 
 class TestPublishing:
