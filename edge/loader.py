@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from edge import __version__
 from edge.bundle import CHAT_TEMPLATE, GENERATION, TOKENIZER, Manifest
 from edge.chat import ChatTemplate
-from edge.config import Settings
+from edge.config import EngineSettings, Settings
 from edge.engine.engine import Engine
+from edge.engine.prefix_cache import PrefixCache
+from edge.engine.prefix_store import PrefixStore
 from edge.errors import BundleError, ConfigError
 from edge.metrics import Metrics
 from edge.scheduler import Scheduler
@@ -56,7 +61,8 @@ def load_service(bundle: Path, manifest: Manifest, settings: Settings) -> Servic
         bundle,
         manifest,
         slots=options.slots,
-        context=_context(manifest, options.context),
+        context=_context(manifest, options),
+        draft_tokens=options.draft_tokens,
         threads=options.threads,
         prefill_chunk=options.prefill_chunk,
         spin_us=options.spin_us,
@@ -65,10 +71,23 @@ def load_service(bundle: Path, manifest: Manifest, settings: Settings) -> Servic
     scheduler = Scheduler(
         engine,
         max_queue=settings.scheduler.max_queue,
-        prefix_cache_bytes=options.prefix_cache_mb << 20,
+        prefixes=load_prefixes(manifest, options),
         draft_tokens=options.draft_tokens,
     )
     return Service(model, scheduler, Metrics(), default_max_tokens=settings.scheduler.default_max_tokens)
+
+
+def load_prefixes(manifest: Manifest, options: EngineSettings) -> PrefixCache:
+    """The cache of past prompts, with what earlier runs kept on disk where that is configured.
+
+    Args:
+        manifest: of the served bundle.
+        options: budgets and folder.
+    """
+    store = None
+    if options.prefix_store is not None and options.prefix_cache_mb:
+        store = PrefixStore.open(options.prefix_store, options.prefix_store_mb << 20, _computed_by(manifest))
+    return PrefixCache(options.prefix_cache_mb << 20, store)
 
 
 def load_model(bundle: Path, manifest: Manifest, context_length: int) -> Model:
@@ -89,13 +108,30 @@ def load_model(bundle: Path, manifest: Manifest, context_length: int) -> Model:
     )
 
 
-def _context(manifest: Manifest, wanted: int | None) -> int:
-    if wanted is None:
-        return min(DEFAULT_CONTEXT, manifest.context_length)
+def _computed_by(manifest: Manifest) -> bytes:
+    """What keys and values depend on besides the tokens: every file of the bundle, the cache's layout, the code."""
+    facts = {
+        "files": {entry.path: entry.sha256 for entry in manifest.files},
+        "kv": manifest.kv.model_dump(),
+        "qwedge": __version__,
+        "onnxruntime": version("onnxruntime"),
+    }
+    return json.dumps(facts, sort_keys=True).encode()
+
+
+def _context(manifest: Manifest, options: EngineSettings) -> int:
+    """Tokens of one conversation: what is asked for, or as many as bundle, default and cache budget allow."""
+    wanted = options.context or min(DEFAULT_CONTEXT, manifest.context_length)
     if wanted > manifest.context_length:
         hint = f"use at most {manifest.context_length}, or export again with a larger --context"
         raise ConfigError(f"a context of {wanted} tokens is more than the bundle has", hint=hint)
-    return wanted
+    if options.kv_cache_mb is None:
+        return wanted
+    room = (options.kv_cache_mb << 20) // manifest.kv.bytes_per_token
+    if options.context is not None and wanted > room:
+        hint = f"it holds {room} tokens of this model: raise engine.kv_cache_mb or lower engine.context"
+        raise ConfigError(f"a context of {wanted} tokens does not fit into the KV cache", hint=hint)
+    return min(wanted, room)
 
 
 def _read_generation(path: Path) -> GenerationDefaults:

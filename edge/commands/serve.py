@@ -10,13 +10,14 @@ import signal
 import socket
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edge.commands import options
 from edge.config import BrokerAddress, MqttSettings, Settings
-from edge.errors import UnavailableError
+from edge.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:  # these bring onnxruntime and the web framework, which `qwedge --help` does without
     from edge.service import Service
@@ -46,6 +47,10 @@ def serve(
     ] = None,
     context: options.Context = None,
     threads: options.Threads = None,
+    warm: Annotated[
+        Path | None,
+        typer.Option("--warm", metavar="FILE", help="Prompts to read before serving: text, or JSON Lines."),
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option("--log-level", metavar="L", help="debug, info, warning or error [default: info].")
     ] = None,
@@ -55,6 +60,9 @@ def serve(
 
     Prints one ready line with the addresses, and examples to copy. SIGINT (Ctrl-C) or SIGTERM lets running requests
     finish first; a second one does not.
+
+    --warm reads a system prompt, or several prompts as JSON Lines ({"messages": [...]}), before the ready line: what
+    begins with one of them is answered sooner.
     """
     chosen = options.settings(
         config,
@@ -68,29 +76,39 @@ def serve(
         log__level=log_level,
     )
     options.log_to_stderr(chosen.log.level)
-    run_server(chosen)
+    run_server(chosen, warm)
 
 
-def run_server(settings: Settings) -> None:
+def run_server(settings: Settings, warm: Path | None = None) -> None:
     """Serve until a signal ends it.
 
+    Args:
+        settings: what to serve and how.
+        warm: prompts to read first (``edge.commands.warm``).
+
     Raises:
-        QwedgeError: what is needed to start cannot be had: the port, the bundle, memory.
+        QwedgeError: what is needed to start cannot be had: the port, the bundle, memory, prompts that can be read.
     """
     from edge.commands.local import bundle_of
     from edge.commands.verify import check_bundle
+    from edge.commands.warm import prepare_prompts, read_prompts, warm_up
     from edge.http.server import bind
     from edge.loader import load_service
 
     bundle = bundle_of(settings)
+    if warm is not None and settings.engine.prefix_cache_mb == 0:
+        raise ConfigError("--warm needs memory to keep prompts in", hint="set engine.prefix_cache_mb above 0")
+    prompts = read_prompts(warm) if warm is not None else []
     with ExitStack() as stack:
         # The port first: that it is taken should show before seconds go into the model.
         sock = stack.enter_context(bind(settings.server.host, settings.server.port))
         manifest = check_bundle(bundle)
         log.info("loading %s", manifest.name)
         service = load_service(bundle, manifest, settings)
-        service.start()
         stack.callback(service.stop)
+        requests = prepare_prompts(service.model, prompts)
+        service.start()
+        warm_up(service, requests, options.note)
         address = _start_mqtt(settings.mqtt, service, stack)
         asyncio.run(_serve_http(service, settings, sock, address))
     log.info("stopped")
