@@ -7,7 +7,7 @@ is tested in a few hundred megabytes. Parity of the graph itself with other libr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge.errors import ExportError
-from export.graph import FINAL_HIDDEN, HIDDEN
 from export.quantize.blockwise import QuantizedRows, dequantize_rows
 from export.quantize.recipes import Blockwise
+from export.segments import Layer, embed, final_hidden, num_layers
 
 KERNEL_TOLERANCE = 1e-5
 """Largest difference between kernel and dequantized product, relative to the product's largest value."""
@@ -92,65 +92,19 @@ def _refusals() -> Iterator[None]:
 
 
 def _self_test(model: ir.Model, folder: Path, prompt_ids: list[int]) -> SelfTest:
-    ids = np.array([prompt_ids], np.int64)
-    segment = _Segment(model, folder, ["input_ids"], [f"{HIDDEN}.0"])
-    x = segment.run({"input_ids": ids})[f"{HIDDEN}.0"]
-    drift, layer = 0.0, 0
-    while any(value.name == f"past_key_values.{layer}.key" for value in model.graph.inputs):
-        x, difference = _run_layer(model, folder, layer, x)
-        drift = max(drift, difference)
-        layer += 1
-    segment = _Segment(model, folder, [f"{HIDDEN}.{layer}", "logits_indices"], [FINAL_HIDDEN])
-    last = {f"{HIDDEN}.{layer}": x, "logits_indices": np.array([len(prompt_ids) - 1], np.int64)}
-    logits = _run_head(model, segment.run(last)[FINAL_HIDDEN])
+    x, drift = embed(model, folder, prompt_ids), 0.0
+    for index in range(num_layers(model)):
+        layer = Layer(model, folder, index)
+        whole = layer.append(x)
+        _check_finite(whole, f"layer {index} is")
+        layer.clear()
+        layer.append(x[:, :-1])
+        step = layer.append(x[:, -1:])
+        drift = max(drift, float(np.abs(whole[:, -1:] - step).max() / _largest(whole)))
+        x = whole
+    logits = _run_head(model, final_hidden(model, folder, x, [len(prompt_ids) - 1]))
     _check_finite(logits, "the logits are")
     return SelfTest(prompt_ids, int(logits.argmax()), drift)
-
-
-def _run_layer(model: ir.Model, folder: Path, layer: int, x: NDArray[Any]) -> tuple[NDArray[Any], float]:
-    """One layer over ``x`` [1, tokens, hidden]: all at once, and again as prefill plus one decode step."""
-    source, target = f"{HIDDEN}.{layer}", f"{HIDDEN}.{layer + 1}"
-    names = [f"{layer}.key", f"{layer}.value"]
-    pasts, presents = [f"past_key_values.{name}" for name in names], [f"present.{name}" for name in names]
-    segment = _Segment(model, folder, [source, "seqlens_k", "total_sequence_length", *pasts], [target, *presents])
-    empty = {name: np.zeros(segment.empty_shape(name), np.float32) for name in pasts}
-
-    def run(chunk: NDArray[Any], past: Arrays, total: int) -> Arrays:
-        lengths = {
-            "seqlens_k": np.array([total - 1], np.int32),
-            "total_sequence_length": np.array(total, np.int32),
-        }
-        return segment.run({source: chunk, **lengths, **past})
-
-    tokens = x.shape[1]
-    whole = run(x, empty, tokens)[target]
-    _check_finite(whole, f"layer {layer} is")
-    first = run(x[:, :-1], empty, tokens - 1)
-    second = run(x[:, -1:], dict(zip(pasts, (first[name] for name in presents), strict=True)), tokens)
-    difference = np.abs(whole[:, -1] - second[target][:, -1]).max() / _largest(whole)
-    return whole, float(difference)
-
-
-class _Segment:
-    """A part of the graph, loaded by itself over the same data file."""
-
-    def __init__(self, model: ir.Model, folder: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-        graph = ir.convenience.extract(model.graph, inputs, outputs)
-        graph.opset_imports.update(model.graph.opset_imports)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        proto = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
-        self._session = ort.InferenceSession(proto, options, ["CPUExecutionProvider"])
-        self._outputs = list(outputs)
-
-    def empty_shape(self, name: str) -> list[int]:
-        """The shape of a cache input without any token."""
-        shape = next(value.shape for value in self._session.get_inputs() if value.name == name)
-        return [1, int(shape[1]), 0, int(shape[3])]
-
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
 
 
 def _run_head(model: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
