@@ -104,16 +104,22 @@ class EngineSettings(_Section):
     slots: int = Field(
         4, ge=1, le=64, description="Sequences that are worked on at once. Each reserves cache for `context` tokens."
     )
+    kv_cache_mb: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 20,
+        description="MiB for keys and values of all sequences at work; when they are used up, the youngest sequence"
+        " waits and is computed again later. Without it, `slots` times `context` tokens.",
+    )
     prefill_chunk: int = Field(
-        256, ge=8, le=8192, description="Prompt tokens read in one step; running answers pause for as long."
+        128, ge=8, le=8192, description="Prompt tokens read in one step; running answers pause for as long."
     )
     draft_tokens: int = Field(
-        0,
+        8,
         ge=0,
-        le=15,
-        description="Most tokens guessed ahead from the text so far, for a request that runs alone; 0 never guesses."
-        " Copying answers (code edits, extractions) get faster. Greedy text may then differ where two tokens are"
-        " almost equally likely, since steps of one and of several tokens round differently.",
+        le=60,
+        description="Most tokens guessed ahead in one step from the text so far and the grammar, for all sequences"
+        " together; 0 never guesses. Answers that copy (code edits, extractions) get faster, and no answer changes.",
     )
     prefix_cache_mb: int = Field(
         128,
@@ -135,6 +141,14 @@ class EngineSettings(_Section):
         ge=0,
         le=1_000_000,
         description="Microseconds that idle engine threads spin before they sleep; 0 saves power on a battery.",
+    )
+    sleep_after_s: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="Seconds without a request after which the weights leave the memory; the next request waits until"
+        " they are back. Without it, never.",
     )
 
 

@@ -73,6 +73,8 @@ def load_service(bundle: Path, manifest: Manifest, settings: Settings) -> Servic
         max_queue=settings.scheduler.max_queue,
         prefixes=load_prefixes(manifest, options),
         draft_tokens=options.draft_tokens,
+        kv_cache_bytes=None if options.kv_cache_mb is None else options.kv_cache_mb << 20,
+        sleep_after_s=options.sleep_after_s,
     )
     return Service(model, scheduler, Metrics(), default_max_tokens=settings.scheduler.default_max_tokens)
 

@@ -1,9 +1,9 @@
 """Which sequence the engine works on next: admission, chunked prefill, batched decode, deadlines and cancellation.
 
-One thread owns the engine. Each turn of its loop decodes one token for every running sequence, then prefills one chunk
-of one waiting sequence, so that a long prompt delays running streams by one chunk at most. Running sequences occupy the
-rows 0..n-1 of the engine's KV pool and the sequence in prefill occupies row n: a decode step is always one contiguous
-batch. When a sequence leaves, the last row moves into its place.
+One thread owns the engine. Each turn of its loop decodes at least one token for every running sequence, then prefills
+one chunk of one waiting sequence, so that a long prompt delays running streams by one chunk at most. A sequence keeps
+its slot of the KV pool from prefill to its end, unless the pool's budget is used up: then the youngest gives its slot
+back and waits at the head of the queue.
 
 The scheduler sees token ids only. What a token means (text, stop strings) is the consumer's business, see
 ``edge.sequence.Consumer``; the service is the one that implements it.
@@ -16,15 +16,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as List
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.decode_step import Share, plan_step
 from edge.engine.interface import Engine
-from edge.engine.prefix_cache import Prefix, PrefixCache
-from edge.engine.speculation import MAX_DRAFT, DraftLength, PromptLookup
+from edge.engine.prefix import Prefix, reusable_length
+from edge.engine.prefix_cache import PrefixCache
+from edge.engine.speculation import StepCosts
 from edge.errors import CancelledError, DeadlineError, EngineError, OverloadedError, QwedgeError, UnavailableError
 from edge.sequence import FinishReason, Sequence, SequenceStatus
 
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _EWMA = 0.2
 """Weight of the newest request in the running mean that retry hints and ETAs are made from."""
+_HEADROOM_TOKENS = 64
+"""Tokens that every sequence should have room for before another one is admitted, lest it be sent back at once."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,16 @@ class SchedulerStats:
     accepting: bool
     seconds_since_progress: float
     """0 when idle; else since the engine last finished a step. Health follows this."""
+    asleep: bool = False
+    """The weights are not in memory; the next request brings them back."""
+    kv_bytes: int = 0
+    """Keys and values of the sequences in prefill and decode."""
+    num_preempted: int = 0
+    """How often a sequence had to give its slot back, since the start."""
+    num_drafted: int = 0
+    """Guessed tokens that were verified, since the start."""
+    num_accepted: int = 0
+    """Guessed tokens that were right, since the start."""
 
 
 class Scheduler:
@@ -54,21 +69,39 @@ class Scheduler:
     Args:
         engine: the engine; after :meth:`start` only the scheduler's thread touches it.
         max_queue: sequences that may wait; one more is refused with :class:`OverloadedError`.
-        prefix_cache_bytes: memory for keys and values of past prompts; 0 = none.
-        draft_tokens: most tokens guessed ahead for a sequence that runs alone (``edge.engine.speculation``).
+        prefixes: keys and values of past prompts; None keeps none.
+        draft_tokens: most tokens guessed in one step (``edge.engine.speculation``); 0 never guesses.
+        kv_cache_bytes: most keys and values of sequences in prefill and decode; None = as much as the slots hold.
+        sleep_after_s: seconds without work after which the weights leave the memory; None = never.
     """
 
-    def __init__(self, engine: Engine, *, max_queue: int, prefix_cache_bytes: int = 0, draft_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_queue: int,
+        prefixes: PrefixCache | None = None,
+        draft_tokens: int = 0,
+        kv_cache_bytes: int | None = None,
+        sleep_after_s: float | None = None,
+    ) -> None:
         self._engine = engine
-        self._draft_length = DraftLength(min(draft_tokens, MAX_DRAFT))
-        self._prefixes = PrefixCache(prefix_cache_bytes)  # the engine's thread only
+        self._draft_tokens = draft_tokens
+        self._costs = StepCosts()
+        self._prefixes = prefixes or PrefixCache(0)  # the engine's thread only
+        most = engine.slots * engine.context_length
+        self._kv_tokens = most if kv_cache_bytes is None else min(most, kv_cache_bytes // engine.bytes_per_token)
+        self._sleep_after_s = sleep_after_s
         self._max_queue = max_queue
         self._changed = threading.Condition()
         self._waiting: deque[Sequence] = deque()  # guarded by _changed
         self._accepting = False  # guarded by _changed
         self._stopping = False  # guarded by _changed
-        self._running: list[Sequence] = []  # _running[i].row == i; the engine's thread only
-        self._prefilling: Sequence | None = None  # the engine's thread only
+        self._free = list(range(engine.slots))  # the engine's thread only, like all below
+        self._running: list[Sequence] = []
+        self._prefilling: Sequence | None = None
+        self._asleep = False
+        self._num_preempted = self._num_drafted = self._num_accepted = 0
         self._progress_at = time.monotonic()
         self._mean_request_s = 1.0
         self._thread: threading.Thread | None = None
@@ -91,26 +124,28 @@ class Scheduler:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            self._prefixes.close()
 
-    def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence.
+    def submit(self, *sequences: Sequence) -> None:
+        """Queue sequences, all or none.
 
         Raises:
-            OverloadedError: the queue is full.
+            OverloadedError: the queue has no room for them.
             UnavailableError: the scheduler is stopping.
         """
         with self._changed:
             if not self._accepting:
                 raise UnavailableError("the server is shutting down", hint="try again when it is back", retry_after_s=5)
             position = len(self._waiting)
-            if position >= self._max_queue:
+            if position + len(sequences) > self._max_queue:
                 retry = max(1.0, self._eta_s(position) / 2)
                 raise OverloadedError(f"{position} requests are waiting", hint="try again later", retry_after_s=retry)
             if self._idle():
                 # The engine's thread has not woken up yet: idleness must not count as a lack of progress.
                 self._progress_at = time.monotonic()
-            self._waiting.append(sequence)
-            sequence.consumer.queued(position, self._eta_s(position))
+            self._waiting.extend(sequences)
+            for place, sequence in enumerate(sequences, start=position):
+                sequence.consumer.queued(place, self._eta_s(place))
             self._changed.notify_all()
 
     def cancel(self, sequence: Sequence) -> None:
@@ -122,16 +157,26 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """The state right now; cheap enough for every health check."""
         with self._changed:
-            running = len(self._running) + (self._prefilling is not None)
-            busy = bool(running or self._waiting)
+            active = self._active()
+            busy = bool(active or self._waiting)
             return SchedulerStats(
                 num_waiting=len(self._waiting),
-                num_running=running,
+                num_running=len(active),
                 slots=self._engine.slots,
                 max_queue=self._max_queue,
                 accepting=self._accepting,
                 seconds_since_progress=time.monotonic() - self._progress_at if busy else 0.0,
+                asleep=self._asleep,
+                kv_bytes=_num_computed(active) * self._engine.bytes_per_token,
+                num_preempted=self._num_preempted,
+                num_drafted=self._num_drafted,
+                num_accepted=self._num_accepted,
             )
+
+    def _active(self) -> list[Sequence]:
+        """The sequences that have a slot."""
+        prefilling = self._prefilling
+        return [*self._running, *([prefilling] if prefilling else [])]
 
     def _idle(self) -> bool:
         return not (self._waiting or self._running or self._prefilling)
@@ -141,21 +186,44 @@ class Scheduler:
         return (position + 1) * self._mean_request_s / self._engine.slots
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.notify_all()  # stop() waits for idleness
-                if self._idle():
-                    self._changed.wait_for(lambda: self._stopping or not self._idle())
-                    self._progress_at = time.monotonic()
-                if self._stopping:
-                    break
-            self._step()
+        while self._await_work():
+            try:
+                if self._asleep:
+                    self._wake()
+                self._step()
+            except Exception as error:  # whatever goes wrong, the service lives on
+                if not isinstance(error, QwedgeError):
+                    log.exception("the engine failed")
+                    error = _failure()
+                self._fail_all(error)
         self._fail_all(UnavailableError("the server shut down", hint="send the request again", retry_after_s=5))
+
+    def _await_work(self) -> bool:
+        """Wait until there is something to do; false when the scheduler stops."""
+        with self._changed:
+            self._changed.notify_all()  # stop() waits for idleness
+            if self._idle():
+                timeout = None if self._asleep else self._sleep_after_s
+                called = self._changed.wait_for(lambda: self._stopping or not self._idle(), timeout)
+                if not called:
+                    log.info("idle for %.0f s: the weights leave the memory", timeout)
+                    self._engine.sleep()
+                    self._asleep = True
+                    self._changed.wait_for(lambda: self._stopping or not self._idle())
+                self._progress_at = time.monotonic()
+            return not self._stopping
+
+    def _wake(self) -> None:
+        began = time.monotonic()
+        self._engine.wake()
+        self._asleep = False
+        log.info("the weights are back after %.2f s", time.monotonic() - began)
 
     def _step(self) -> None:
         """One turn: drop what must end, decode all running sequences, prefill one chunk."""
         self._reap()
         self._admit()
+        self._make_room()
         if self._running:
             self._guarded(self._decode, self._running)
         if self._prefilling is not None:
@@ -169,124 +237,162 @@ class Scheduler:
             ended = [sequence for sequence in self._waiting if _verdict(sequence, now)]
             for sequence in ended:
                 self._waiting.remove(sequence)
-        active = [*self._running, *([self._prefilling] if self._prefilling else [])]
-        for sequence in [*ended, *active]:
+        for sequence in [*ended, *self._active()]:
             if error := _verdict(sequence, now):
                 self._fail(sequence, error)
         if ended:
             self._announce_positions()
 
     def _admit(self) -> None:
-        """Move the oldest waiting sequence into prefill when a row is free."""
-        if self._prefilling is not None or len(self._running) >= self._engine.slots:
+        """Move the oldest waiting sequence into prefill when there is a slot, and room in the budget."""
+        if self._prefilling is not None or not self._free:
             return
         with self._changed:
-            if not self._waiting:
+            if not self._waiting or not self._has_room(self._waiting[0]):
                 return
             sequence = self._waiting.popleft()
             self._prefilling = sequence
         sequence.status = SequenceStatus.PREFILL
-        sequence.row = len(self._running)
-        sequence.started_at = time.monotonic()
-        self._reuse_prefix(sequence)
-        sequence.consumer.started()
+        sequence.slot = self._free.pop()
+        if is_new := sequence.started_at is None:
+            sequence.started_at = time.monotonic()
+        if sequence.prompt_scorer is None:
+            self._guarded(partial(self._reuse_prefix, sequence), [sequence])
+        if is_new and sequence.status is SequenceStatus.PREFILL:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            sequence.consumer.started()
         self._announce_positions()
 
+    def _has_room(self, sequence: Sequence) -> bool:
+        active = self._active()
+        needed = _num_computed(active) + sequence.num_tokens + _HEADROOM_TOKENS * (len(active) + 1)
+        return not active or needed <= self._kv_tokens
+
+    def _make_room(self) -> None:
+        """Take the slot of the youngest sequences until the next step fits into the budget; the oldest always fits."""
+        step = self._engine.rows + (self._engine.prefill_chunk if self._prefilling else 0)
+        while len(active := self._active()) > 1 and _num_computed(active) + step > self._kv_tokens:
+            self._preempt(max(active, key=lambda sequence: sequence.started_at or 0.0))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Send a sequence back to the head of the queue; it will be computed again, and go on where it was."""
+        self._keep_prefix(sequence)
+        self._release(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_computed_tokens = 0
+        self._num_preempted += 1
+        with self._changed:
+            self._waiting.appendleft(sequence)
+
     def _reuse_prefix(self, sequence: Sequence) -> None:
-        """Start with the keys and values of a known beginning."""
-        if found := self._prefixes.find(sequence.identity, sequence.prompt_ids):
-            prefix, length = found
-            self._engine.write_row(sequence.row, prefix.cache, length)
-            sequence.num_computed_tokens = sequence.num_cached_tokens = length
+        """Start with the keys and values of a known beginning: of a running sequence, or of one that has ended."""
+        mine = [other for other in self._running if other.identity == sequence.identity]
+        lengths = [reusable_length(other.computed_ids(), sequence.prompt_ids) for other in mine]
+        longest = max(lengths, default=0)
+        found = self._prefixes.find(sequence.identity, sequence.prompt_ids)
+        if found and found[1] > longest:
+            prefix, longest = found
+            self._engine.write_slot(sequence.slot, prefix.cache, longest)
+        elif longest:
+            self._engine.copy_slot(mine[lengths.index(longest)].slot, sequence.slot, longest)
+        sequence.num_computed_tokens = longest
 
     def _keep_prefix(self, sequence: Sequence) -> None:
-        """Remember a sequence's keys and values before its row is given away."""
+        """Remember a sequence's keys and values before its slot is given away."""
         length = sequence.num_computed_tokens
+        if not self._prefixes.wants(length, length * self._engine.bytes_per_token):
+            return
         ids = sequence.computed_ids()
-        wanted = self._prefixes.wants(length, length * self._engine.bytes_per_token)
-        if wanted and not self._prefixes.has(sequence.identity, ids):
-            self._prefixes.put(Prefix(sequence.identity, ids, self._engine.read_row(sequence.row, length)))
+        if self._prefixes.has(sequence.identity, ids):
+            return
+        try:
+            self._prefixes.put(Prefix(sequence.identity, ids, self._engine.read_slot(sequence.slot, length)))
+        except MemoryError:
+            log.warning("no memory to keep a prefix of %d tokens", length)
 
     def _announce_positions(self) -> None:
         with self._changed:
             for position, sequence in enumerate(self._waiting):
-                sequence.consumer.queued(position, self._eta_s(position))
+                if sequence.started_at is None:
+                    sequence.consumer.queued(position, self._eta_s(position))
 
     def _prefill(self) -> None:
         """Prefill one chunk; after the last one the first token is there."""
         sequence = self._prefilling
         assert sequence is not None
-        assert sequence.row == len(self._running)
         past = sequence.num_computed_tokens
-        chunk = sequence.prompt_ids[past : past + self._chunk_length(len(sequence.prompt_ids) - past)]
-        logits = self._engine.prefill(sequence.row, chunk, past)
+        scorer = sequence.prompt_scorer
+        chunk = sequence.prompt_ids[past : past + self._chunk_length(len(sequence.prompt_ids) - past, scorer)]
+        if scorer is None:
+            last = self._engine.prefill(sequence.slot, chunk, past)
+        else:
+            logits = self._engine.score(sequence.slot, chunk, past)
+            scorer(past, logits)
+            last = logits[-1]
         sequence.num_computed_tokens = past + len(chunk)
         if sequence.num_computed_tokens == len(sequence.prompt_ids):
+            sequence.prompt_scorer = None
             self._prefilling = None
             self._running.append(sequence)
             sequence.status = SequenceStatus.DECODE
-            self._next_token(sequence, logits)
+            if sequence.max_tokens == 0:
+                self._finish(sequence, "length")
+            elif not sequence.output_ids:  # else they were generated before the slot was taken away
+                self._next_token(sequence, last)
 
-    def _chunk_length(self, remaining: int) -> int:
+    def _chunk_length(self, remaining: int, scorer: object | None) -> int:
         """Tokens of the next chunk; never one that leaves a single token for the last.
 
         The kernels give the same bits for a token in every chunk of two or more, but others for a token by itself
         (docs/lab-notes.md). So how a prompt is cut, and how much of it an earlier prompt had, changes no bit.
         """
-        length = min(remaining, self._engine.prefill_chunk)
+        length = min(remaining, self._engine.prefill_chunk if scorer is None else self._engine.score_chunk)
         return length - 1 if remaining - length == 1 else length
 
     def _decode(self) -> None:
         """At least one token for every running sequence."""
-        if len(self._running) == 1 and self._prefilling is None:
-            self._decode_alone(self._running[0])
-        else:
-            self._decode_batch()
-
-    def _decode_alone(self, sequence: Sequence) -> None:
-        """One step for the only sequence, verifying a guess of several tokens where that has paid so far."""
-        guess = self._guess(sequence)
-        ids, past = [sequence.output_ids[-1], *guess], sequence.num_computed_tokens
-        sequence.sampler.prepare()
-        started_at = time.monotonic()
-        logits = self._engine.verify(0, np.array(ids), past) if guess else self._engine.decode(ids, [past])
-        self._draft_length.took(len(ids), time.monotonic() - started_at)
-        num_right = 0
-        for position in range(len(ids)):
-            sequence.num_computed_tokens += 1
-            self._next_token(sequence, logits[position])
-            ended = sequence.status is SequenceStatus.FINISHED
-            if ended or guess[position : position + 1] != sequence.output_ids[-1:]:
-                break
-            num_right += 1
-        self._draft_length.guessed(len(guess), num_right)
-
-    def _guess(self, sequence: Sequence) -> list[int]:
-        """What may come next, as far as there is room for it; nothing where guessing does not pay."""
-        room = self._engine.context_length - sequence.num_computed_tokens - 1
-        most = min(self._draft_length.best(), room, sequence.max_tokens - sequence.num_output_tokens - 1)
-        if most <= 0:
-            return []
-        if forced := sequence.sampler.forced_tokens():
-            return forced[:most]
-        if sequence.lookup is None:
-            sequence.lookup = PromptLookup(sequence.prompt_ids.tolist())
-        known_outputs = len(sequence.lookup) - len(sequence.prompt_ids)
-        sequence.lookup.extend(sequence.output_ids[known_outputs:])
-        return sequence.lookup.guess(most)
-
-    def _decode_batch(self) -> None:
-        """One token for every running sequence."""
-        batch = list(self._running)
-        for sequence in batch:
-            sequence.sampler.prepare()
-        logits = self._engine.decode(
-            [sequence.output_ids[-1] for sequence in batch], [sequence.num_computed_tokens for sequence in batch]
+        shares = plan_step(
+            self._running,
+            rows=self._engine.rows,
+            draft_tokens=self._draft_tokens,
+            context_length=self._engine.context_length,
+            costs=self._costs,
         )
-        for sequence in batch:
+        slots: list[int] = []
+        ids: list[int] = []
+        past: list[int] = []
+        for share in shares:
+            slots += [share.sequence.slot] * len(share.ids)
+            ids += share.ids
+            past += range(share.past, share.past + len(share.ids))
+            if share.is_complete:
+                share.sequence.sampler.prepare()
+        began = time.monotonic()
+        logits = self._engine.decode(slots, ids, past)
+        self._costs.took(len(ids), time.monotonic() - began)
+        first = 0
+        for share in shares:
+            rows = logits[first : first + len(share.ids)]
+            self._guarded(partial(self._take, share, rows), [share.sequence])
+            first += len(share.ids)
+
+    def _take(self, share: Share, logits: NDArray[np.float32]) -> None:
+        """Sample the next tokens from the logits [len(share.ids), padded_vocab], as far as guesses are right."""
+        sequence = share.sequence
+        sequence.num_computed_tokens += len(share.known)
+        if not share.is_complete:
+            return
+        num_right = 0
+        for position, row in enumerate(logits[len(share.known) - 1 :]):
+            self._next_token(sequence, row)
+            guess = share.draft.ids[position : position + 1] if position < share.num_drafted else ()
+            if sequence.status is SequenceStatus.FINISHED or (sequence.output_ids[-1],) != guess:
+                break
             sequence.num_computed_tokens += 1
-        for i, sequence in enumerate(batch):
-            self._guarded(partial(self._next_token, sequence, logits[i]), [sequence])
+            num_right += 1
+        sequence.acceptance.verified(share.draft, share.num_drafted, num_right)
+        self._num_drafted += share.num_drafted
+        self._num_accepted += num_right
 
     def _next_token(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
         """Sample from ``logits`` [padded_vocab] and let the token take effect."""
@@ -298,11 +404,8 @@ class Scheduler:
             self._finish(sequence, "stop")
         elif reason := sequence.consumer.token(token):
             self._finish(sequence, reason)
-        elif sequence.num_output_tokens >= sequence.max_tokens or self._context_is_full(sequence):
+        elif sequence.num_output_tokens >= sequence.max_tokens or sequence.num_tokens >= self._engine.context_length:
             self._finish(sequence, "length")
-
-    def _context_is_full(self, sequence: Sequence) -> bool:
-        return len(sequence.prompt_ids) + sequence.num_output_tokens >= self._engine.context_length
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self._keep_prefix(sequence)
@@ -313,7 +416,7 @@ class Scheduler:
         sequence.consumer.finished(reason, timings)
 
     def _fail(self, sequence: Sequence, error: QwedgeError) -> None:
-        if isinstance(error, CancelledError | DeadlineError):
+        if sequence.slot >= 0 and isinstance(error, CancelledError | DeadlineError):
             self._keep_prefix(sequence)  # the work was sound, only nobody waited for the end
         self._release(sequence)
         sequence.consumer.failed(error, sequence.timings())
@@ -322,27 +425,20 @@ class Scheduler:
         with self._changed:
             waiting = list(self._waiting)
             self._waiting.clear()
-        for sequence in [*self._running, *([self._prefilling] if self._prefilling else []), *waiting]:
+        for sequence in [*self._active(), *waiting]:
             self._fail(sequence, error)
 
     def _release(self, sequence: Sequence) -> None:
-        """Take a sequence off its row and close the gap, so that decode stays one contiguous batch."""
-        if sequence.status is SequenceStatus.PREFILL:
+        """Take a sequence off its slot, if it has one."""
+        if sequence is self._prefilling:
             self._prefilling = None
-            self._engine.release_row(sequence.row)
-        elif sequence.status is SequenceStatus.DECODE:
-            self._engine.release_row(sequence.row)
-            last = self._running.pop()
-            if last is not sequence:
-                self._move(last, sequence.row)
-                self._running[last.row] = last
-            if self._prefilling is not None:
-                self._move(self._prefilling, len(self._running))
+        elif sequence in self._running:
+            self._running.remove(sequence)
+        if sequence.slot >= 0:
+            self._engine.release_slot(sequence.slot)
+            self._free.append(sequence.slot)
+            sequence.slot = -1
         sequence.status = SequenceStatus.FINISHED
-
-    def _move(self, sequence: Sequence, row: int) -> None:
-        self._engine.move_row(sequence.row, row, sequence.num_computed_tokens)
-        sequence.row = row
 
     def _guarded(self, work: Callable[[], None], sequences: list[Sequence]) -> None:
         """Run engine work; a failure ends the sequences it was for, and only those."""
@@ -352,11 +448,19 @@ class Scheduler:
             failure: QwedgeError = error
         except Exception:  # whatever the engine throws, the service lives on
             log.exception("the engine failed")
-            failure = EngineError("the engine failed on this request", hint="see the server's log; try again")
+            failure = _failure()
         else:
             return
         for sequence in list(sequences):
             self._fail(sequence, failure)
+
+
+def _failure() -> EngineError:
+    return EngineError("the engine failed on this request", hint="see the server's log; try again")
+
+
+def _num_computed(sequences: List[Sequence]) -> int:
+    return sum(sequence.num_computed_tokens for sequence in sequences)
 
 
 def _verdict(sequence: Sequence, now: float) -> QwedgeError | None:

@@ -6,6 +6,7 @@ The scheduler moves a sequence through WAITING, PREFILL and DECODE to FINISHED; 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, Protocol
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.engine.sampler import Sampler
-from edge.engine.speculation import PromptLookup
+from edge.engine.speculation import Acceptance, Draft, PromptLookup
 from edge.errors import QwedgeError
 
 FinishReason = Literal["stop", "length"]
@@ -93,14 +94,19 @@ class Sequence:
     """On the clock of :func:`time.monotonic`."""
     identity: str = ""
     """Whose it is: cached prefixes are shared within an identity only."""
+    prompt_scorer: Callable[[int, NDArray[np.float32]], None] | None = None
+    """Gets the logits of the whole prompt, in order and before the first token: with ``start`` and logits
+    [n, padded_vocab], of which row i follows prompt token ``start + i``; they are valid during the call only."""
 
     status: SequenceStatus = SequenceStatus.WAITING
-    row: int = -1
+    slot: int = -1
     num_computed_tokens: int = 0
-    """Tokens whose keys and values are in the row: 0 <= num_computed <= num_prompt + num_output."""
+    """Tokens whose keys and values are in the slot: 0 <= num_computed < num_prompt + num_output, from the first
+    output on."""
     num_cached_tokens: int = 0
-    """Prompt tokens whose keys and values came from the prefix cache."""
+    """Prompt tokens whose keys and values came from another sequence."""
     output_ids: list[int] = field(default_factory=list)
+    acceptance: Acceptance = field(default_factory=Acceptance)
     lookup: PromptLookup | None = None
     """Where guesses come from, made when the first one is wanted."""
     cancelled: bool = False
@@ -113,8 +119,29 @@ class Sequence:
         """Tokens generated so far."""
         return len(self.output_ids)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def pending_ids(self) -> list[int]:
+        """Outputs whose keys and values are not in the slot: the last one, or more after the slot was taken away."""
+        return self.output_ids[self.num_computed_tokens - len(self.prompt_ids) :]
+
+    def draft(self, most: int) -> Draft:
+        """Up to ``most`` tokens that may come after the last output."""
+        if most == 0:
+            return Draft()
+        if forced := self.sampler.forced_tokens():
+            return Draft(tuple(forced[:most]))
+        if self.lookup is None:
+            self.lookup = PromptLookup(self.prompt_ids.tolist())
+        self.lookup.extend(self.output_ids[len(self.lookup) - len(self.prompt_ids) :])
+        return self.lookup.draft(most)
+
     def computed_ids(self) -> NDArray[np.int64]:
-        """The tokens whose keys and values are in the row [num_computed_tokens]."""
+        """The tokens whose keys and values are in the slot [num_computed_tokens]."""
         return np.concatenate([self.prompt_ids, np.array(self.output_ids, np.int64)])[: self.num_computed_tokens]
 
     def timings(self) -> Timings:

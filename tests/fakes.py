@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 
 from edge.bundle import GENERATION, GRAPH, TOKENIZER, WEIGHTS, FileEntry, KVLayout, Manifest, Source
 from edge.chat import ChatTemplate
+from edge.engine.kv_cache import Cache
+from edge.engine.prefix_cache import PrefixCache
 from edge.metrics import Metrics
 from edge.scheduler import Scheduler
 from edge.service import Model, Service
@@ -69,6 +72,7 @@ class FakeEngine:
         slots: sequences at once.
         context_length: tokens (bytes of text) per sequence.
         prefill_chunk: most tokens of one prefill step.
+        draft_tokens: tokens of a decode step beyond one for each slot.
         fail_after: raise in the decode step that follows this many tokens of an answer.
     """
 
@@ -80,70 +84,89 @@ class FakeEngine:
         slots: int = 2,
         context_length: int = 4096,
         prefill_chunk: int = 64,
+        draft_tokens: int = 0,
         fail_after: int | None = None,
     ) -> None:
         self.slots = slots
+        self.rows = slots + draft_tokens
         self.context_length = context_length
         self.prefill_chunk = prefill_chunk
+        self.score_chunk = 16
         self.bytes_per_token = 4
         self.num_steps = 0
         """Prefill chunks and decode steps so far: it stops growing when nobody wants an answer any more."""
+        self.naps = 0
+        """How often it was put to sleep."""
+        self.asleep = False
         self.gate = threading.Event()
         """Cleared, the engine hangs in its next step until it is set again."""
         self.gate.set()
         self._reply = reply
         self._step_s = step_s
         self._fail_after = fail_after
-        # One row more than slots: the sequence in prefill stands behind the running ones.
-        self._prompts: list[list[int]] = [[] for _ in range(slots + 1)]
-        self._answers: list[list[int]] = [[] for _ in range(slots + 1)]
+        self._prompts: list[list[int]] = [[] for _ in range(slots)]
+        self._answers: list[list[int]] = [[] for _ in range(slots)]
 
-    def prefill(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+    def prefill(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
         """See :class:`edge.engine.interface.Engine`."""
         self._step()
-        self._prompts[row] = [*self._prompts[row][:past], *ids.tolist()]
-        self._answers[row] = [*self._reply(_text(self._prompts[row])).encode(), EOS_ID]
-        logits: NDArray[np.float32] = _logits([self._answers[row][0]])[0]
+        self._prompts[slot] = [*self._prompts[slot][:past], *ids.tolist()]
+        self._answers[slot] = [*self._reply(_text(self._prompts[slot])).encode(), EOS_ID]
+        logits: NDArray[np.float32] = _logits([self._answers[slot][0]])[0]
         return logits
 
-    def verify(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+    def score(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """See :class:`edge.engine.interface.Engine`; it expects the prompt to go on just as it does."""
+        logits = _logits([*ids.tolist()[1:], 0])
+        logits[-1] = self.prefill(slot, ids, past)
+        return logits
+
+    def decode(self, slots: Sequence[int], ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
         """See :class:`edge.engine.interface.Engine`."""
+        assert len(ids) <= self.rows
         self._step()
-        return _logits([self._next(row, past + offset) for offset in range(len(ids))])
+        return _logits([self._next(slot, before) for slot, before in zip(slots, past, strict=True)])
 
-    def decode(self, ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
+    def copy_slot(self, source: int, target: int, length: int) -> None:
         """See :class:`edge.engine.interface.Engine`."""
-        self._step()
-        return _logits([self._next(row, past[row]) for row in range(len(ids))])
+        self._prompts[target] = self._tokens(source, length)
 
-    def move_row(self, source: int, target: int, length: int) -> None:
-        """See :class:`edge.engine.interface.Engine`."""
-        assert length >= 0
-        self._prompts[target] = self._prompts[source]
-        self._answers[target] = self._answers[source]
-
-    def read_row(self, row: int, length: int) -> NDArray[np.float32]:
+    def read_slot(self, slot: int, length: int) -> NDArray[np.float32]:
         """See :class:`edge.engine.interface.Engine`; the ids themselves stand for their keys and values."""
-        tokens = [*self._prompts[row], *self._answers[row]][:length]
+        return np.array(self._tokens(slot, length), np.float32).reshape(1, 1, length, 1)
+
+    def write_slot(self, slot: int, cache: Cache, length: int) -> None:
+        """See :class:`edge.engine.interface.Engine`."""
+        self._prompts[slot] = cache[0, 0, :length, 0].astype(int).tolist()
+
+    def release_slot(self, slot: int) -> None:
+        """See :class:`edge.engine.interface.Engine`."""
+        self._prompts[slot] = []
+        self._answers[slot] = []
+
+    def sleep(self) -> None:
+        """See :class:`edge.engine.interface.Engine`."""
+        self.naps += 1
+        self.asleep = True
+
+    def wake(self) -> None:
+        """See :class:`edge.engine.interface.Engine`."""
+        self.asleep = False
+
+    def _tokens(self, slot: int, length: int) -> list[int]:
+        tokens = [*self._prompts[slot], *self._answers[slot]][:length]
         assert len(tokens) == length
-        return np.array(tokens, np.float32).reshape(1, 1, length, 1)
+        return tokens
 
-    def write_row(self, row: int, cache: NDArray[np.float32], length: int) -> None:
-        """See :class:`edge.engine.interface.Engine`."""
-        self._prompts[row] = cache[0, 0, :length, 0].astype(int).tolist()
-
-    def release_row(self, row: int) -> None:
-        """See :class:`edge.engine.interface.Engine`."""
-        self._prompts[row] = []
-        self._answers[row] = []
-
-    def _next(self, row: int, past: int) -> int:
-        num_output = past - len(self._prompts[row]) + 1
+    def _next(self, slot: int, past: int) -> int:
+        num_output = past - len(self._prompts[slot]) + 1
+        assert num_output > 0
         if self._fail_after is not None and num_output >= self._fail_after:
             raise RuntimeError("the fake engine was told to fail")
-        return self._answers[row][min(num_output, len(self._answers[row]) - 1)]
+        return self._answers[slot][min(num_output, len(self._answers[slot]) - 1)]
 
     def _step(self) -> None:
+        assert not self.asleep
         self.num_steps += 1
         self.gate.wait()
         if self._step_s:
@@ -168,11 +191,13 @@ def make_service(
     max_queue: int = 8,
     template: str | None = CHAT_TEMPLATE,
     prefix_cache_bytes: int = 0,
+    **options: Any,
 ) -> Service:
-    """A service over the fake engine, not started yet."""
+    """A service over the fake engine, not started yet; ``options`` are the scheduler's."""
     engine = engine or FakeEngine()
     model = make_model(engine.context_length, template=template)
-    return Service(model, Scheduler(engine, max_queue=max_queue, prefix_cache_bytes=prefix_cache_bytes), Metrics())
+    scheduler = Scheduler(engine, max_queue=max_queue, prefixes=PrefixCache(prefix_cache_bytes), **options)
+    return Service(model, scheduler, Metrics())
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:

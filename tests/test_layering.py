@@ -27,7 +27,15 @@ WORKSTATION_ONLY = {
 LAYERS = (
     {"edge", "edge.errors", "edge.bundle", "edge.config"},
     {"edge.engine"},
-    {"edge.scheduler", "edge.sequence", "edge.tokenizer", "edge.chat", "edge.text_stream", "edge.metrics"},
+    {
+        "edge.scheduler",
+        "edge.decode_step",
+        "edge.sequence",
+        "edge.tokenizer",
+        "edge.chat",
+        "edge.text_stream",
+        "edge.metrics",
+    },
     {"edge.service", "edge.loader"},
     {"edge.openai"},
     {"edge.http", "edge.mqtt"},

@@ -1,22 +1,23 @@
-"""The engine: appends tokens to rows of the KV pool and returns logits.
+"""The engine: appends tokens to slots of the KV pool and returns logits.
 
-It knows token ids, rows and lengths; what a sequence is, who waits and when to stop is the scheduler's business.
+It knows token ids, slots and lengths; what a sequence is, who waits and when to stop is the scheduler's business.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from edge.bundle import Manifest
-from edge.engine.kv_cache import KVPool
+from edge.bundle import Manifest, verify_bundle
+from edge.engine.heap import trim_heap
+from edge.engine.kv_cache import Cache, KVPool
 from edge.engine.session import Inputs, Session
-from edge.engine.speculation import MAX_DRAFT
 
 
 class Engine:
@@ -27,6 +28,7 @@ class Engine:
         manifest: its manifest.
         slots: sequences that can be in prefill or decode at once.
         context: tokens per sequence, at most the manifest's ``context_length``.
+        draft_tokens: tokens of a decode step beyond one for each slot.
         threads: threads of a step; None = one per physical core this process may use.
         prefill_chunk: most tokens of one prefill step.
         spin_us: microseconds that idle threads spin before they sleep.
@@ -36,6 +38,9 @@ class Engine:
         ConfigError: the KV pool cannot be reserved.
     """
 
+    score_chunk = 16
+    """Most tokens of one scoring step: each takes a row of logits, which is 0.6 MB."""
+
     def __init__(
         self,
         bundle: Path,
@@ -43,106 +48,129 @@ class Engine:
         *,
         slots: int,
         context: int,
+        draft_tokens: int = 0,
         threads: int | None = None,
-        prefill_chunk: int = 256,
+        prefill_chunk: int = 128,
         spin_us: int = 1000,
     ) -> None:
         self.manifest = manifest
         self.slots = slots
+        self.rows = slots + draft_tokens
         self.context_length = min(context, manifest.context_length)
         self.prefill_chunk = prefill_chunk
         self.threads = threads or physical_cores()
-        self._pool = KVPool(manifest.kv, slots=slots, context=self.context_length)
-        self._session = Session(bundle, threads=self.threads, spin_us=spin_us)
-        self._prefill_steps: dict[int, _Append] = {}
-        self._verify_steps: dict[int, _Append] = {}
-        self._decode_steps: dict[int, _Decode] = {}
+        self._bundle = bundle
+        self._spin_us = spin_us
+        self._pool = KVPool(manifest.kv, slots=slots, context=self.context_length, rows=self.rows)
+        self._loaded: _Loaded | None = self._load()
 
-    def prefill(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """Append ``ids`` [n], n <= prefill_chunk, to the ``past`` tokens of ``row``.
+    def prefill(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """Append ``ids`` [n], n <= prefill_chunk, to the ``past`` tokens of a slot.
 
         Returns:
             Logits [padded_vocab] of the last position; valid until the next call.
         """
-        assert 0 <= row < self.slots
         assert 0 < len(ids) <= self.prefill_chunk
         assert past + len(ids) <= self.context_length
-        if row not in self._prefill_steps:
-            self._prefill_steps[row] = self._append(row, self.prefill_chunk, all_logits=False)
-        logits: NDArray[np.float32] = self._prefill_steps[row].run(ids, past)[0]
+        logits: NDArray[np.float32] = self._awake.prefill(slot).run(ids, past)[0]
         return logits
 
-    def verify(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """Append ``ids`` [n], n <= MAX_DRAFT + 1, to the ``past`` tokens of ``row``.
-
-        Tokens that turn out wrong are taken back by appending the next ones over them: pass a smaller ``past``.
+    def score(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """Append ``ids`` [n], n <= score_chunk, to the ``past`` tokens of a slot.
 
         Returns:
             Logits [n, padded_vocab] of all positions; valid until the next call.
         """
-        assert 0 <= row < self.slots
-        assert 0 < len(ids) <= MAX_DRAFT + 1
+        assert 0 < len(ids) <= self.score_chunk
         assert past + len(ids) <= self.context_length
-        if row not in self._verify_steps:
-            self._verify_steps[row] = self._append(row, MAX_DRAFT + 1, all_logits=True)
-        return self._verify_steps[row].run(ids, past)
+        return self._awake.score(slot).run(ids, past)
 
-    def decode(self, ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
-        """Append ``ids[i]`` to the ``past[i]`` tokens of row i, for rows 0..n-1.
+    def decode(self, slots: Sequence[int], ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
+        """Append ``ids[i]`` to the first ``past[i]`` tokens of ``slots[i]``, for up to ``rows`` tokens.
+
+        A slot may be named several times with a ``past`` that grows by one. The result for a token does not depend,
+        to the last bit, on which other tokens share the step. Tokens that turn out wrong are taken back by appending
+        others over them: pass a smaller ``past``.
 
         Returns:
             Logits [n, padded_vocab]; valid until the next call.
+
+        Raises:
+            EngineError: the system refuses a mapping.
         """
-        batch = len(ids)
-        assert 0 < batch <= self.slots
+        assert 0 < len(ids) <= self.rows
         assert max(past) < self.context_length
-        if batch not in self._decode_steps:
-            self._decode_steps[batch] = _Decode(self._session, self._pool, batch, self._width)
-        return self._decode_steps[batch].run(ids, past)
+        return self._awake.decode(len(ids)).run(self._pool.show(slots), ids, past)
 
-    def move_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of a row over another row and give the source's memory back."""
-        self._pool.move_row(source, target, length)
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` tokens of a slot over another slot's."""
+        self._pool.copy(source, target, length)
 
-    def read_row(self, row: int, length: int) -> NDArray[np.float32]:
-        """A copy of the keys and values of a row's first tokens [2 * layers, kv_heads, length, head_dim]."""
-        return self._pool.read_row(row, length)
+    def read_slot(self, slot: int, length: int) -> Cache:
+        """A copy of the keys and values of a slot's first tokens [2 * layers, kv_heads, length, head_dim]."""
+        return self._pool.read(slot, length)
 
-    def write_row(self, row: int, cache: NDArray[np.float32], length: int) -> None:
-        """Put the first ``length`` tokens of what :meth:`read_row` returned into a row."""
-        self._pool.write_row(row, cache, length)
+    def write_slot(self, slot: int, cache: Cache, length: int) -> None:
+        """Put the first ``length`` tokens of what :meth:`read_slot` returned into a slot."""
+        self._pool.write(slot, cache, length)
 
-    def release_row(self, row: int) -> None:
-        """Give a row's memory back to the system."""
-        self._pool.release(row)
+    def release_slot(self, slot: int) -> None:
+        """Give a slot's memory back to the system."""
+        self._pool.release(slot)
 
-    def _append(self, row: int, most: int, *, all_logits: bool) -> _Append:
-        return _Append(self._session, self._pool, row, most=most, all_logits=all_logits, width=self._width)
+    def sleep(self) -> None:
+        """Give the memory of the weights back, until :meth:`wake`. Slots keep their tokens."""
+        self._loaded = None
+        trim_heap()
+
+    def wake(self) -> None:
+        """Verify the bundle and load the weights again; nothing where they are loaded.
+
+        Raises:
+            BundleError: the bundle changed or is gone.
+        """
+        if self._loaded is None:
+            verify_bundle(self._bundle)
+            self._loaded = self._load()
+
+    def _load(self) -> _Loaded:
+        session = Session(self._bundle, threads=self.threads, spin_us=self._spin_us)
+        return _Loaded(session, self._pool, self.manifest.padded_vocab_size, self.prefill_chunk, self.score_chunk)
+
+    @property
+    def _awake(self) -> _Loaded:
+        assert self._loaded is not None, "the engine sleeps"
+        return self._loaded
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes."""
         return self.manifest.kv.bytes_per_token
 
-    @property
-    def _width(self) -> int:
-        return self.manifest.padded_vocab_size
+
+class _Loaded:
+    """The session and the steps bound to it, made when they are first wanted."""
+
+    def __init__(self, session: Session, pool: KVPool, width: int, prefill_chunk: int, score_chunk: int) -> None:
+        self.prefill = cache(lambda slot: _Append(session, pool, slot, most=prefill_chunk, every=False, width=width))
+        self.score = cache(lambda slot: _Append(session, pool, slot, most=score_chunk, every=True, width=width))
+        self.decode = cache(lambda rows: _Decode(session, pool, rows, width))
 
 
 class _Append:
-    """Several tokens for one row: shapes follow the number of tokens, the cache stays bound.
+    """Several tokens for one slot: shapes follow the number of tokens, the cache stays bound.
 
     Args:
         most: most tokens of a step.
-        all_logits: whether every position gets logits, or the last one only.
+        every: whether every position gets logits, or the last one only.
     """
 
-    def __init__(self, session: Session, pool: KVPool, row: int, *, most: int, all_logits: bool, width: int) -> None:
-        self._all_logits = all_logits
+    def __init__(self, session: Session, pool: KVPool, slot: int, *, most: int, every: bool, width: int) -> None:
+        self._every = every
         self._ids = np.zeros((1, most), np.int64)
         self._seqlens = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
-        self._indices = np.arange(most if all_logits else 1, dtype=np.int64)
+        self._indices = np.arange(most if every else 1, dtype=np.int64)
         self._logits: NDArray[np.float32] = np.zeros((len(self._indices), width), np.float32)
         self._bound = most
         inputs: Inputs = {
@@ -151,7 +179,7 @@ class _Append:
             "total_sequence_length": self._total,
             "logits_indices": self._indices,
         }
-        self._step = session.step(inputs, self._logits, pool, row)
+        self._step = session.step(inputs, self._logits, [pool.slot(layer, slot) for layer in range(pool.layers)])
 
     def run(self, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
         """Logits [n, padded_vocab] of all positions, or [1, padded_vocab] of the last."""
@@ -161,40 +189,42 @@ class _Append:
         self._ids[0, :n] = ids
         self._seqlens[0] = past + n - 1
         self._total[()] = past + n
-        if not self._all_logits:
+        if not self._every:
             self._indices[0] = n - 1
         self._step.run()
         return self._logits[:n]
 
     def _rebind(self, n: int) -> None:
         self._step.bind_input("input_ids", self._ids[:, :n])
-        if self._all_logits:
+        if self._every:
             self._step.bind_input("logits_indices", self._indices[:n])
             self._step.bind_output("logits", self._logits[:n])
         self._bound = n
 
 
 class _Decode:
-    """Decode of rows 0..batch-1: every shape is fixed, nothing is ever bound again."""
+    """Decode of the window's first rows: every shape is fixed, nothing is ever bound again."""
 
-    def __init__(self, session: Session, pool: KVPool, batch: int, width: int) -> None:
-        self._ids = np.zeros((batch, 1), np.int64)
-        self._seqlens = np.zeros(batch, np.int32)
+    def __init__(self, session: Session, pool: KVPool, rows: int, width: int) -> None:
+        self._ids = np.zeros((rows, 1), np.int64)
+        self._seqlens = np.zeros(rows, np.int32)
         self._total = np.zeros((), np.int32)
-        self._logits = np.zeros((batch, width), np.float32)
-        self._indices = np.arange(batch, dtype=np.int64)
+        self._logits = np.zeros((rows, width), np.float32)
+        self._indices = np.zeros(rows, np.int64)
         inputs: Inputs = {
             "input_ids": self._ids,
             "seqlens_k": self._seqlens,
             "total_sequence_length": self._total,
             "logits_indices": self._indices,
         }
-        self._step = session.step(inputs, self._logits, pool, 0)
+        self._step = session.step(inputs, self._logits, [pool.rows(layer, rows) for layer in range(pool.layers)])
 
-    def run(self, ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
-        self._ids[:, 0] = ids
-        self._seqlens[:] = past
+    def run(self, places: Sequence[int], ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
+        """Token i goes to row ``places[i]``; its logits come back as row i."""
+        self._ids[places, 0] = ids
+        self._seqlens[places] = past
         self._total[()] = max(past) + 1
+        self._indices[:] = places
         self._step.run()
         return self._logits
 

@@ -1,4 +1,4 @@
-"""The seam between scheduler and engine: what one may ask of the other, in token ids, rows and logits.
+"""The seam between scheduler and engine: what one may ask of the other, in token ids, slots and logits.
 
 :class:`edge.engine.engine.Engine` is the real one; tests of what lies above put a fake one here.
 """
@@ -11,49 +11,68 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.engine.kv_cache import Cache
+
 
 class Engine(Protocol):
     """What the scheduler needs of an engine."""
 
     slots: int
-    """Rows of the KV pool: sequences that can be in prefill or decode at once."""
+    """Sequences whose keys and values it holds."""
+    rows: int
+    """Most tokens of one decode step, over all sequences; at least ``slots``."""
     context_length: int
-    """Tokens that one row holds."""
+    """Tokens that one slot holds."""
     prefill_chunk: int
     """Most tokens of one prefill step."""
+    score_chunk: int
+    """Most tokens of one scoring step."""
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes."""
         ...
 
-    def prefill(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """Append ``ids`` [n] to the ``past`` tokens of ``row``; returns the last position's logits [padded_vocab]."""
+    def prefill(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """Append ``ids`` [n] to the ``past`` tokens of a slot; returns the last position's logits [padded_vocab]."""
         ...
 
-    def decode(self, ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
-        """Append ``ids[i]`` to the ``past[i]`` tokens of row i, for rows 0..n-1; returns logits [n, padded_vocab].
+    def score(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """Append ``ids`` [n] like :meth:`prefill`; returns the logits [n, padded_vocab] of all positions."""
+        ...
 
+    def decode(self, slots: Sequence[int], ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
+        """Append ``ids[i]`` to the first ``past[i]`` tokens of ``slots[i]``; returns logits [n, padded_vocab].
+
+        A slot may be named several times, with a ``past`` that grows by one: its tokens then follow each other.
         The returned array is valid until the next call.
         """
         ...
 
-    def verify(self, row: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """Append ``ids`` [n] like :meth:`prefill`; returns the logits [n, padded_vocab] of all positions."""
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` tokens of a slot over another slot's."""
         ...
 
-    def move_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of a row over another row and give the source's memory back."""
+    def read_slot(self, slot: int, length: int) -> Cache:
+        """A copy of the keys and values of a slot's first tokens."""
         ...
 
-    def read_row(self, row: int, length: int) -> NDArray[np.float32]:
-        """A copy of the keys and values of a row's first tokens."""
+    def write_slot(self, slot: int, cache: Cache, length: int) -> None:
+        """Put the first ``length`` tokens of what :meth:`read_slot` returned into a slot."""
         ...
 
-    def write_row(self, row: int, cache: NDArray[np.float32], length: int) -> None:
-        """Put the first ``length`` tokens of what :meth:`read_row` returned into a row."""
+    def release_slot(self, slot: int) -> None:
+        """Give a slot's memory back; its tokens are gone."""
         ...
 
-    def release_row(self, row: int) -> None:
-        """Give a row's memory back; its tokens are gone."""
+    def sleep(self) -> None:
+        """Give the memory of the weights back, until :meth:`wake`. Slots keep their tokens."""
+        ...
+
+    def wake(self) -> None:
+        """Load the weights again.
+
+        Raises:
+            QwedgeError: they are not what they were, or cannot be loaded; another call tries again.
+        """
         ...

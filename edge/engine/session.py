@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from edge.bundle import GRAPH
 from edge.engine.huge_pages import collapse_resident
-from edge.engine.kv_cache import KVPool
+from edge.engine.kv_cache import Cache
 from edge.errors import BundleError
 
 Inputs = dict[str, NDArray[Any]]
@@ -50,15 +51,20 @@ class Session:
         joined = collapse_resident()
         log.debug("%d MiB of weights on huge pages", joined >> 20)
 
-    def step(self, inputs: Inputs, logits: NDArray[np.float32], pool: KVPool, first: int) -> Step:
-        """Bind a step over ``len(seqlens_k)`` rows of the pool; all arrays must keep their place as long as it."""
+    def step(self, inputs: Inputs, logits: NDArray[np.float32], caches: Sequence[tuple[Cache, Cache]]) -> Step:
+        """Bind a step to its arrays, which must keep their place as long as it.
+
+        Args:
+            inputs: what is not the cache.
+            logits: where the logits go [positions, padded_vocab].
+            caches: keys and values of each layer [rows, kv_heads, context, head_dim].
+        """
         step = Step(self._session)
         for name, array in inputs.items():
             step.bind_input(name, array)
-        count = len(inputs["seqlens_k"])
-        for layer in range(pool.layers):
-            step.bind_cache(f"{layer}.key", pool.keys(layer, first, count))
-            step.bind_cache(f"{layer}.value", pool.values(layer, first, count))
+        for layer, (keys, values) in enumerate(caches):
+            step.bind_cache(f"{layer}.key", keys)
+            step.bind_cache(f"{layer}.value", values)
         step.bind_output("logits", logits)
         return step
 
@@ -78,7 +84,7 @@ class Step:
         """Bind an output to an array's memory, in place of what was bound before."""
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
-    def bind_cache(self, name: str, array: NDArray[np.float32]) -> None:
+    def bind_cache(self, name: str, array: Cache) -> None:
         """Bind a past input and its present output to the same memory."""
         self.bind_input(f"past_key_values.{name}", array)
         self.bind_output(f"present.{name}", array)
@@ -94,6 +100,8 @@ def _options(threads: int, spin_us: int) -> ort.SessionOptions:
     options.intra_op_num_threads = threads
     # Shapes change with every prompt: a planned memory pattern would never fit twice.
     options.enable_mem_pattern = False
+    # The arena never shrinks: without it a step's memory goes back, 32 MB here, and nothing gets slower.
+    options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin_us else "0")
     if spin_us:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(spin_us))

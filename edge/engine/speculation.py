@@ -2,28 +2,51 @@
 
 Appending several tokens costs little more than appending one, since a step's time goes into reading the weights. So if
 the last tokens occurred before, what followed them then is a good guess for now (prompt lookup decoding, Saxena 2023):
-code edits, extractions and summaries copy much of their input.
+code edits, extractions and summaries copy much of their input. Tokens that a grammar prescribes are guesses too, and
+the best ones.
 
 Guesses change the speed only. The scheduler samples each position from the model's own logits and keeps a guess only
-while it equals the sampled token, so every token is drawn exactly as it would be without guessing.
+while it equals the sampled token, so every token is drawn exactly as it would be without guessing; and the engine
+computes a guessed token to the last bit as it computes it alone (``edge.engine.kv_cache``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
-MAX_DRAFT = 15
-"""Most tokens guessed at once: a verification then appends 16."""
-_NGRAM = 3
-"""Tokens that have to occur again before what followed them is worth guessing."""
-_RATE_WEIGHT = 0.15
-"""Weight of the newest guess in the running acceptance rate."""
+FORCED = 0
+"""The source of a draft that a grammar prescribes; others are the length of the n-gram that was found."""
+_NGRAMS = (4, 3, 2)
+"""Lengths of the beginnings that are looked up, the most telling first."""
+_START_FIRST = {FORCED: 0.95, 4: 0.7, 3: 0.55, 2: 0.3}
+"""How often the first token of a draft is right, by its source, before anything is known of a sequence."""
+_START_NEXT = 0.85
+"""How often a further token is right where the one before it was."""
+_RATE_WEIGHT = 0.1
+"""Weight of the newest outcome in the running rates."""
+_RECOVERY = 0.01
+"""Weight of the start in the running rates, each time a draft goes unused: without, nothing would be learned again."""
 _TIME_WEIGHT = 0.1
 """Weight of the newest step in the running step times."""
-_START_RATE = 0.6
-_RECOVERY = 0.01
-_START_COST_PER_TOKEN = 0.12
+_FORGET = 0.002
+"""Weight of what a step's time says about steps of other sizes."""
+_MOST_SLOWER = 4
+"""A step that took longer than so many of its kind was held up by something else."""
+_COST_PER_ROW = 0.25
 """A first idea of what each further token adds to a step, in steps of one token; measured from then on."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens that may come next."""
+
+    ids: tuple[int, ...] = ()
+    source: int = FORCED
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to verify."""
+        return bool(self.ids)
 
 
 class PromptLookup:
@@ -45,63 +68,93 @@ class PromptLookup:
     def extend(self, ids: Iterable[int]) -> None:
         """Append tokens."""
         for token in ids:
-            # The n-gram before this token is entered only now that something follows it.
-            if len(self._ids) >= _NGRAM:
-                self._follows[tuple(self._ids[-_NGRAM:])] = len(self._ids)
+            # The n-grams before this token are entered only now that something follows them.
+            for n in _NGRAMS:
+                if len(self._ids) >= n:
+                    self._follows[tuple(self._ids[-n:])] = len(self._ids)
             self._ids.append(token)
 
-    def guess(self, most: int) -> list[int]:
+    def draft(self, most: int) -> Draft:
         """Up to ``most`` tokens that may come next; empty without a precedent."""
-        start = self._follows.get(tuple(self._ids[-_NGRAM:]))
-        return [] if start is None else self._ids[start : start + most]
+        for n in _NGRAMS:
+            start = self._follows.get(tuple(self._ids[-n:]))
+            if start is not None:
+                return Draft(tuple(self._ids[start : start + most]), n)
+        return Draft()
 
 
-class DraftLength:
-    """How many tokens to guess so that it pays, from what guesses and steps have cost so far.
+@dataclass
+class Acceptance:
+    """How often the guesses of one sequence were right."""
 
-    With acceptance rate r, guessing k tokens yields 1 + r + ... + r^k tokens for the price of a step of k + 1; the best
-    k may be 0. Prices are measured on this device while it works, so no table has to fit every processor.
+    _first: dict[int, float] = field(default_factory=lambda: dict(_START_FIRST))
+    _next: float = _START_NEXT
+
+    def chances(self, draft: Draft) -> list[float]:
+        """For each token of a draft the probability that it and all before it are right."""
+        first = self._first[draft.source]
+        return [first * self._next**i for i in range(len(draft.ids))]
+
+    def verified(self, draft: Draft, num_verified: int, num_right: int) -> None:
+        """``num_verified`` tokens of a draft were verified, and ``num_right`` were right before the first wrong one."""
+        if not draft:
+            return
+        if num_verified == 0:
+            self._first[draft.source] += _RECOVERY * (_START_FIRST[draft.source] - self._first[draft.source])
+            return
+        outcomes = [1.0] * num_right + [0.0] * (num_right < num_verified)
+        self._first[draft.source] += _RATE_WEIGHT * (outcomes[0] - self._first[draft.source])
+        for outcome in outcomes[1:]:
+            self._next += _RATE_WEIGHT * (outcome - self._next)
+
+
+class StepCosts:
+    """What decode steps of different sizes cost on this device, measured while it works."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def took(self, rows: int, seconds: float) -> None:
+        """A step of so many rows took that long."""
+        known = self._seconds.get(rows, seconds)
+        seconds = min(seconds, _MOST_SLOWER * known)
+        self._seconds[rows] = known + _TIME_WEIGHT * (seconds - known)
+        for other in self._seconds:
+            if other != rows:
+                # One slow step must not rule a size out for ever.
+                expected = seconds * _relative(other) / _relative(rows)
+                self._seconds[other] += _FORGET * (expected - self._seconds[other])
+
+    def of(self, rows: int) -> float:
+        """Seconds of a step of so many rows: measured, or made from the nearest size that was."""
+        if not self._seconds:
+            return _relative(rows)
+        nearest = min(self._seconds, key=lambda known: abs(known - rows))
+        return self._seconds[nearest] * _relative(rows) / _relative(nearest)
+
+
+def share_out(chances: Sequence[Sequence[float]], num_certain: int, costs: StepCosts, most: int) -> list[int]:
+    """How many tokens of each draft to verify, so that a second of work gives the most tokens.
 
     Args:
-        most: upper bound; 0 never guesses.
+        chances: for each draft, the probabilities of :meth:`Acceptance.chances`; they fall.
+        num_certain: rows that the step has anyway, each of which gives a token.
+        costs: of steps.
+        most: rows left for drafts.
     """
+    # The likeliest tokens first; within a draft the order is kept, since chances fall.
+    offers = sorted(((chance, i) for i, row in enumerate(chances) for chance in row), key=lambda offer: -offer[0])
+    best, best_rate, expected = 0, num_certain / costs.of(num_certain), float(num_certain)
+    for taken, (chance, _) in enumerate(offers[:most], start=1):
+        expected += chance
+        rate = expected / costs.of(num_certain + taken)
+        if rate > best_rate:
+            best, best_rate = taken, rate
+    counts = [0] * len(chances)
+    for _, i in offers[:best]:
+        counts[i] += 1
+    return counts
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._rate = _START_RATE
-        self._step_s: dict[int, float] = {}
 
-    def best(self) -> int:
-        """The number of tokens to guess now."""
-        best = max(range(self._most + 1), key=self._tokens_per_cost)
-        if best == 0:
-            # Without guesses nothing would ever be learned again: regain confidence, slowly.
-            self._rate += _RECOVERY * (_START_RATE - self._rate)
-        return best
-
-    def took(self, num_tokens: int, seconds: float) -> None:
-        """A step that appended ``num_tokens`` took that long."""
-        known = self._step_s.get(num_tokens, seconds)
-        self._step_s[num_tokens] = known + _TIME_WEIGHT * (seconds - known)
-
-    def guessed(self, num_guessed: int, num_right: int) -> None:
-        """So many tokens were guessed, and so many of them were right before the first wrong one."""
-        for outcome in [1.0] * num_right + [0.0] * (num_right < num_guessed):
-            self._rate += _RATE_WEIGHT * (outcome - self._rate)
-
-    def _tokens_per_cost(self, guesses: int) -> float:
-        expected = sum(self._rate**i for i in range(guesses + 1))
-        return expected / self._cost(guesses + 1)
-
-    def _cost(self, num_tokens: int) -> float:
-        """Price of a step in steps of one token: measured, or interpolated from what was measured."""
-        single = self._step_s.get(1)
-        if single is None or num_tokens == 1:
-            return 1 + _START_COST_PER_TOKEN * (num_tokens - 1)
-        if num_tokens in self._step_s:
-            return self._step_s[num_tokens] / single
-        nearest = min((n for n in self._step_s if n > 1), key=lambda n: abs(n - num_tokens), default=None)
-        if nearest is None:
-            return 1 + _START_COST_PER_TOKEN * (num_tokens - 1)
-        per_token = max(0.0, self._step_s[nearest] / single - 1) / (nearest - 1)
-        return 1 + per_token * (num_tokens - 1)
+def _relative(rows: int) -> float:
+    return 1 + _COST_PER_ROW * (rows - 1)

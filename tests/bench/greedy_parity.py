@@ -96,7 +96,7 @@ class Qwedge:
             logits = self._engine.prefill(0, prompt[start : start + PREFILL_CHUNK], start)
         tokens = [self._best(logits)]
         while len(tokens) < NUM_TOKENS:
-            tokens.append(self._best(self._engine.decode(tokens[-1:], [len(ids) + len(tokens) - 1])[0]))
+            tokens.append(self._best(self._engine.decode([0], tokens[-1:], [len(ids) + len(tokens) - 1])[0]))
         return tokens
 
     def _best(self, logits: NDArray[np.float32]) -> int:

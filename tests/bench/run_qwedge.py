@@ -49,7 +49,7 @@ class Qwedge:
 
     def following(self) -> int:
         """Decode a batch of one."""
-        logits = self._engine.decode([self._last], [self._past])
+        logits = self._engine.decode([0], [self._last], [self._past])
         self._past += 1
         self._last = self._sampler.sample(logits[0])
         return self._last

@@ -11,6 +11,7 @@ import pytest
 
 from edge.engine.sampler import SamplingParams
 from edge.errors import (
+    BundleError,
     CancelledError,
     ContextOverflowError,
     DeadlineError,
@@ -19,6 +20,7 @@ from edge.errors import (
     RequestError,
     UnavailableError,
 )
+from edge.sequence import SequenceStatus
 from edge.service import Delta, Event, Failed, Finished, GenerationRequest, Queued, Service, Started, Ticket
 from tests.fakes import FakeEngine, make_service
 
@@ -54,8 +56,8 @@ class Client:
 
 
 @contextmanager
-def running(engine: FakeEngine, max_queue: int = 8) -> Iterator[Service]:
-    service = make_service(engine, max_queue=max_queue)
+def running(engine: FakeEngine, max_queue: int = 8, **options: object) -> Iterator[Service]:
+    service = make_service(engine, max_queue=max_queue, **options)
     service.start()
     try:
         yield service
@@ -308,3 +310,97 @@ def test_counters_equal_the_sum_of_the_requests() -> None:
     assert f"qwedge_prompt_tokens_total {float(prompt_tokens)}" in text
     assert f"qwedge_output_tokens_total {float(output_tokens)}" in text
     assert 'qwedge_requests_total{outcome="stop"} 3.0' in text
+
+
+def test_a_prompt_that_is_running_already_is_not_read_again() -> None:
+    engine = FakeEngine(reply=lambda _: "x" * 300, slots=3, prefill_chunk=16, step_s=0.001)
+    with running(engine) as service:
+        first = Client(service, "s" * 100)
+        first.wait_for(Delta)
+        again, other = Client(service, "s" * 100), Client(service, "s" * 100, identity="bob")
+        assert again.end().timings.num_cached_tokens == 98
+        assert other.end().timings.num_cached_tokens == 0
+        assert again.text == first.text + "x" * (300 - len(first.text)), "whatever had come by then"
+        first.end()
+
+
+def test_without_room_the_youngest_waits_and_goes_on_where_it_was() -> None:
+    # Room for 200 tokens: both prompts fit, both answers do not.
+    engine = FakeEngine(reply=lambda prompt: prompt[0] * 100, slots=2, prefill_chunk=16)
+    with running(engine, kv_cache_bytes=200 * 4) as service:
+        engine.gate.clear()
+        clients = [Client(service, letter * 20, max_tokens=100) for letter in "ab"]
+        engine.gate.set()
+        for client, letter in zip(clients, "ab", strict=True):
+            assert isinstance(client.end(), Finished)
+            assert client.text == letter * 100
+            assert sum(isinstance(event, Started) for event in client.events) == 1
+        assert service.stats().num_preempted > 0
+        assert service.stats().kv_bytes == 0
+
+
+def test_a_sequence_that_waits_for_room_can_be_cancelled() -> None:
+    engine = FakeEngine(reply=lambda _: "x" * 1000, slots=2, step_s=0.002)
+    with running(engine, kv_cache_bytes=400 * 4) as service:
+        first = Client(service, "a" * 100)
+        first.wait_for(Delta)
+        second = Client(service, "b" * 300)
+        time.sleep(0.05)
+        assert service.stats().num_running == 1, "a slot is free, but not the memory"
+        second.ticket.cancel()
+        assert isinstance(second.end(), Failed)
+        first.ticket.cancel()
+        first.end()
+
+
+def test_the_weights_leave_when_idle_and_come_back_with_the_next_request() -> None:
+    engine = FakeEngine(reply=lambda _: "ok")
+    with running(engine, sleep_after_s=0.05) as service:
+        until(lambda: service.stats().asleep)
+        assert isinstance(Client(service).end(), Finished)
+        until(lambda: engine.naps == 2)
+        assert service.stats().seconds_since_progress == 0
+
+
+def test_weights_that_do_not_come_back_fail_the_request_and_not_the_service() -> None:
+    engine = FakeEngine(reply=lambda _: "ok")
+    wake = engine.wake
+
+    def fail() -> None:
+        raise BundleError("model.onnx.data has another hash", hint="export it again")
+
+    engine.wake = fail  # type: ignore[method-assign]
+    with running(engine, sleep_after_s=0.02) as service:
+        until(lambda: service.stats().asleep)
+        end = Client(service).end()
+        assert isinstance(end, Failed)
+        assert isinstance(end.error, BundleError)
+        engine.wake = wake  # type: ignore[method-assign]
+        assert isinstance(Client(service).end(), Finished)
+
+
+def test_nothing_is_generated_where_nothing_is_asked_for() -> None:
+    service = make_service(FakeEngine())
+    seen: list[tuple[int, int]] = []
+    sequence = service._sequence(GenerationRequest(tuple(b"p" * 40), SamplingParams()), lambda _: None)
+    sequence.max_tokens = 0
+    sequence.prompt_scorer = lambda start, logits: seen.append((start, len(logits)))
+    service.start()
+    service._scheduler.submit(sequence)
+    until(lambda: sequence.status is SequenceStatus.FINISHED)
+    service.stop()
+    assert sequence.output_ids == []
+    assert seen == [(0, 16), (16, 16), (32, 8)]
+
+
+def test_sequences_are_queued_together_or_not_at_all() -> None:
+    service = make_service(FakeEngine(), max_queue=3)
+    request = GenerationRequest(tuple(b"hello"), SamplingParams())
+    sequences = [service._sequence(request, lambda _: None) for _ in range(4)]
+    service.start()
+    with pytest.raises(OverloadedError):
+        service._scheduler.submit(*sequences)
+    service._scheduler.submit(*sequences[:3])
+    until(lambda: all(sequence.status is SequenceStatus.FINISHED for sequence in sequences[:3]))
+    assert sequences[3].status is SequenceStatus.WAITING
+    service.stop()

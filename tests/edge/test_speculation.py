@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from edge.bundle import Manifest
 from edge.engine.engine import Engine
 from edge.engine.grammar_source import Grammar
 from edge.engine.sampler import SamplingParams
-from edge.engine.speculation import MAX_DRAFT, DraftLength, PromptLookup
+from edge.engine.speculation import Acceptance, Draft, PromptLookup, StepCosts, share_out
 from edge.metrics import Metrics
-from edge.scheduler import Scheduler
+from edge.scheduler import Scheduler, SchedulerStats
 from edge.service import Delta, Finished, Service
 from export.checkpoint import open_checkpoint
 from export.pipeline import export_bundle
@@ -21,52 +21,90 @@ from export.progress import Silent
 from export.quantize.recipes import RECIPES
 from tests.edge.test_scheduler import Client
 from tests.export import tiny
-from tests.fakes import FakeEngine, make_model
+from tests.fakes import FakeEngine, make_model, make_service
 
 TEXT = "def push(self, item): self.items.append(item)\n"
 
 
 def test_what_followed_the_last_tokens_before_is_guessed() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1, 2, 3])
-    assert lookup.guess(2) == [4, 5]
-    assert lookup.guess(10) == [4, 5, 6, 1, 2, 3]
+    assert lookup.draft(2) == Draft((4, 5), 3)
+    assert lookup.draft(10).ids == (4, 5, 6, 1, 2, 3)
     lookup.extend([9])
-    assert lookup.guess(2) == []
+    assert not lookup.draft(2)
     lookup.extend([1, 2, 3])
-    assert lookup.guess(3) == [9, 1, 2], "the latest occurrence counts"
+    assert lookup.draft(3).ids == (9, 1, 2), "the latest occurrence counts"
+
+
+def test_the_longest_precedent_counts() -> None:
+    assert PromptLookup([1, 2, 3, 4, 50, 7, 3, 4, 60, 1, 2, 3, 4]).draft(1) == Draft((50,), 4)
+    assert PromptLookup([1, 2, 3, 4, 50, 7, 3, 4, 60, 8, 9, 3, 4]).draft(1) == Draft((60,), 2)
 
 
 def test_without_a_precedent_nothing_is_guessed() -> None:
-    assert PromptLookup([]).guess(4) == []
-    assert PromptLookup([1, 2]).guess(4) == []
-    assert PromptLookup([1, 2, 3]).guess(4) == [], "the last tokens are no precedent of themselves"
+    assert not PromptLookup([]).draft(4)
+    assert not PromptLookup([1, 2]).draft(4)
+    assert not PromptLookup([1, 2, 3]).draft(4), "the last tokens are no precedent of themselves"
 
 
-def feed(draft: DraftLength, right: Callable[[int], int], price: Callable[[int], float], steps: int) -> int:
-    for _ in range(steps):
-        draft.took(1, price(1))  # now and then there is no precedent
-        guesses = draft.best()
-        draft.took(guesses + 1, price(guesses + 1))
-        draft.guessed(guesses, right(guesses))
-    return draft.best()
+def chances(num_right: int, num_verified: int, times: int = 60) -> list[float]:
+    acceptance = Acceptance()
+    draft = Draft((1,) * 8, 3)
+    for _ in range(times):
+        acceptance.verified(draft, num_verified, num_right)
+    return acceptance.chances(draft)
+
+
+def costs(per_row: float) -> StepCosts:
+    measured = StepCosts()
+    for rows in range(1, 17):
+        measured.took(rows, 0.02 * (1 + per_row * (rows - 1)))
+    return measured
 
 
 def test_right_guesses_make_longer_ones_and_wrong_ones_stop_them() -> None:
-    draft = DraftLength(MAX_DRAFT)
-    cheap = lambda tokens: 0.02 * (1 + 0.1 * (tokens - 1))  # noqa: E731
-    assert feed(draft, lambda guesses: guesses, cheap, 60) == MAX_DRAFT
-    assert feed(draft, lambda _: 0, cheap, 60) <= 1
+    cheap = costs(0.1)
+    assert share_out([chances(8, 8)], 1, cheap, 15) == [8]
+    assert share_out([chances(0, 4)], 1, cheap, 15) == [0]
+    assert share_out([chances(2, 4)], 1, cheap, 15)[0] in {1, 2, 3}
+
+
+def test_a_sequence_that_stopped_guessing_tries_again() -> None:
+    acceptance, draft, cheap = Acceptance(), Draft((1, 2, 3), 3), costs(0.1)
+    for _ in range(60):
+        acceptance.verified(draft, 3, 0)
+    waited = 0
+    while share_out([acceptance.chances(draft)], 1, cheap, 15) == [0]:
+        acceptance.verified(draft, 0, 0)
+        waited += 1
+    assert 5 < waited < 200
 
 
 def test_nothing_is_guessed_where_a_longer_step_costs_as_much_as_its_tokens() -> None:
-    draft = DraftLength(MAX_DRAFT)
-    assert feed(draft, lambda guesses: guesses // 2, lambda tokens: 0.02 * tokens, 100) == 0
-    assert DraftLength(0).best() == 0
+    assert share_out([[0.8, 0.7, 0.6]], 1, costs(1.0), 15) == [0]
+    assert share_out([[0.9, 0.9]], 1, costs(0.1), 0) == [0]
+    assert share_out([], 1, costs(0.1), 5) == []
+
+
+def test_rows_go_to_the_likeliest_guesses() -> None:
+    assert share_out([[0.5, 0.4], [0.95, 0.9, 0.85], []], 3, costs(0.05), 3) == [0, 3, 0]
+
+
+def test_a_size_that_was_slow_once_is_tried_again() -> None:
+    measured = costs(0.1)
+    measured.took(4, 1000.0)
+    assert measured.of(4) < 2 * measured.of(1), "something else held it up"
+    for _ in range(100):
+        measured.took(4, 10 * measured.of(1))
+    assert measured.of(4) > 4 * measured.of(1)
+    for _ in range(4000):
+        measured.took(1, 0.02)
+    assert measured.of(4) < 2 * measured.of(1)
 
 
 def answer(draft_tokens: int, **options: object) -> tuple[str, int]:
-    engine = FakeEngine(reply=lambda prompt: prompt * 4, slots=2, prefill_chunk=64)
-    service = Service(make_model(), Scheduler(engine, max_queue=4, draft_tokens=draft_tokens), Metrics())
+    engine = FakeEngine(reply=lambda prompt: prompt * 4, slots=2, prefill_chunk=64, draft_tokens=draft_tokens)
+    service = make_service(engine, draft_tokens=draft_tokens)
     service.start()
     client = Client(service, TEXT, **options)
     end = client.end()
@@ -84,37 +122,50 @@ def test_guesses_change_the_number_of_steps_and_nothing_else(options: dict[str, 
         assert guessed_steps < plain_steps / 3
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=0.9, top_p=0.9, seed=3)])
+def generate(
+    bundle: Path, manifest: Manifest, requests: list[dict[str, object]], draft_tokens: int
+) -> tuple[list[list[int]], SchedulerStats]:
+    """Token ids of the answers to requests that run at the same time."""
+    engine = Engine(bundle, manifest, slots=3, context=160, draft_tokens=draft_tokens, threads=1)
+    model = replace(make_model(160), manifest=manifest, eos_ids=frozenset())
+    service = Service(model, Scheduler(engine, max_queue=4, draft_tokens=draft_tokens), Metrics())
+    service.start()
+    clients = [Client(service, max_tokens=60, **request) for request in requests]  # type: ignore[arg-type]
+    for client in clients:
+        client.end()
+    stats = service.stats()
+    service.stop()
+    return [[event.token_id for event in client.events if isinstance(event, Delta)] for client in clients], stats
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "int4"])
 @pytest.mark.parametrize("config", [tiny.qwen2_config(), tiny.qwen3_config()], ids=["qwen2", "qwen3"])
 def test_answers_of_a_real_engine_stay_the_same(
-    config: dict[str, object], sampling: SamplingParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: dict[str, object], recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A tiny model's steps are all overhead: guess as if they were a large one's.
+    monkeypatch.setattr(StepCosts, "of", lambda _, rows: 1 + 0.05 * rows)
     with open_checkpoint(tiny.write_folder(tmp_path / "checkpoint", config)) as checkpoint:
-        manifest = export_bundle(checkpoint, tmp_path / "bundle", RECIPES["fp32"], progress=Silent()).manifest
-    verified = []
-    verify = Engine.verify
-    monkeypatch.setattr(Engine, "verify", lambda *args: verified.append(len(args[2])) or verify(*args))
-    answers = []
-    for draft_tokens in (0, 6):
-        engine = Engine(tmp_path / "bundle", manifest, slots=1, context=128, threads=1)
-        model = replace(make_model(128), manifest=manifest, eos_ids=frozenset())
-        service = Service(model, Scheduler(engine, max_queue=2, draft_tokens=draft_tokens), Metrics())
-        service.start()
-        client = Client(service, TEXT, max_tokens=60, sampling=sampling)
-        client.end()
-        service.stop()
-        answers.append([event.token_id for event in client.events if isinstance(event, Delta)])
-    assert answers[0] == answers[1]
-    if sampling.greedy:
-        assert verified, "a greedy answer of a random model repeats itself, so something was guessed"
+        manifest = export_bundle(checkpoint, tmp_path / "bundle", RECIPES[recipe], progress=Silent()).manifest
+    greedy, warm = SamplingParams(), SamplingParams(temperature=0.9, top_p=0.9, seed=3)
+    requests: list[dict[str, object]] = [
+        {"prompt": TEXT, "sampling": greedy},
+        {"prompt": TEXT * 2, "sampling": warm},
+        {"prompt": "x = 1\n", "sampling": greedy},
+    ]
+    together, stats = generate(tmp_path / "bundle", manifest, requests, 6)
+    assert stats.num_drafted > stats.num_accepted > 0, "a greedy answer of a random model repeats itself"
+    for request, ids in zip(requests, together, strict=True):
+        assert generate(tmp_path / "bundle", manifest, [request], 0)[0] == [ids]
+        assert generate(tmp_path / "bundle", manifest, [request], 6)[0] == [ids]
 
 
 def test_tokens_that_a_grammar_forces_need_no_step_of_their_own() -> None:
     grammar = Grammar("choice", '["the pump is running within its limits"]')
     steps = []
     for draft_tokens in (0, 15):
-        engine = FakeEngine(reply=lambda _: "the pump is running within its limits", slots=1)
-        service = Service(make_model(), Scheduler(engine, max_queue=2, draft_tokens=draft_tokens), Metrics())
+        engine = FakeEngine(reply=lambda _: "the pump is running within its limits", slots=1, draft_tokens=draft_tokens)
+        service = make_service(engine, draft_tokens=draft_tokens)
         service.start()
         client = Client(service, "state?", grammar=grammar)
         end = client.end()

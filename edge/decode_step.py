@@ -1,0 +1,75 @@
+"""What goes into one decode step: a token of every running sequence, and guesses where they pay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+from edge.engine.speculation import Draft, StepCosts, share_out
+from edge.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Share:
+    """One sequence's part of a step."""
+
+    sequence: Sequence
+    known: tuple[int, ...]
+    """Outputs that are to be appended: the last one; several where the slot was taken away for a while."""
+    draft: Draft
+    num_drafted: int
+    """Tokens of the draft that are verified in this step."""
+    past: int
+    """Tokens of the sequence that are in its slot before the step."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The tokens to append."""
+        return self.known + self.draft.ids[: self.num_drafted]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last output is among them, so that the next token can be sampled."""
+        return self.past + len(self.known) == self.sequence.num_tokens
+
+
+def plan_step(
+    running: List[Sequence], *, rows: int, draft_tokens: int, context_length: int, costs: StepCosts
+) -> list[Share]:
+    """Share a step's rows out among the running sequences.
+
+    Args:
+        running: the sequences; each gets a row at least.
+        rows: most tokens of the step.
+        draft_tokens: most guesses of the step.
+        context_length: tokens that a slot holds.
+        costs: of steps, to see whether guessing pays.
+    """
+    spare = rows - len(running)
+    known = []
+    for sequence in running:
+        known.append(tuple(sequence.pending_ids[: 1 + spare]))
+        spare -= len(known[-1]) - 1
+    most = min(spare, draft_tokens)
+    shares = [
+        Share(sequence, ids, Draft(), 0, sequence.num_computed_tokens)
+        for sequence, ids in zip(running, known, strict=True)
+    ]
+    if most <= 0:
+        return shares
+    drafts = [
+        share.sequence.draft(_room(share.sequence, most, context_length)) if share.is_complete else Draft()
+        for share in shares
+    ]
+    chances = [sequence.acceptance.chances(draft) for sequence, draft in zip(running, drafts, strict=True)]
+    counts = share_out(chances, sum(map(len, known)), costs, most)
+    return [
+        Share(share.sequence, share.known, draft, count, share.past)
+        for share, draft, count in zip(shares, drafts, counts, strict=True)
+    ]
+
+
+def _room(sequence: Sequence, most: int, context_length: int) -> int:
+    """How many guesses the slot and the answer have room for."""
+    answer = sequence.max_tokens - sequence.num_output_tokens - 1
+    return max(0, min(most, answer, context_length - sequence.num_tokens))
