@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ MIN_TOKENS = 32
 """Shorter beginnings are not worth an entry: prefilling them takes a tenth of a second."""
 
 Ids = NDArray[np.int64] | NDArray[np.int32]
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,25 @@ def reusable_length(known: Ids, ids: Ids) -> int:
     """
     length = min(common_length(known, ids), len(ids) - 2)
     return length if length >= MIN_TOKENS else 0
+
+
+def begins_with(known: Ids, ids: Ids) -> bool:
+    """Whether the tokens ``known`` begin with all of ``ids``."""
+    length = len(ids)
+    if not 0 < length <= len(known):
+        return length == 0
+    # The last token first: it differs in nearly every case.
+    return bool(known[length - 1] == ids[-1] and (known[:length] == ids).all())
+
+
+def longest_match(candidates: Iterable[tuple[Key, Ids]], ids: Ids) -> tuple[Key, int] | None:
+    """The candidate that :func:`reusable_length` is largest of, the first among equals, and that length."""
+    best: tuple[Key, int] | None = None
+    length = MIN_TOKENS - 1
+    for key, known in candidates:
+        # Only a candidate that goes on rightly where the best one so far ends can be longer.
+        if length < min(len(known), len(ids) - 2) and known[length] == ids[length]:
+            reusable = reusable_length(known, ids)
+            if reusable > length:
+                best, length = (key, reusable), reusable
+    return best

@@ -23,7 +23,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.engine.prefix import EVERYONE, MIN_TOKENS, Prefix, common_length, reusable_length
+from edge.engine.prefix import EVERYONE, MIN_TOKENS, Prefix, begins_with, longest_match
 from edge.engine.prefix_store import PrefixStore
 
 __all__ = ["EVERYONE", "MIN_TOKENS", "Prefix", "PrefixCache"]
@@ -73,7 +73,7 @@ class PrefixCache:
     def has(self, identity: str, ids: NDArray[np.int64]) -> bool:
         """Whether an entry that ``identity`` may use begins with all of ``ids``."""
         usable = (entry.prefix for entry in self._entries.values() if entry.prefix.identity in (identity, EVERYONE))
-        return any(common_length(prefix.ids, ids) == len(ids) for prefix in usable)
+        return any(begins_with(prefix.ids, ids) for prefix in usable)
 
     def wants(self, num_tokens: int, num_bytes: int) -> bool:
         """Whether an entry of that size is worth making."""
@@ -93,13 +93,12 @@ class PrefixCache:
 
     def _longest(self, identity: str, ids: NDArray[np.int64]) -> tuple[int, int] | None:
         """Key and length of the best entry in memory."""
-        best: tuple[int, int] | None = None
-        for key, entry in self._entries.items():
-            if entry.prefix.identity in (identity, EVERYONE):
-                length = reusable_length(entry.prefix.ids, ids)
-                if length and (best is None or length >= best[1]):
-                    best = key, length
-        return best
+        usable = (
+            (key, entry.prefix.ids)
+            for key, entry in reversed(self._entries.items())
+            if entry.prefix.identity in (identity, EVERYONE)
+        )
+        return longest_match(usable, ids)
 
     def _load(self, identity: str, ids: NDArray[np.int64], longer_than: int) -> tuple[Prefix, int] | None:
         """The best entry on disk, brought into memory, if it is so much longer that reading it pays."""
@@ -116,8 +115,7 @@ class PrefixCache:
     def _insert(self, entry: _Entry) -> None:
         new = entry.prefix
         for key, old in list(self._entries.items()):
-            same = old.prefix.identity == new.identity
-            if same and common_length(old.prefix.ids, new.ids) == len(old.prefix.ids):
+            if old.prefix.identity == new.identity and begins_with(new.ids, old.prefix.ids):
                 entry.used = entry.used or old.used
                 self._drop(key)
         self._entries[next(self._keys)] = entry

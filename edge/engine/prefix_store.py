@@ -27,7 +27,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.engine.prefix import EVERYONE, Prefix, common_length, reusable_length
+from edge.engine.prefix import EVERYONE, Prefix, begins_with, common_length, longest_match
 from edge.engine.prefix_file import Head, UnusableError, can_hold, read_cache, write_prefix
 from edge.engine.private_folder import NotPlainError, PrivateFolder
 from edge.errors import QwedgeError
@@ -132,13 +132,11 @@ class PrefixStore:
     def longest(self, identity: str, ids: NDArray[np.int64]) -> tuple[StoredPrefix, int] | None:
         """The file that can stand for the most tokens of the prompt ``ids`` [n], and for how many. That is a use."""
         owners = self._owners(identity)
-        best: tuple[StoredPrefix, int] | None = None
         with self._changed:
-            for stored in self._files.values():
-                if stored.head.owner in owners:
-                    length = reusable_length(stored.head.ids, ids)
-                    if length and (best is None or length >= best[1]):
-                        best = stored, length
+            usable = (
+                (stored, stored.head.ids) for stored in reversed(self._files.values()) if stored.head.owner in owners
+            )
+            best = longest_match(usable, ids)
             if best is not None:
                 self._files.move_to_end(best[0].name)
                 self._used.add(best[0].name)
@@ -271,7 +269,7 @@ class PrefixStore:
         with self._changed:
             for stored in list(self._files.values()):
                 same = stored is not newest and stored.head.owner == newest.head.owner
-                if same and common_length(stored.head.ids, newest.head.ids) == len(stored.head.ids):
+                if same and begins_with(newest.head.ids, stored.head.ids):
                     self._remove(stored)
 
     def _index(self) -> None:
