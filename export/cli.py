@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
+from edge.bundle import CacheType
 from edge.errors import ConfigError
 from export.progress import Progress
 from export.quantize.recipes import RECIPES, recipe_named
@@ -37,6 +38,7 @@ def export(
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="The bundle's folder; must not exist yet.")
     ] = None,
     recipe: Annotated[RecipeName, typer.Option(help="Number formats of the weights.")] = "int4",
+    kv: Annotated[CacheType, typer.Option(help="Number format of the cache; int8 takes a quarter.")] = "float32",
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model name that requests use.  [default: from the source]")
     ] = None,
@@ -66,8 +68,9 @@ def export(
 
     with console_progress() as progress:
         report, oracle = _export(
-            source, output, recipe=recipe, name=name, context=context, verify=verify, offline=offline, progress=progress
-        )
+            source, output, recipe=recipe, kv=kv, name=name, context=context, verify=verify, offline=offline,
+            progress=progress,
+        )  # fmt: skip
     _print_report(report, oracle, as_json=as_json)
 
 
@@ -76,6 +79,7 @@ def _export(
     output: Path,
     *,
     recipe: str,
+    kv: CacheType,
     name: str | None,
     context: int | None,
     verify: OracleName | None,
@@ -92,8 +96,8 @@ def _export(
         oracle = verify_against(Oracle(verify), checkpoint, progress=progress) if verify else None
         licence = resolved.entry.licence if resolved.entry else None
         report = export_bundle(
-            checkpoint, output, recipe_named(recipe), progress=progress, name=name, context=context, licence=licence,
-            oracle=oracle,
+            checkpoint, output, recipe_named(recipe), progress=progress, name=name, context=context, kv=kv,
+            licence=licence, oracle=oracle,
         )  # fmt: skip
     return report, oracle
 
@@ -119,6 +123,8 @@ def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: boo
     print(f"model      {manifest.name}, {manifest.parameter_count:,} parameters, {manifest.recipe['name']}")
     print(f"size       {size / 1e6:,.1f} MB, {manifest.weight_bytes_per_token / 1e6:,.1f} MB read per token")
     print(f"context    {manifest.context_length:,} tokens, {manifest.kv.bytes_per_token:,} bytes of cache each")
+    if kv := manifest.measured.get("kv"):
+        print(f"cache      {manifest.kv.dtype}, divergence {kv['kl']:.4f} nats, same first choice {kv['top1']:.1%}")
     print(f"kernels    largest relative difference {test['kernel_difference']:.1e}")
     if oracle:
         print(f"oracle     {oracle['oracle']} {oracle['version']}: {oracle['max_difference']:.1e} in the logits")

@@ -11,7 +11,8 @@ input                              shape                               meaning
 ``logits_indices``                 [positions] int64                   rows of the flattened [batch * sequence] hidden
                                                                        states that get logits
 ``past_key_values.{i}.key/value``  [batch, kv_heads, max_length,       the cache
-                                   head_dim] float32
+                                   head_dim] float32, or int8 once
+                                                                       ``export.kv_scales`` has changed it
 =================================  ==================================  ================================================
 
 Outputs: ``logits`` [positions, padded_vocab] and ``present.{i}.key/value``, which share their buffers with the past.

@@ -156,7 +156,7 @@ class Decoder:
     def __init__(self, folder: Path, kv: KVLayout) -> None:
         self._session = ort.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
         self._outputs = [output.name for output in self._session.get_outputs()]
-        empty = np.zeros((1, kv.kv_heads, 0, kv.head_dim), np.float32)
+        empty = np.zeros((1, kv.kv_heads, 0, kv.head_dim), kv.dtype)
         names = [f"{layer}.{kind}" for layer in range(kv.layers) for kind in ("key", "value")]
         self._cache = {f"past_key_values.{name}": empty for name in names}
         self._past = 0

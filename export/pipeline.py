@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from edge.bundle import (
     GRAPH,
     SCHEMA_VERSION,
     TOKENIZER,
+    CacheType,
     FileEntry,
+    KVLayout,
     Manifest,
     Source,
     hash_file,
@@ -37,6 +39,7 @@ from export.architectures import architecture_for
 from export.architectures.decoder import Decoder
 from export.checkpoint import Checkpoint
 from export.graph import GraphBuilder
+from export.kv_scales import cache_test, calibrate, calibration_text, quantize_cache
 from export.progress import Progress, step
 from export.quantize.recipes import Recipe
 from export.verify import check_kernels, self_test
@@ -57,6 +60,7 @@ class Graph:
     architecture: Decoder
     context_length: int
     """Tokens it has rotary tables for."""
+    kv: KVLayout
     parameter_count: int
     weight_bytes_per_token: int
 
@@ -80,6 +84,7 @@ def export_bundle(
     progress: Progress,
     name: str | None = None,
     context: int | None = None,
+    kv: CacheType = "float32",
     licence: str | None = None,
     oracle: dict[str, Any] | None = None,
 ) -> Report:
@@ -92,6 +97,7 @@ def export_bundle(
         progress: receives the phases.
         name: the model name requests will use; None = made from the source's.
         context: tokens of context; None = the checkpoint's, at most :data:`DEFAULT_CONTEXT`.
+        kv: number format of the cache.
         licence: SPDX id or name, where known.
         oracle: what :func:`export.oracle.verify_against` measured, for the manifest.
 
@@ -105,11 +111,14 @@ def export_bundle(
     with _staging(destination) as staging, disk_errors():
         with clock.phase("quantize"):
             graph = build_graph(checkpoint, staging, recipe, progress=progress, context=context)
-        with clock.phase("verify"):
             _write_text(checkpoint, staging)
-            tested = _verify(graph, checkpoint, staging, progress)
+        measured: dict[str, Any] = {}
+        if kv == "int8":
+            with clock.phase("calibrate"):
+                graph, measured["kv"] = _with_int8_cache(graph, staging, progress)
+        with clock.phase("verify"):
+            measured["self_test"] = _verify(graph, checkpoint, staging, progress)
         with clock.phase("hash"):
-            measured = {"self_test": tested}
             if oracle is not None:
                 measured["oracle"] = oracle
             source, files = _hash(checkpoint, staging, progress)
@@ -149,7 +158,18 @@ def build_graph(
         model = builder.model(architecture.model_type)
     assert weights.parameter_count == architecture.parameter_count()
     ir.save(model, folder / GRAPH)
-    return Graph(model, architecture, length, weights.parameter_count, bytes_per_token)
+    return Graph(model, architecture, length, architecture.kv_layout(), weights.parameter_count, bytes_per_token)
+
+
+def _with_int8_cache(graph: Graph, staging: Path, progress: Progress) -> tuple[Graph, dict[str, Any]]:
+    """The graph with an int8 cache, saved in place of the one without, and what that costs."""
+    ids = Tokenizer.from_file(str(staging / TOKENIZER)).encode(calibration_text(), add_special_tokens=False).ids
+    with step(progress, "calibrating the cache", None):
+        calibration = calibrate(graph.model, staging, ids)
+        quantize_cache(graph.model, calibration.scales)
+        tested = cache_test(graph.model, staging, ids, calibration)
+    ir.save(graph.model, staging / GRAPH)
+    return replace(graph, kv=graph.kv.model_copy(update={"dtype": "int8"})), asdict(tested)
 
 
 def _verify(graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Progress) -> dict[str, Any]:
@@ -183,7 +203,7 @@ def _facts(graph: Graph, checkpoint: Checkpoint) -> dict[str, Any]:
         "context_length": graph.context_length,
         "vocab_size": checkpoint.vocab_ids(),
         "padded_vocab_size": graph.architecture.padded_vocab_size,
-        "kv": graph.architecture.kv_layout(),
+        "kv": graph.kv,
         "weight_bytes_per_token": graph.weight_bytes_per_token,
     }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from edge.errors import ExportError
 from export.graph import FINAL_HIDDEN, HIDDEN
 
+DEFECT = "this is a defect of qwedge or of onnxruntime: please report it"
 Array = NDArray[np.float32]
 
 
@@ -34,6 +37,24 @@ def final_hidden(model: ir.Model, folder: Path, x: Array, positions: Sequence[in
     return segment.run({source: x, "logits_indices": np.array(positions, np.int64)})[0]
 
 
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Translate what onnxruntime raises: one class per status, without a common base but their module."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        first = str(error).partition("\n")[0]
+        raise ExportError(f"onnxruntime refuses the graph: {first}", hint=DEFECT) from None
+
+
+def check_finite(array: NDArray[Any], what: str) -> None:
+    """Refuse an ``array`` that holds NaN or infinity."""
+    if not np.isfinite(array).all():
+        raise ExportError(f"self-test: {what} not finite", hint="the checkpoint is damaged, or try --recipe int8")
+
+
 class Layer:
     """One layer with a cache of its own, loaded by itself.
 
@@ -44,6 +65,7 @@ class Layer:
     """
 
     def __init__(self, model: ir.Model, folder: Path, index: int) -> None:
+        self._index = index
         self._source, target = f"{HIDDEN}.{index}", f"{HIDDEN}.{index + 1}"
         self._pasts = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
         presents = [f"present.{index}.{kind}" for kind in ("key", "value")]
@@ -68,11 +90,16 @@ class Layer:
         return key, value
 
     def append(self, x: Array) -> Array:
-        """Run the layer over further tokens [1, n, hidden]; returns its output for them, of the same shape."""
+        """Run the layer over further tokens [1, n, hidden]; returns its output for them, of the same shape.
+
+        Raises:
+            ExportError: onnxruntime refuses the layer, or its output is not finite.
+        """
         total = self._cache[0].shape[2] + x.shape[1]
         lengths = {"seqlens_k": np.array([total - 1], np.int32), "total_sequence_length": np.array(total, np.int32)}
         past = dict(zip(self._pasts, self._cache, strict=True))
         y, *self._cache = self._segment.run({self._source: x, **lengths, **past})
+        check_finite(y, f"layer {self._index} is")
         return y
 
 
@@ -86,9 +113,11 @@ class _Segment:
         options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         proto = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
-        self._session = ort.InferenceSession(proto, options, ["CPUExecutionProvider"])
+        with refusals():
+            self._session = ort.InferenceSession(proto, options, ["CPUExecutionProvider"])
         self._outputs = list(outputs)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        results: list[NDArray[Any]] = self._session.run(self._outputs, inputs)
+        with refusals():
+            results: list[NDArray[Any]] = self._session.run(self._outputs, inputs)
         return results

@@ -7,8 +7,7 @@ is tested in a few hundred megabytes. Parity of the graph itself with other libr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ from numpy.typing import NDArray
 from edge.errors import ExportError
 from export.quantize.blockwise import QuantizedRows, dequantize_rows
 from export.quantize.recipes import Blockwise
-from export.segments import Layer, embed, final_hidden, num_layers
+from export.segments import DEFECT, Layer, check_finite, embed, final_hidden, num_layers, refusals
 
 KERNEL_TOLERANCE = 1e-5
 """Largest difference between kernel and dequantized product, relative to the product's largest value."""
 _SAMPLE_ROWS = 64
 _HEAD_ROWS = 8192
-_DEFECT = "this is a defect of qwedge or of onnxruntime: please report it"
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -60,12 +58,12 @@ def check_kernels(model: ir.Model) -> float:
         x = rng.standard_normal((3, columns), dtype=np.float32)
         rows = _quantized_rows(node, 0, _SAMPLE_ROWS)
         expected = x @ dequantize_rows(rows, form, columns).T
-        with _refusals():
+        with refusals():
             found = _run_kernel(x, rows, form, accuracy_level=0)
         difference = float(np.abs(found - expected).max() / _largest(expected))
         worst = max(worst, difference)
         if not difference <= KERNEL_TOLERANCE:
-            raise ExportError(f"{node.name}: kernel and codes differ by {difference:.1e}", hint=_DEFECT)
+            raise ExportError(f"{node.name}: kernel and codes differ by {difference:.1e}", hint=DEFECT)
     return worst
 
 
@@ -75,40 +73,25 @@ def self_test(model: ir.Model, folder: Path, prompt_ids: Sequence[int]) -> SelfT
     Raises:
         ExportError: onnxruntime refuses the graph, or a layer's output is not finite.
     """
-    with _refusals():
-        return _self_test(model, folder, list(prompt_ids))
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Translate what onnxruntime raises: one class per status, without a common base but their module."""
-    try:
-        yield
-    except Exception as error:
-        if not type(error).__module__.startswith("onnxruntime"):
-            raise
-        first = str(error).partition("\n")[0]
-        raise ExportError(f"onnxruntime refuses the graph: {first}", hint=_DEFECT) from None
-
-
-def _self_test(model: ir.Model, folder: Path, prompt_ids: list[int]) -> SelfTest:
     x, drift = embed(model, folder, prompt_ids), 0.0
     for index in range(num_layers(model)):
         layer = Layer(model, folder, index)
         whole = layer.append(x)
-        _check_finite(whole, f"layer {index} is")
         layer.clear()
         layer.append(x[:, :-1])
         step = layer.append(x[:, -1:])
         drift = max(drift, float(np.abs(whole[:, -1:] - step).max() / _largest(whole)))
         x = whole
-    logits = _run_head(model, final_hidden(model, folder, x, [len(prompt_ids) - 1]))
-    _check_finite(logits, "the logits are")
-    return SelfTest(prompt_ids, int(logits.argmax()), drift)
+    logits = head_logits(model, final_hidden(model, folder, x, [len(prompt_ids) - 1]))
+    return SelfTest(list(prompt_ids), int(logits.argmax()), drift)
 
 
-def _run_head(model: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits [1, padded_vocab] of the final hidden state, some rows of the head at a time."""
+def head_logits(model: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits [positions, padded_vocab] of final hidden states [positions, hidden], some rows of the head at a time.
+
+    Raises:
+        ExportError: they are not finite.
+    """
     node = next(value.producer() for value in model.graph.outputs if value.name == "logits")
     assert node is not None
     parts = []
@@ -123,7 +106,9 @@ def _run_head(model: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
             parts.append(_run_kernel(x, rows, _form(node), accuracy_level=level))
         else:
             parts.append(x @ _rows(weights, start, stop).T)
-    return np.concatenate(parts, axis=1)
+    logits = np.concatenate(parts, axis=1)
+    check_finite(logits, "the logits are")
+    return logits
 
 
 def _form(node: ir.Node) -> Blockwise:
@@ -173,8 +158,3 @@ def _run_kernel(
 def _largest(array: NDArray[np.float32]) -> float:
     """Largest absolute value, never zero: a divisor."""
     return max(float(np.abs(array).max()), float(np.finfo(np.float32).tiny))
-
-
-def _check_finite(array: NDArray[Any], what: str) -> None:
-    if not np.isfinite(array).all():
-        raise ExportError(f"self-test: {what} not finite", hint="the checkpoint is damaged, or try --recipe int8")
