@@ -22,7 +22,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +40,6 @@ MAX_FILES = 256
 MAX_QUEUED = 2
 """Prefixes that wait to be written; each holds its memory meanwhile. One more is dropped."""
 _KEY = "key"
-_KEY_BYTES = 32
 _SUFFIX = ".prefix"
 
 
@@ -118,7 +116,7 @@ class PrefixStore:
             log.warning("prefixes are not kept on disk: %s", error)
             return None
         try:
-            store = cls(folder, _device_key(folder), model, budget_bytes)
+            store = cls(folder, folder.secret(_KEY), model, budget_bytes)
             store._index()
         except OSError as error:
             log.warning("prefixes are not kept on disk: %s", error)
@@ -126,6 +124,7 @@ class PrefixStore:
             return None
         if folder.read_only:
             log.warning("%s is read-only: prefixes are read from it, and none are added", path)
+        log.info("%s holds %d prefix(es) of earlier runs", path, store.stats().num_files)
         store._writer.start()
         return store
 
@@ -197,6 +196,9 @@ class PrefixStore:
                 self._write(_Job(prefix, self._head(prefix, len(prefix.ids))))
         self._touch_used()
         self._folder.close()
+        log.info(
+            "%s holds %d prefix(es); %d read, %d written, %d not written, %d unusable, %d failures", *self._summary()
+        )
 
     def stats(self) -> StoreStats:
         """The figures right now."""
@@ -211,6 +213,11 @@ class PrefixStore:
                 num_failures=self._num_failures,
                 read_only=self._read_only,
             )
+
+    def _summary(self) -> tuple[object, ...]:
+        now = self.stats()
+        done = (now.num_loaded, now.num_written, now.num_dropped, now.num_unusable, now.num_failures)
+        return self._folder.path, now.num_files, *done
 
     def _is_news(self, prefix: Prefix, length: int) -> bool:
         """Whether that much of a prefix is worth a write, beside what is on disk or waits for it."""
@@ -248,10 +255,12 @@ class PrefixStore:
         fill = partial(write_prefix, head=job.head, cache=job.prefix.cache, key=self._key)
         try:
             self._folder.write(stored.name, fill)
-        except (OSError, MemoryError) as error:
+        except MemoryError:
             self._num_dropped += 1
-            self._read_only = isinstance(error, OSError)
-            log.warning("%s takes no more prefixes: %s", self._folder.path, error or "out of memory")
+        except OSError as error:
+            self._num_dropped += 1
+            self._read_only = True
+            log.warning("%s takes no more prefixes until a restart: %s", self._folder.path, error)
         else:
             self._num_written += 1
             self._add(stored)
@@ -321,26 +330,3 @@ class PrefixStore:
 
     def _digest(self, purpose: bytes, value: bytes) -> bytes:
         return hmac.digest(self._key, purpose + b"\0" + value, "sha256")
-
-
-def _device_key(folder: PrivateFolder) -> bytes:
-    """The folder's key, made on first use or where what is there is no key.
-
-    Raises:
-        OSError: it can neither be read nor written.
-    """
-    try:
-        with folder.read(_KEY) as file:
-            key = file.read(_KEY_BYTES + 1)
-        if len(key) == _KEY_BYTES:
-            return key
-    except (FileNotFoundError, NotPlainError):
-        pass
-    key = os.urandom(_KEY_BYTES)
-    folder.remove(_KEY)
-    folder.write(_KEY, partial(_fill, key))
-    return key
-
-
-def _fill(data: bytes, file: BinaryIO) -> None:
-    file.write(data)

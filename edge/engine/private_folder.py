@@ -19,6 +19,7 @@ from edge.errors import ConfigError, UnavailableError
 
 LOCK = "lock"
 _TEMPORARY = ".tmp"
+_SECRET_BYTES = 32
 _OTHERS = 0o077
 _SAFE = os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -108,6 +109,20 @@ class PrivateFolder:
             self.remove(temporary)  # gone already if all went well
         os.fsync(self._descriptor)
 
+    def secret(self, name: str) -> bytes:
+        """The 32 random bytes in a file, made on first use and wherever the file is not what it should be.
+
+        Raises:
+            OSError: they can neither be read nor written.
+        """
+        with suppress(FileNotFoundError, NotPlainError), self.read(name) as file:
+            secret = file.read(_SECRET_BYTES + 1)
+            if len(secret) == _SECRET_BYTES:
+                return secret
+        secret = os.urandom(_SECRET_BYTES)
+        self.write(name, lambda file: _fill(file, secret))
+        return secret
+
     def remove(self, name: str) -> None:
         """Remove a file or a link if that is possible."""
         with suppress(OSError):
@@ -117,6 +132,10 @@ class PrivateFolder:
         """Set a file's time of last use if that is possible."""
         with suppress(OSError):
             os.utime(name, ns=(time_ns, time_ns), dir_fd=self._descriptor, follow_symlinks=False)
+
+
+def _fill(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
 
 
 def _check_owner(path: Path, descriptor: int) -> None:
