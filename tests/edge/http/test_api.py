@@ -242,9 +242,11 @@ class TestLoad:
 
     def test_a_waiting_stream_tells_its_place(self, serve: Serve) -> None:
         server = serve(FakeEngine(slots=1, step_s=0.05))
-        with server.asking(), server.asking():
-            wait_for(lambda: server.service.stats().num_waiting == 1)
-            text = server.client.post(CHAT, json={"messages": MESSAGES, "stream": True}).text
+        with server.asking():
+            wait_for(lambda: server.service.stats().num_running == 1)
+            with server.asking():
+                wait_for(lambda: server.service.stats().num_waiting == 1)
+                text = server.client.post(CHAT, json={"messages": MESSAGES, "stream": True}).text
         assert text.startswith(": queued position=1 eta_s=")
         assert ": queued position=0 " in text
 
@@ -321,9 +323,11 @@ def test_nothing_that_was_said_is_logged(serve: Serve, caplog: pytest.LogCapture
         server.client.post(CHAT, json=body)
         server.client.post("/v1/completions", json=body)
     server.client.post(f"/nope%0aforged%20line?{canary}", content=canary)
-    assert "POST" in caplog.text
-    assert canary not in caplog.text
-    assert not any(line.startswith("forged") for line in caplog.text.splitlines())
+    # Ours only: the client of this test logs too, where an earlier test has switched that on.
+    lines = "\n".join(caplog.handler.format(record) for record in caplog.records if record.name.startswith("edge"))
+    assert "POST" in lines
+    assert canary not in lines
+    assert not any(line.startswith("forged") for line in lines.splitlines())
 
 
 def _ask(server: Served, text: str) -> str:
