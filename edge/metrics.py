@@ -44,15 +44,18 @@ class Metrics:
         """Count a complete answer."""
         self._requests.labels(reason).inc()
         self._count_work(timings)
-        self._ttft.observe(timings.ttft_s)
         self._queue.observe(timings.queue_s)
+        if timings.num_output_tokens:
+            self._ttft.observe(timings.ttft_s)
         if timings.tpot_s:
             self._tpot.observe(timings.tpot_s)
 
     def failed(self, error: QwedgeError, timings: Timings) -> None:
         """Count a request that ended without a complete answer, and the work it cost."""
         self._requests.labels(error.code).inc()
-        self._count_work(timings)
+        # A request that never left the queue prefilled nothing.
+        if timings.num_output_tokens:
+            self._count_work(timings)
 
     def refused(self, error: QwedgeError) -> None:
         """Count a request that was not accepted."""
@@ -66,8 +69,6 @@ class Metrics:
         return generate_latest(self._registry)
 
     def _count_work(self, timings: Timings) -> None:
-        # A request that never left the queue prefilled nothing.
-        if timings.num_output_tokens:
-            self._prompt_tokens.inc(timings.num_prompt_tokens)
-            self._cached_tokens.inc(timings.num_cached_tokens)
-            self._output_tokens.inc(timings.num_output_tokens)
+        self._prompt_tokens.inc(timings.num_prompt_tokens)
+        self._cached_tokens.inc(timings.num_cached_tokens)
+        self._output_tokens.inc(timings.num_output_tokens)

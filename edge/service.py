@@ -1,9 +1,12 @@
 """One request in, one stream of events out: what every front end talks to.
 
 A front end turns its wire format into a :class:`GenerationRequest` (see ``edge.openai``), submits it with a callback
-and receives :data:`Event` values: ``Queued`` (any number), ``Started`` (at most one), ``Delta`` (any number) and
-exactly one terminal event, ``Finished`` or ``Failed``. Callbacks run on the engine's thread, or on
-the submitting thread for the first ``Queued``; they must only hand the event over. :func:`events` does so for asyncio.
+and receives :data:`Event` values: ``Queued`` (any number), ``Started`` (at most one), ``PromptScored`` (one where it is
+asked for), ``Delta`` (any number) and exactly one terminal event, ``Finished`` or ``Failed``. Callbacks run on the
+engine's thread, or on the submitting thread for the first ``Queued``; they must only hand the event over.
+
+Several answers to one question, or to a batch of them, are several requests that :meth:`Service.submit_all` takes or
+refuses as one. Each event comes with the index of its request then. :func:`events` hands them to asyncio.
 """
 
 from __future__ import annotations
@@ -13,15 +16,17 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge.bundle import Manifest
 from edge.chat import ChatTemplate
 from edge.engine.grammar import Grammars
 from edge.engine.grammar_source import Grammar
-from edge.engine.logprobs import TokenLogprobs
+from edge.engine.logprobs import PromptScorer, TokenLogprobs
 from edge.engine.sampler import Sampler, SamplingParams
 from edge.errors import ContextOverflowError, ModelNotFoundError, QwedgeError, RequestError
 from edge.metrics import Metrics
@@ -41,7 +46,7 @@ class GenerationRequest:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     max_tokens: int | None = None
-    """Most tokens to generate; None = until the context is full."""
+    """Most tokens to generate; None = until the context is full; 0 = read the prompt only."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer and are not part of it."""
     deadline_s: float | None = None
@@ -52,6 +57,8 @@ class GenerationRequest:
     """Generate past end-of-sequence tokens: for benchmarks."""
     num_logprobs: int | None = None
     """Alternatives to report with each token's log-probability, 0 to 20; None reports nothing."""
+    score_prompt: bool = False
+    """Report the log-probabilities of the prompt's tokens too; needs ``num_logprobs``. Takes no cached prefix."""
     grammar: Grammar | None = None
     """The form the answer must have. On an event loop, :meth:`Model.check_grammar` comes first, in a worker thread."""
 
@@ -67,6 +74,14 @@ class Queued:
 @dataclass(frozen=True)
 class Started:
     """Prefill begins."""
+
+
+@dataclass(frozen=True)
+class PromptScored:
+    """The prompt was read: how probable its tokens were."""
+
+    logprobs: tuple[TokenLogprobs, ...]
+    """Of the second token to the last: nothing predicts the first."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,8 @@ class Finished:
     text: str
     """Text held back until now; append it to the deltas."""
     timings: Timings
+    logprobs: TokenLogprobs | None = None
+    """Of the token that ended the answer, where the model ended it and the request asks for them."""
 
 
 @dataclass(frozen=True)
@@ -98,20 +115,22 @@ class Failed:
     timings: Timings
 
 
-Event = Queued | Started | Delta | Finished | Failed
+Event = Queued | Started | PromptScored | Delta | Finished | Failed
 OnEvent = Callable[[Event], None]
+OnIndexedEvent = Callable[[int, Event], None]
 
 
 class Ticket:
-    """A submitted request."""
+    """One or several requests that were submitted together."""
 
-    def __init__(self, scheduler: Scheduler, sequence: EngineSequence) -> None:
+    def __init__(self, scheduler: Scheduler, sequences: Sequence[EngineSequence]) -> None:
         self._scheduler = scheduler
-        self._sequence = sequence
+        self._sequences = sequences
 
     def cancel(self) -> None:
-        """End the request at the engine's next step, wherever it is; its terminal event is ``Failed``."""
-        self._scheduler.cancel(self._sequence)
+        """End what has not ended at the engine's next step, wherever it is; the terminal event is ``Failed``."""
+        for sequence in self._sequences:
+            self._scheduler.cancel(sequence)
 
 
 @dataclass(frozen=True)
@@ -212,66 +231,133 @@ class Service:
             OverloadedError: the queue is full.
             UnavailableError: the service is stopping.
         """
+        return self.submit_all([request], lambda _index, event: on_event(event))
+
+    def submit_all(self, requests: Sequence[GenerationRequest], on_event: OnIndexedEvent) -> Ticket:
+        """Queue requests that stand and fall together: all are queued or none, and when one fails, all are cancelled.
+
+        ``Queued`` and ``Started`` come for the first one only and speak for all.
+
+        Raises:
+            RequestError: what :meth:`submit` raises; or there are more requests than the queue ever holds.
+            OverloadedError: the queue has no room for all of them.
+            UnavailableError: the service is stopping.
+        """
+        sequences: list[EngineSequence] = []
+        ticket = Ticket(self._scheduler, sequences)
+
+        def tell(index: int, event: Event) -> None:
+            on_event(index, event)
+            if isinstance(event, Failed):
+                ticket.cancel()
+
         try:
-            sequence = self._sequence(request, on_event)
-            self._scheduler.submit(sequence)
+            self._check_number(requests)
+            sequences += [
+                self._sequence(request, partial(tell, i), announces=i == 0) for i, request in enumerate(requests)
+            ]
+            self._scheduler.submit(*sequences)
         except QwedgeError as error:
             self.metrics.refused(error)
             raise
-        return Ticket(self._scheduler, sequence)
+        return ticket
 
-    def _sequence(self, request: GenerationRequest, on_event: OnEvent) -> EngineSequence:
-        model, n_prompt = self.model, len(request.prompt_ids)
+    def _check_number(self, requests: Sequence[GenerationRequest]) -> None:
+        room = self._scheduler.stats().max_queue
+        if len(requests) > room:
+            param = "n" if len({request.prompt_ids for request in requests}) == 1 else "prompt"
+            hint = f"ask for {room} at most"
+            raise RequestError(f"{len(requests)} answers at once never fit the queue", hint=hint, param=param)
+
+    def _sequence(self, request: GenerationRequest, on_event: OnEvent, *, announces: bool = True) -> EngineSequence:
+        ids = self._prompt(request)
+        room = self.model.context_length - len(ids)
+        limits = (request.max_tokens, self._default_max_tokens, room)
+        sampler = self._sampler(request)
+        scorer = self._scorer(request)
+        text = TextStream(self.model.tokenizer, request.stop)
+        return EngineSequence(
+            prompt_ids=ids,
+            max_tokens=min(next(limit for limit in limits if limit is not None), room),
+            eos_ids=frozenset() if request.ignore_eos else self.model.eos_ids,
+            sampler=sampler,
+            consumer=_EventConsumer(on_event, text, sampler, scorer, self.metrics, announces=announces),
+            identity=request.identity,
+            deadline=None if request.deadline_s is None else time.monotonic() + request.deadline_s,
+            prompt_scorer=scorer,
+        )
+
+    def _prompt(self, request: GenerationRequest) -> NDArray[np.int64]:
+        n_prompt, n_ctx = len(request.prompt_ids), self.model.context_length
         if n_prompt == 0:
             raise RequestError("the prompt is empty", hint="send at least one token", param="prompt")
-        if n_prompt >= model.context_length:
-            raise ContextOverflowError(n_prompt, model.context_length)
+        if n_prompt > n_ctx or (n_prompt == n_ctx and request.max_tokens != 0):
+            raise ContextOverflowError(n_prompt, n_ctx)
         ids = np.asarray(request.prompt_ids, dtype=np.int64)
-        if ids.min() < 0 or ids.max() >= model.manifest.padded_vocab_size:
-            raise RequestError("the prompt holds a token id outside the vocabulary", param="prompt")
-        constraint = None if request.grammar is None else model.grammars.constraint(request.grammar)
-        room = model.context_length - n_prompt
-        wanted = request.max_tokens or self._default_max_tokens or room
-        sampler = Sampler(
+        if ids.min() < 0 or ids.max() >= self.model.manifest.padded_vocab_size:
+            hint = f"use ids below {self.model.manifest.padded_vocab_size}"
+            raise RequestError("the prompt holds a token id outside the vocabulary", hint=hint, param="prompt")
+        return ids
+
+    def _sampler(self, request: GenerationRequest) -> Sampler:
+        model = self.model
+        return Sampler(
             request.sampling,
             request.prompt_ids,
             model.manifest.vocab_size,
-            constraint=constraint,
+            constraint=None if request.grammar is None else model.grammars.constraint(request.grammar),
             num_logprobs=request.num_logprobs,
         )
-        return EngineSequence(
-            prompt_ids=ids,
-            max_tokens=min(wanted, room),
-            eos_ids=frozenset() if request.ignore_eos else model.eos_ids,
-            sampler=sampler,
-            consumer=_EventConsumer(on_event, TextStream(model.tokenizer, request.stop), sampler, self.metrics),
-            identity=request.identity,
-            deadline=None if request.deadline_s is None else time.monotonic() + request.deadline_s,
-        )
+
+    def _scorer(self, request: GenerationRequest) -> PromptScorer | None:
+        if not request.score_prompt or request.num_logprobs is None:
+            return None
+        return PromptScorer(request.prompt_ids, self.model.manifest.vocab_size, request.num_logprobs)
 
 
 class _EventConsumer:
     """Turns what the scheduler reports of one sequence into events."""
 
-    def __init__(self, on_event: OnEvent, text: TextStream, sampler: Sampler, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        on_event: OnEvent,
+        text: TextStream,
+        sampler: Sampler,
+        scorer: PromptScorer | None,
+        metrics: Metrics,
+        *,
+        announces: bool,
+    ) -> None:
         self._on_event = on_event
         self._text = text
         self._sampler = sampler
+        self._scorer = scorer
         self._metrics = metrics
+        self._announces = announces
 
     def queued(self, position: int, eta_s: float) -> None:
-        self._emit(Queued(position, eta_s))
+        if self._announces:
+            self._emit(Queued(position, eta_s))
 
     def started(self) -> None:
-        self._emit(Started())
+        if self._announces:
+            self._emit(Started())
 
     def token(self, token_id: int) -> FinishReason | None:
+        self._tell_scores()
         self._emit(Delta(self._text.push(token_id), token_id, self._sampler.take_logprobs()))
         return "stop" if self._text.stopped else None
 
     def finished(self, reason: FinishReason, timings: Timings) -> None:
+        self._tell_scores()
         self._metrics.finished(reason, timings)
-        self._emit(Finished(reason, self._text.flush(), timings))
+        self._emit(Finished(reason, self._text.flush(), timings, self._sampler.take_logprobs()))
+
+    def _tell_scores(self) -> None:
+        """The prompt has been read when anything follows it."""
+        if self._scorer is not None:
+            self._emit(PromptScored(self._scorer.scores))
+            self._scorer = None
 
     def failed(self, error: QwedgeError, timings: Timings) -> None:
         self._metrics.failed(error, timings)
@@ -284,25 +370,29 @@ class _EventConsumer:
             log.exception("a front end failed to take an event")
 
 
-async def events(service: Service, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-    """Submit a request and iterate over its events; leaving the iteration early cancels the request.
+async def events(service: Service, requests: Sequence[GenerationRequest]) -> AsyncGenerator[tuple[int, Event], None]:
+    """Submit requests together and iterate over their events, each with its request's index.
+
+    The iteration ends when all have finished or one has failed; leaving it early cancels what still runs.
 
     Raises:
-        QwedgeError: what :meth:`Service.submit` raises, before the first event.
+        QwedgeError: what :meth:`Service.submit_all` raises, before the first event.
     """
     loop = asyncio.get_running_loop()
-    # Bounded by the request itself: one event per generated token and one per queue movement.
-    queue: asyncio.Queue[Event] = asyncio.Queue()
+    # Bounded by the requests themselves: one event per generated token and one per queue movement.
+    queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-    def on_event(event: Event) -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, event)
+    def on_event(index: int, event: Event) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, (index, event))
 
-    ticket = service.submit(request, on_event)
+    ticket = service.submit_all(requests, on_event)
+    num_running = len(requests)
     try:
-        while True:
-            event = await queue.get()
-            yield event
-            if isinstance(event, Finished | Failed):
+        while num_running:
+            index, event = await queue.get()
+            yield index, event
+            if isinstance(event, Failed):
                 return
+            num_running -= isinstance(event, Finished)
     finally:
         ticket.cancel()

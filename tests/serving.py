@@ -51,9 +51,8 @@ class Served:
 
 
 @contextmanager
-def served(engine: FakeEngine, *, max_queue: int, settings: ServerSettings) -> Iterator[Served]:
-    """Serve until the block ends."""
-    service = make_service(engine, max_queue=max_queue)
+def serving(service: Service, settings: ServerSettings) -> Iterator[tuple[str, int]]:
+    """Serve until the block ends; gives host and port."""
     sock = bind(settings.host, settings.port)
     ready: list[tuple[HttpServer, asyncio.AbstractEventLoop]] = []
     started = threading.Event()
@@ -68,16 +67,27 @@ def served(engine: FakeEngine, *, max_queue: int, settings: ServerSettings) -> I
     thread.start()
     assert started.wait(10)
     http, loop = ready[0]
-    host, port = http.address
     try:
-        with httpx.Client(base_url=f"http://{host}:{port}", timeout=20) as client:
-            yield Served(f"http://{host}:{port}", port, engine, service, client)
+        yield http.address
     finally:
-        engine.gate.set()
         service.stop()
         loop.call_soon_threadsafe(http.shutdown)
         thread.join(15)
         assert not thread.is_alive()
+
+
+@contextmanager
+def served(engine: FakeEngine, *, max_queue: int, settings: ServerSettings) -> Iterator[Served]:
+    """Serve a fake engine's answers until the block ends."""
+    service = make_service(engine, max_queue=max_queue)
+    with (
+        serving(service, settings) as (host, port),
+        httpx.Client(base_url=f"http://{host}:{port}", timeout=20) as client,
+    ):
+        try:
+            yield Served(f"http://{host}:{port}", port, engine, service, client)
+        finally:
+            engine.gate.set()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:

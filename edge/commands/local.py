@@ -13,7 +13,7 @@ from edge.config import Settings
 from edge.errors import ConfigError
 from edge.loader import load_service
 from edge.openai import Answer, parse_chat, parse_completion, prepare
-from edge.service import Event, Failed, Finished, Service
+from edge.service import Event, Service
 
 Show = Callable[[str, bool], None]
 """Called with each piece of an answer's text and whether it is reasoning."""
@@ -64,15 +64,13 @@ def ask(service: Service, body: Mapping[str, Any], show: Show) -> dict[str, Any]
     """
     given = {name: value for name, value in body.items() if value is not None}
     request = parse_completion(given) if "prompt" in given else parse_chat(given)
-    generation = prepare(service.model, request)
-    answer = Answer(service.model, request, generation)
-    events: SimpleQueue[Event] = SimpleQueue()
-    ticket = service.submit(generation, events.put)
+    generations = prepare(service.model, request)
+    answer = Answer(service.model, request, generations)
+    events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
+    ticket = service.submit_all(generations, lambda index, event: events.put((index, event)))
     try:
-        event: Event | None = None
-        while not isinstance(event, Finished | Failed):
-            event = events.get()
-            for chunk in answer.chunks(event):
+        while not answer.ended:
+            for chunk in answer.chunks(*events.get()):
                 _show_chunk(chunk, show)
     finally:
         ticket.cancel()

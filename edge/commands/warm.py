@@ -72,7 +72,7 @@ def prepare_prompts(model: Model, prompts: list[WarmPrompt]) -> list[GenerationR
     Raises:
         ConfigError: a prompt does not suit the model: its template refuses it, or it is longer than the context.
     """
-    return [_prepare(model, prompt) for prompt in prompts]
+    return [request for prompt in prompts for request in _prepare(model, prompt)]
 
 
 def warm_up(service: Service, requests: list[GenerationRequest], note: Note) -> None:
@@ -126,14 +126,15 @@ def _with_question(request: ChatRequest | CompletionRequest) -> ChatRequest | Co
     return request
 
 
-def _prepare(model: Model, prompt: WarmPrompt) -> GenerationRequest:
+def _prepare(model: Model, prompt: WarmPrompt) -> list[GenerationRequest]:
     try:
-        request = replace(prepare(model, prompt.request), identity=prompt.identity)
+        requests = [replace(request, identity=prompt.identity) for request in prepare(model, prompt.request)]
     except RequestError as error:
         raise _in_place(prompt.place, error) from None
-    if len(request.prompt_ids) >= model.context_length:
-        raise _in_place(prompt.place, ContextOverflowError(len(request.prompt_ids), model.context_length))
-    return request
+    longest = max(len(request.prompt_ids) for request in requests)
+    if longest >= model.context_length:
+        raise _in_place(prompt.place, ContextOverflowError(longest, model.context_length))
+    return requests
 
 
 def _in_place(place: str, error: RequestError) -> ConfigError:

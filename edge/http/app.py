@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
@@ -103,38 +103,42 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
 async def _generate(service: Service, parse: Parse, request: Request) -> Response:
     payload = await request.body()
-    wanted, generation = await run_in_threadpool(_read, service.model, parse, payload)
-    answer = Answer(service.model, wanted, generation)
+    wanted, generations = await run_in_threadpool(_read, service.model, parse, payload)
+    answer = Answer(service.model, wanted, generations)
     if wanted.stream:
-        stream = events(service, generation)
+        stream = events(service, generations)
         first = await anext(stream)  # a refusal is raised here, while the status can still say so
         return EventStream(_server_sent(answer, first, stream))
-    body = await unless_disconnected(request.receive, _complete(service, answer, generation))
+    body = await unless_disconnected(request.receive, _complete(service, answer, generations))
     return JSONResponse(body)
 
 
-def _read(model: Model, parse: Parse, payload: bytes) -> tuple[ChatRequest | CompletionRequest, GenerationRequest]:
+def _read(
+    model: Model, parse: Parse, payload: bytes
+) -> tuple[ChatRequest | CompletionRequest, Sequence[GenerationRequest]]:
     request = parse(parse_body(payload))
     return request, prepare(model, request)
 
 
-async def _complete(service: Service, answer: Answer, generation: GenerationRequest) -> dict[str, Any]:
-    async with aclosing(events(service, generation)) as stream:
-        async for event in stream:
-            answer.chunks(event)
+async def _complete(service: Service, answer: Answer, generations: Sequence[GenerationRequest]) -> dict[str, Any]:
+    async with aclosing(events(service, generations)) as stream:
+        async for index, event in stream:
+            answer.chunks(index, event)
     return answer.body()
 
 
-async def _server_sent(answer: Answer, first: Event, rest: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
+async def _server_sent(
+    answer: Answer, first: tuple[int, Event], rest: AsyncGenerator[tuple[int, Event], None]
+) -> AsyncGenerator[bytes, None]:
     """The events of an answer as server-sent events; ``[DONE]`` is the last one whatever happens.
 
     The place in the queue is a comment, which clients that do not know it skip.
     """
     async with aclosing(rest):
-        yield _comment(first)
-        async for event in rest:
+        yield _comment(first[1])
+        async for index, event in rest:
             yield _comment(event)
-            for chunk in answer.chunks(event):
+            for chunk in answer.chunks(index, event):
                 yield b"data: %s\n\n" % _to_json(chunk)
             if isinstance(event, Failed):
                 log.info("%s ended in mid-stream: %s", answer.id, event.error.code)

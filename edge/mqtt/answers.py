@@ -13,11 +13,11 @@ import time
 from collections.abc import Iterator
 from typing import Any, Final
 
-from edge.errors import CancelledError, EngineError, QwedgeError, UnavailableError
+from edge.errors import CancelledError, EngineError, QwedgeError, TooLargeError, UnavailableError
 from edge.mqtt.connection import Connection, Outgoing
 from edge.mqtt.ledger import Job, Ledger, Outcome, Reply
-from edge.mqtt.messages import Accepted, Done, Queued, Started, Tokens
-from edge.service import Delta, Event, Failed, Finished
+from edge.mqtt.messages import MAX_OUTCOME_BYTES, Accepted, Done, Queued, Started, Tokens
+from edge.service import Delta, Event, Failed, Finished, PromptScored
 from edge.service import Queued as QueuedEvent
 from edge.service import Started as StartedEvent
 
@@ -43,7 +43,7 @@ class Answers:
         self._ledger = ledger
         self._device = device
         # Bounded by the requests themselves: one event for each token and for each movement in the queue.
-        self._events: queue.SimpleQueue[tuple[Job, Event] | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[Job, int, Event] | None] = queue.SimpleQueue()
         self._unflushed: set[Job] = set()
         self._thread: threading.Thread | None = None
         self.stopping = False
@@ -65,9 +65,9 @@ class Answers:
             self._thread.join()
             self._thread = None
 
-    def put(self, job: Job, event: Event) -> None:
-        """Take an event of a job; called on the engine's thread."""
-        self._events.put((job, event))
+    def put(self, job: Job, index: int, event: Event) -> None:
+        """Take an event of one of a job's choices; called on the engine's thread."""
+        self._events.put((job, index, event))
 
     def attached(self, job: Job) -> None:
         """Tell the client that its copy shares a running job."""
@@ -117,11 +117,11 @@ class Answers:
         for job in [job for job in self._unflushed if now - job.flushed_at >= BATCH_S]:
             self._flush(job)
 
-    def _guarded(self, job: Job, event: Event) -> None:
+    def _guarded(self, job: Job, index: int, event: Event) -> None:
         if job.ended:
             return
         try:
-            self._take(job, event)
+            self._take(job, index, event)
         except Exception:  # one broken answer must not end those of all others
             log.exception("an event could not be published")
             self._abort(job)
@@ -134,18 +134,16 @@ class Answers:
         if not job.ended:
             self._end(job, EngineError("the answer could not be published", hint="see the device's log"))
 
-    def _take(self, job: Job, event: Event) -> None:
+    def _take(self, job: Job, index: int, event: Event) -> None:
         match event:
             case QueuedEvent():
                 self._queued(job, event)
             case StartedEvent():
                 self._progress(job.reply, Started(id=job.request.id))
-            case Delta():
-                self._collect(job, event)
+            case PromptScored() | Delta():
+                self._collect(job, index, event)
             case Finished():
-                self._collect(job, event)
-                self._flush(job)
-                self._finish(job, event)
+                self._finished(job, index, event)
             case Failed():
                 self._flush(job)
                 self._end(job, self._reason(job, event.error))
@@ -160,37 +158,50 @@ class Answers:
         evt = Queued(id=job.request.id, position=event.position, eta_ms=round(event.eta_s * 1000))
         self._progress(job.reply, evt)
 
-    def _collect(self, job: Job, event: Delta | Finished) -> None:
+    def _collect(self, job: Job, index: int, event: PromptScored | Delta | Finished) -> None:
         """Add an event to the answer, and its text to the next batch."""
         assert job.answer is not None
-        chunks = job.answer.chunks(event)
+        chunks = job.answer.chunks(index, event)
         if not job.stream:
             return
         for delta in _deltas(chunks):
-            job.text.append(delta.get("content") or delta.get("text") or "")
-            job.reasoning.append(delta.get("reasoning_content") or "")
-        if any(job.text) or any(job.reasoning):
-            self._unflushed.add(job)
+            text, reasoning = delta.get("content") or delta.get("text") or "", delta.get("reasoning_content") or ""
+            if text or reasoning:
+                job.batches[index].text += text
+                job.batches[index].reasoning += reasoning
+                self._unflushed.add(job)
 
     def _flush(self, job: Job) -> None:
-        """Publish the waiting text as one batch."""
+        """Publish the waiting text, as one batch for each choice."""
         if job not in self._unflushed:
             return
         self._unflushed.discard(job)
-        batch = Tokens(id=job.request.id, seq=job.seq, text="".join(job.text), reasoning="".join(job.reasoning) or None)
-        job.text.clear()
-        job.reasoning.clear()
-        job.seq += 1
         job.flushed_at = time.monotonic()
-        reply = job.reply
-        self._connection.publish(Outgoing(reply.topics.tok, batch.encode(), qos=0, correlation=reply.correlation))
+        for index, batch in job.batches.items():
+            tokens = Tokens(
+                id=job.request.id, seq=job.seq, index=index, text=batch.text, reasoning=batch.reasoning or None
+            )
+            job.seq += 1
+            reply = job.reply
+            self._connection.publish(Outgoing(reply.topics.tok, tokens.encode(), qos=0, correlation=reply.correlation))
+        job.batches.clear()
 
-    def _finish(self, job: Job, event: Finished) -> None:
+    def _finished(self, job: Job, index: int, event: Finished) -> None:
+        """A choice is complete, and with the last one the answer."""
+        self._collect(job, index, event)
         if event.timings.tpot_s:
             self.tokens_per_s = round(1 / event.timings.tpot_s, 1)
         assert job.answer is not None
-        body = job.answer.body()
+        if job.answer.ended:
+            self._flush(job)
+            self._answered(job, job.answer.body())
+
+    def _answered(self, job: Job, body: dict[str, Any]) -> None:
         outcome = Outcome(Done.success(job.request.id, body), _answer_text(body))
+        if outcome.size > MAX_OUTCOME_BYTES:
+            hint = "ask for fewer log-probabilities, choices or tokens"
+            self._end(job, TooLargeError(f"the answer is larger than {MAX_OUTCOME_BYTES} bytes", hint=hint))
+            return
         job.ended = True
         self.outcome(self._ledger.close(job, outcome), outcome)
 

@@ -158,11 +158,12 @@ class Intake:
     def _start(self, job: Job, wanted: Wanted, received_at: float) -> None:
         try:
             request = wanted.parse()
-            generation = prepare(self._service.model, request)
+            choices = prepare(self._service.model, request)
             deadline_s = _remaining_s(wanted.deadline_s, received_at)
-            generation = replace(generation, deadline_s=deadline_s, identity=f"mqtt:{job.request.client}")
-            job.answer = Answer(self._service.model, request, generation)
-            job.ticket = self._service.submit(generation, partial(self._answers.put, job))
+            identity = f"mqtt:{job.request.client}"
+            generations = [replace(choice, deadline_s=deadline_s, identity=identity) for choice in choices]
+            job.answer = Answer(self._service.model, request, generations)
+            job.ticket = self._service.submit_all(generations, partial(self._answers.put, job))
         except BaseException:
             self._ledger.close(job, None)
             raise

@@ -8,7 +8,7 @@ an answer that was pushed out, or a restart, means that a repeated request runs 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -48,6 +48,14 @@ class Outcome:
         return len(self.done.encode()) + len(self.text)
 
 
+@dataclass
+class Batch:
+    """Text of one choice that is not published yet."""
+
+    text: str = ""
+    reasoning: str = ""
+
+
 @dataclass(eq=False)
 class Job:
     """A request that runs."""
@@ -62,10 +70,8 @@ class Job:
     ticket: Ticket | None = None
     seq: int = 0
     """Of the next token batch; the answers thread only."""
-    text: list[str] = field(default_factory=list)
-    """Not yet published text; the answers thread only."""
-    reasoning: list[str] = field(default_factory=list)
-    """Not yet published reasoning; the answers thread only."""
+    batches: defaultdict[int, Batch] = field(default_factory=lambda: defaultdict(Batch))
+    """By the choice's index, what is not published yet; the answers thread only."""
     flushed_at: float = 0.0
     """When the last batch was published; the answers thread only."""
     queued_at: float | None = None

@@ -15,6 +15,8 @@ from edge.openai import error_body, parse_body
 
 MAX_PAYLOAD_BYTES = 1 << 20
 """Largest request; a larger one is answered with 413."""
+MAX_OUTCOME_BYTES = 4_000_000
+"""Largest ``done``, below what the embedded broker takes; many log-probabilities of many choices may exceed it."""
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 
 Milliseconds = Annotated[int, Field(ge=0)]
@@ -81,6 +83,8 @@ class Tokens(_Message):
     id: str
     seq: Annotated[int, Field(ge=0)]
     """0, 1, 2, ... without gaps: a gap is a lost batch, and ``done`` has the whole text."""
+    index: Annotated[int, Field(ge=0)] = 0
+    """Which of the answer's choices the text belongs to."""
     text: str
     reasoning: str | None = None
     """Text of the model's thinking; not part of the answer."""

@@ -1,14 +1,15 @@
 """OpenAI's wire format, shared by HTTP and MQTT.
 
 The way of a request: :func:`parse_body` reads the bytes, :func:`parse_chat` or :func:`parse_completion` checks them,
-:func:`prepare` turns them into a :class:`~edge.service.GenerationRequest`. Its events go into an :class:`Answer`, which
-gives the chunks of a stream and the complete body. Errors of every kind become :func:`error_body`.
+:func:`prepare` makes a :class:`~edge.service.GenerationRequest` for each choice of the response. The events of all go
+into one :class:`Answer`, which gives the chunks of a stream and the complete body. Errors of every kind become
+:func:`error_body`.
 
     request = parse_chat(parse_body(payload))
-    generation = prepare(model, request)
-    answer = Answer(model, request)
-    async for event in service.events(generation):
-        chunks = answer.chunks(event)
+    generations = prepare(model, request)
+    answer = Answer(model, request, generations)
+    async for index, event in events(service, generations):
+        chunks = answer.chunks(index, event)
     body = answer.body()
 """
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from edge.engine.sampler import SamplingParams
 from edge.errors import RequestError
 from edge.openai.grammar import requested_grammar
 from edge.openai.schemas import ChatRequest, CompletionRequest
@@ -21,8 +23,8 @@ _SAMPLING = (
 )
 
 
-def prepare(model: Model, request: ChatRequest | CompletionRequest) -> GenerationRequest:
-    """Turn a request into token ids and parameters.
+def prepare(model: Model, request: ChatRequest | CompletionRequest) -> tuple[GenerationRequest, ...]:
+    """Turn a request into token ids and parameters, once for each choice: all of the first prompt, then of the next.
 
     Takes time in proportion to the prompt: call it in a worker thread where an event loop must stay responsive.
 
@@ -33,19 +35,24 @@ def prepare(model: Model, request: ChatRequest | CompletionRequest) -> Generatio
     model.check_name(request.model)
     if (grammar := requested_grammar(request)) is not None:
         model.check_grammar(grammar)
-    prompt_ids = (
-        _chat_ids(model, request, thinks=grammar is None)
-        if isinstance(request, ChatRequest)
-        else _completion_ids(model, request)
-    )
     stop = request.stop or ()
-    return GenerationRequest(
-        prompt_ids=prompt_ids,
+    prototype = GenerationRequest(
+        prompt_ids=(),
         sampling=model.sampling(_given_sampling(request)),
         max_tokens=request.token_limit,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         num_logprobs=request.num_logprobs,
+        score_prompt=request.scores_prompt,
         grammar=grammar,
+    )
+    prompts = (
+        [_chat_ids(model, request, thinks=grammar is None)]
+        if isinstance(request, ChatRequest)
+        else [_completion_ids(model, prompt) for prompt in request.prompts]
+    )
+    samplings = [_nth_sampling(prototype.sampling, number) for number in range(request.num_choices)]
+    return tuple(
+        replace(prototype, prompt_ids=prompt_ids, sampling=sampling) for prompt_ids in prompts for sampling in samplings
     )
 
 
@@ -55,8 +62,7 @@ def _chat_ids(model: Model, request: ChatRequest, *, thinks: bool) -> tuple[int,
     return model.encode_chat(request.messages, tools=tools, enable_thinking=request.thinking if thinks else False)
 
 
-def _completion_ids(model: Model, request: CompletionRequest) -> tuple[int, ...]:
-    prompt = request.single_prompt
+def _completion_ids(model: Model, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
     return tuple(model.tokenizer.encode(prompt, special=True)) if isinstance(prompt, str) else prompt
 
 
@@ -65,6 +71,15 @@ def _given_sampling(request: ChatRequest | CompletionRequest) -> dict[str, Any]:
     if request.logit_bias:
         given["logit_bias"] = _token_biases(request.logit_bias)
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _nth_sampling(sampling: SamplingParams, number: int) -> SamplingParams:
+    """How a prompt's n-th choice is sampled: each with a seed of its own, counted up from the given one."""
+    if sampling.seed is None:
+        return sampling
+    return replace(
+        sampling, seed=(sampling.seed + number + 2**63) % 2**64 - 2**63
+    )  # the seed after the last is the first
 
 
 def _token_biases(biases: dict[str, float]) -> dict[int, float]:

@@ -20,12 +20,12 @@ MAX_TOOLS = 128
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_TOKENS = 2**31 - 1
+MAX_CHOICES = 8
+MAX_PROMPTS = 256
 _MAX_NAME = 256
 
 _UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "n": ((1,), "send the request again for another answer"),
     "best_of": ((1,), "leave it out"),
-    "echo": ((False,), "put the prompt before the answer yourself"),
     "suffix": (("",), "use the model's fill-in-the-middle tokens in the prompt"),
     "functions": ((), "use tools"),
     "function_call": (("none",), "use tool_choice"),
@@ -35,6 +35,7 @@ _UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "use_beam_search": ((False,), "leave it out"),
 }
 """Field -> values that ask for nothing (null always does), and the hint for every other value."""
+_UNSUPPORTED_IN_CHAT = {**_UNSUPPORTED, "echo": ((False,), "use /v1/completions")}
 
 
 class _Wire(BaseModel):
@@ -133,6 +134,7 @@ class _Generation(_Wire):
     logit_bias: dict[str, float] | None = None
     stop: str | list[str] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -168,6 +170,16 @@ class _Generation(_Wire):
     def token_limit(self) -> int | None:
         """Most tokens to generate; None = no limit given."""
         return self.max_tokens
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are wanted."""
+        return False
 
 
 class ChatRequest(_Generation):
@@ -240,8 +252,18 @@ class CompletionRequest(_Generation):
     """Body of ``POST /v1/completions``."""
 
     prompt: str | list[Any]
-    """Text, token ids, or a batch that holds one of them."""
+    """Text, token ids, or a batch of such prompts."""
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    echo: bool | None = None
+    """Put the prompt before the answer, in the text and in the log-probabilities."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+
+    @model_validator(mode="after")
+    def _something_to_answer(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            hint = "set echo to true to score the prompt, or max_tokens to at least 1"
+            raise RequestError("max_tokens 0 leaves nothing to answer", hint=hint, param="max_tokens")
+        return self
 
     @property
     def num_logprobs(self) -> int | None:
@@ -249,24 +271,33 @@ class CompletionRequest(_Generation):
         return self.logprobs
 
     @property
-    def single_prompt(self) -> str | tuple[int, ...]:
-        """The one prompt: text or token ids.
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are wanted."""
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def prompts(self) -> list[str | tuple[int, ...]]:
+        """The prompts, each as text or as token ids.
 
         Raises:
-            RequestError: it is empty, a batch of several, or neither text nor integers.
+            RequestError: one is empty, or neither text nor integers; or there are too many.
         """
-        prompt: Any = self.prompt
-        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-            prompt = prompt[0]
-        if not prompt:
-            raise RequestError("the prompt is empty", hint="send text or token ids", param="prompt")
-        if isinstance(prompt, str):
-            return prompt
-        if any(isinstance(item, str | list) for item in prompt):
-            raise RequestError("a batch of prompts is not supported", hint="send one prompt a request", param="prompt")
-        if any(isinstance(item, bool) or not isinstance(item, int) for item in prompt):
-            raise RequestError("the prompt is neither text nor token ids", hint="send one of them", param="prompt")
-        return tuple(prompt)
+        batch = self.prompt
+        if isinstance(batch, str) or not any(isinstance(item, str | list) for item in batch):
+            batch = [batch]
+        if len(batch) > MAX_PROMPTS:
+            raise RequestError("there are too many prompts", hint=f"send {MAX_PROMPTS} at most", param="prompt")
+        return [_one_prompt(item) for item in batch]
+
+
+def _one_prompt(prompt: Any) -> str | tuple[int, ...]:
+    if prompt in ("", []):
+        raise RequestError("the prompt is empty", hint="send text or token ids", param="prompt")
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list) or any(isinstance(item, bool) or not isinstance(item, int) for item in prompt):
+        raise RequestError("a prompt is neither text nor token ids", hint="send one of them", param="prompt")
+    return tuple(prompt)
 
 
 _Request = TypeVar("_Request", ChatRequest, CompletionRequest)
@@ -278,6 +309,7 @@ def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     Raises:
         RequestError: a field is missing, of the wrong type, out of range or not supported; ``param`` names it.
     """
+    _refuse_unsupported(body, _UNSUPPORTED_IN_CHAT)
     return _parse(ChatRequest, body)
 
 
@@ -287,19 +319,19 @@ def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
     Raises:
         RequestError: a field is missing, of the wrong type, out of range or not supported; ``param`` names it.
     """
+    _refuse_unsupported(body, _UNSUPPORTED)
     return _parse(CompletionRequest, body)
 
 
 def _parse(schema: type[_Request], body: Mapping[str, Any]) -> _Request:
-    _refuse_unsupported(body)
     try:
         return schema.model_validate(body)
     except ValidationError as error:
         raise _explain(error, body) from None
 
 
-def _refuse_unsupported(body: Mapping[str, Any]) -> None:
-    for name, (harmless, hint) in _UNSUPPORTED.items():
+def _refuse_unsupported(body: Mapping[str, Any], fields: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
+    for name, (harmless, hint) in fields.items():
         value = body.get(name)
         # `type(...)`: 1 == True in Python, but not in JSON.
         if value is not None and not any(value == ok and type(value) is type(ok) for ok in harmless):

@@ -69,7 +69,7 @@ def measure(service: Service, client: Client, number: int) -> dict[str, Any]:
 
 def ask_service(service: Service) -> Sample:
     """One request to the service itself."""
-    request = prepare(service.model, parse_chat(chat("go")["body"]))
+    (request,) = prepare(service.model, parse_chat(chat("go")["body"]))
     return _timed(lambda seen: service.submit(request, lambda event: seen(*_moment(event))))
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge.engine.logprobs import token_logprobs
+from edge.engine.logprobs import PromptScorer, token_logprobs
 from edge.engine.sampler import Sampler, SamplingParams
+from edge.errors import EngineError
 from edge.openai import Answer, parse_chat, parse_completion, prepare
 from edge.service import Delta, Service, events
 from tests.fakes import VOCAB_SIZE, FakeEngine, make_service
@@ -57,6 +58,43 @@ def test_they_are_the_models_own_whatever_the_sampling() -> None:
     assert sampler.take_logprobs() is None
 
 
+def test_a_prompt_is_scored_in_chunks_of_any_size() -> None:
+    ids = [5, 3, 3, 9, 0, 11, 2]
+    logits = np.random.default_rng(2).normal(scale=3, size=(len(ids), 16)).astype(np.float32)
+    expected = [log_softmax(row[:12])[token_id] for row, token_id in zip(logits, ids[1:], strict=False)]
+    for sizes in ([7], [1] * 7, [2, 3, 2]):
+        scorer = PromptScorer(ids, 12, 2)
+        start = 0
+        for size in sizes:
+            scorer(start, logits[start : start + size].copy())
+            start += size
+        assert [score.token_id for score in scorer.scores] == ids[1:]
+        assert [score.logprob for score in scorer.scores] == pytest.approx(expected, abs=1e-5)
+        assert [score.top[0][0] for score in scorer.scores] == logits[:-1, :12].argmax(axis=1).tolist()
+
+
+def test_a_prompt_that_is_read_again_is_scored_once() -> None:
+    logits = np.random.default_rng(3).normal(size=(4, 8)).astype(np.float32)
+    scorer = PromptScorer([1, 2, 3, 4], 8, 0)
+    scorer(0, logits[:2])
+    scorer(0, logits)
+    assert [score.token_id for score in scorer.scores] == [2, 3, 4]
+
+
+def test_a_single_token_has_nothing_before_it() -> None:
+    scorer = PromptScorer([1], 8, 3)
+    scorer(0, np.zeros((1, 8), np.float32))
+    assert scorer.scores == ()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_an_error(bad: float) -> None:
+    logits = np.zeros((2, 8), np.float32)
+    logits[0, 3] = bad
+    with pytest.raises(EngineError, match="not finite"):
+        PromptScorer([1, 2], 8, 1)(0, logits)
+
+
 def test_nothing_is_recorded_unasked() -> None:
     sampler = Sampler(SamplingParams(), [], 4)
     sampler.sample(np.zeros(4, np.float32))
@@ -74,14 +112,14 @@ def service() -> Iterator[Service]:
 def ask(service: Service, body: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The choice of the whole answer, and those of its chunks."""
     request = parse_completion(body) if "prompt" in body else parse_chat(body)
-    generation = prepare(service.model, request)
-    answer = Answer(service.model, request, generation)
+    generations = prepare(service.model, request)
+    answer = Answer(service.model, request, generations)
     chunks: list[dict[str, Any]] = []
 
     async def collect() -> None:
-        async for event in events(service, generation):
-            assert not isinstance(event, Delta) or (event.logprobs is None) == (generation.num_logprobs is None)
-            chunks.extend(answer.chunks(event))
+        async for index, event in events(service, generations):
+            assert not isinstance(event, Delta) or (event.logprobs is None) == (request.num_logprobs is None)
+            chunks.extend(answer.chunks(index, event))
 
     asyncio.run(collect())
     json.dumps([answer.body(), chunks], allow_nan=False)
@@ -113,11 +151,21 @@ def test_chunks_carry_the_tokens_of_their_text(service: Service) -> None:
 def test_completions(service: Service) -> None:
     choice, chunks = ask(service, {"prompt": "Hi", "logprobs": 3})
     logprobs = choice["logprobs"]
-    assert logprobs["tokens"] == ["T", "\ufffd", "\ufffd", "r", "\n"]
-    assert logprobs["text_offset"] == [0, 1, 1, 2, 3]
-    assert len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"]) == 5
+    assert logprobs["tokens"] == ["T", "\ufffd", "\ufffd", "r", "\n", "<|im_end|>"]
+    assert logprobs["text_offset"] == [0, 1, 1, 2, 3, 4]
+    assert len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"]) == 6
+    assert [len(top) for top in logprobs["top_logprobs"]] == [3] * 6
     assert max(logprobs["top_logprobs"][0], key=logprobs["top_logprobs"][0].get) == "T"
     assert [offset for chunk in chunks for offset in chunk["logprobs"]["text_offset"]] == logprobs["text_offset"]
+
+
+def test_the_token_itself_is_always_among_its_alternatives(service: Service) -> None:
+    choice, _ = ask(service, {"prompt": "Hi", "logprobs": 1, "guided_choice": ["x"]})
+    top = choice["logprobs"]["top_logprobs"][0]
+    assert list(top) == ["x", "T"]
+    assert top["x"] == choice["logprobs"]["token_logprobs"][0] < top["T"]
+    choice, _ = ask(service, {"prompt": "Hi", "logprobs": 0})
+    assert list(choice["logprobs"]["top_logprobs"][0]) == ["T"]
 
 
 def test_alternatives_are_the_models_not_the_grammars(service: Service) -> None:

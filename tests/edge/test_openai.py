@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,7 +121,9 @@ class TestFields:
             ("stop", [1], "stop"),
             ("stream", "yes", "stream"),
             ("stream_options", {"include_usage": True}, "stream_options"),
-            ("n", 2, "n"),
+            ("n", 0, "n"),
+            ("n", 9, "n"),
+            ("n", 1.5, "n"),
             ("n", True, "n"),
             ("logprobs", 3, "logprobs"),
             ("top_logprobs", 3, "top_logprobs"),
@@ -156,6 +159,29 @@ class TestFields:
         assert caught.value.param == param
         assert caught.value.hint
 
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [
+            ({"n": 0}, "n"),
+            ({"n": 9}, "n"),
+            ({"n": "2"}, "n"),
+            ({"best_of": 2}, "best_of"),
+            ({"echo": 1}, "echo"),
+            ({"echo": "yes"}, "echo"),
+            ({"logprobs": True}, "logprobs"),
+            ({"logprobs": -1}, "logprobs"),
+            ({"logprobs": 21}, "logprobs"),
+            ({"max_tokens": -1}, "max_tokens"),
+            ({"max_tokens": 0}, "max_tokens"),
+            ({"max_tokens": 0, "echo": False, "logprobs": 1}, "max_tokens"),
+        ],
+    )
+    def test_refusals_of_completions_name_the_field(self, fields: dict[str, Any], param: str) -> None:
+        with pytest.raises(RequestError) as caught:
+            parse_completion({"prompt": "a", **fields})
+        assert caught.value.param == param
+        assert caught.value.hint
+
     def test_a_refusal_never_repeats_what_was_sent(self) -> None:
         secret = "my-secret-value"
         for field in ("temperature", "stop", "messages", "stream", "tools", "seed", "response_format", "tool_choice"):
@@ -181,7 +207,7 @@ class TestFields:
 
 class TestPrepare:
     def test_chat_goes_through_the_template(self, model: Model) -> None:
-        generation = prepare(model, parse_chat({"messages": MESSAGES}))
+        (generation,) = prepare(model, parse_chat({"messages": MESSAGES}))
         assert model.tokenizer.decode(generation.prompt_ids, skip_special=False) == (
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
         )
@@ -209,7 +235,7 @@ class TestPrepare:
             "seed": -(2**63),
             "logit_bias": {"12": -100},
         }
-        sampling = prepare(model, parse_chat({"messages": MESSAGES, **body})).sampling
+        sampling = prepare(model, parse_chat({"messages": MESSAGES, **body}))[0].sampling
         assert {name: getattr(sampling, name) for name in body} == {**body, "logit_bias": {12: -100}}
 
     @pytest.mark.parametrize(
@@ -237,7 +263,7 @@ class TestPrepare:
         assert caught.value.param == field
 
     def test_limits_and_stops_arrive(self, model: Model) -> None:
-        generation = prepare(model, parse_chat({"messages": MESSAGES, "max_completion_tokens": 7, "stop": "\n"}))
+        (generation,) = prepare(model, parse_chat({"messages": MESSAGES, "max_completion_tokens": 7, "stop": "\n"}))
         assert (generation.max_tokens, generation.stop) == (7, ("\n",))
 
     def test_another_model_is_404(self, model: Model) -> None:
@@ -247,23 +273,60 @@ class TestPrepare:
     @pytest.mark.parametrize(
         ("prompt", "ids"),
         [
-            ("Hi", (72, 105)),
-            (["Hi"], (72, 105)),
-            ([72, 105], (72, 105)),
-            ([[72, 105]], (72, 105)),
-            ("<|im_start|>", (257,)),
+            ("Hi", [(72, 105)]),
+            (["Hi"], [(72, 105)]),
+            ([72, 105], [(72, 105)]),
+            ([[72, 105]], [(72, 105)]),
+            ("<|im_start|>", [(257,)]),
+            (["a", "b"], [(97,), (98,)]),
+            ([[1], [2, 3]], [(1,), (2, 3)]),
+            (["a", [1], "a"], [(97,), (1,), (97,)]),
         ],
     )
-    def test_forms_of_a_completion_prompt(self, model: Model, prompt: Any, ids: tuple[int, ...]) -> None:
-        assert prepare(model, parse_completion({"prompt": prompt})).prompt_ids == ids
+    def test_forms_of_a_completion_prompt(self, model: Model, prompt: Any, ids: list[tuple[int, ...]]) -> None:
+        generations = prepare(model, parse_completion({"prompt": prompt}))
+        assert [generation.prompt_ids for generation in generations] == ids
 
     @pytest.mark.parametrize(
-        "prompt", ["", [], [""], [[]], None, 3, ["a", "b"], [[1], [2]], [1, "a"], [1.5], [True], [None], [{}], [[[1]]]]
+        "prompt",
+        [
+            "",
+            [],
+            [""],
+            [[]],
+            None,
+            3,
+            [1, "a"],
+            [1.5],
+            [True],
+            [None],
+            [{}],
+            [[[1]]],
+            ["a", ""],
+            ["a", None],
+            ["a"] * 257,
+        ],
     )
     def test_other_prompts_are_refused(self, model: Model, prompt: Any) -> None:
         with pytest.raises(RequestError) as caught:
             prepare(model, parse_completion({"prompt": prompt}))
         assert caught.value.param == "prompt"
+        assert caught.value.hint or not prompt
+
+    def test_several_choices_differ_in_their_seed_only(self, model: Model) -> None:
+        body = {"prompt": ["a", "b"], "n": 3, "temperature": 1.0, "seed": 2**63 - 2}
+        generations = prepare(model, parse_completion(body))
+        assert [generation.prompt_ids for generation in generations] == [(97,)] * 3 + [(98,)] * 3
+        assert [generation.sampling.seed for generation in generations] == [2**63 - 2, 2**63 - 1, -(2**63)] * 2
+        assert len({replace(generation.sampling, seed=0).temperature for generation in generations}) == 1
+        unseeded = prepare(model, parse_chat({"messages": MESSAGES, "n": 2}))
+        assert [generation.sampling.seed for generation in unseeded] == [None, None]
+
+    def test_a_prompt_is_scored_where_it_is_echoed_with_log_probabilities(self, model: Model) -> None:
+        for fields, scored in [({}, False), ({"echo": True}, False), ({"logprobs": 1}, False),
+                               ({"echo": True, "logprobs": 0}, True)]:  # fmt: skip
+            (generation,) = prepare(model, parse_completion({"prompt": "a", **fields}))
+            assert generation.score_prompt is scored
 
 
 class TestAnswer:
@@ -323,16 +386,74 @@ class TestAnswer:
         assert [chunk["choices"][0]["text"] for chunk in chunks] == ["b", "!", ""]
         assert {chunk["object"] for chunk in chunks} == {"text_completion"}
 
+    def test_choices_grow_side_by_side(self, model: Model) -> None:
+        body = {"messages": MESSAGES, "n": 2, "stream": True, "stream_options": {"include_usage": True}}
+        answer = _answer(model, body)
+        second = replace(TIMINGS, num_output_tokens=2, num_cached_tokens=19)
+        events = [
+            (0, Started()),
+            (1, Delta("B", 0)),
+            (0, Delta("A", 0)),
+            (1, Finished("length", "b", second)),
+            (0, Delta("a", 0)),
+            (0, Finished("stop", "!", TIMINGS)),
+        ]
+        chunks = []
+        for index, event in events:
+            assert not answer.ended
+            chunks += answer.chunks(index, event)
+        assert answer.ended
+        assert [chunk["choices"][0]["index"] for chunk in chunks[:-1]] == [1, 0, 1, 1, 0, 0, 0]
+        assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * 3 + ["length"] + [
+            None
+        ] * 2 + ["stop"]
+        assert [chunk["timings"]["queue_ms"] for chunk in chunks if "timings" in chunk] == [500.0, 500.0]
+        assert len({chunk["id"] for chunk in chunks}) == 1
+        usage = {
+            "prompt_tokens": 20,
+            "completion_tokens": 7,
+            "total_tokens": 27,
+            "prompt_tokens_details": {"cached_tokens": 8},
+        }
+        assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], usage)
+        whole = answer.body()
+        assert [choice["message"]["content"] for choice in whole["choices"]] == ["Aa!", "Bb"]
+        assert [choice["index"] for choice in whole["choices"]] == [0, 1]
+        assert [choice["timings"]["decode_ms"] for choice in whole["choices"]] == [400.0, 400.0]
+        assert (whole["usage"], "timings" in whole) == (usage, False)
+
+    def test_usage_counts_each_prompt_once(self, model: Model) -> None:
+        answer = _answer(model, {"prompt": ["a", "b"], "n": 2})
+        for index, num_prompt in enumerate([3, 3, 5, 5]):
+            answer.chunks(index, Finished("stop", "", replace(TIMINGS, num_prompt_tokens=num_prompt)))
+        assert answer.body()["usage"]["prompt_tokens"] == 8
+        assert answer.body()["usage"]["completion_tokens"] == 20
+
+    def test_one_failure_fails_the_whole(self, model: Model) -> None:
+        answer = _answer(model, {"messages": MESSAGES, "n": 2})
+        answer.chunks(0, Finished("stop", "", TIMINGS))
+        assert answer.chunks(1, Failed(EngineError("broken"), TIMINGS)) == [error_body(EngineError("broken"))]
+        assert answer.ended
+        with pytest.raises(EngineError):
+            answer.body()
+
+    def test_an_echo_stands_before_the_answer(self, model: Model) -> None:
+        body = _complete(model, {"prompt": "<|im_start|>a", "echo": True}, ["b", "c"], "stop")
+        assert body["choices"][0]["text"] == "<|im_start|>abc!"
+        chunks = _stream(model, {"prompt": [65, 195], "echo": True, "stream": True}, ["b", "c"], "stop")
+        assert [chunk["choices"][0]["text"] for chunk in chunks] == ["A\ufffdb", "c", "!", ""]
+
     def test_timings_are_finite_when_nothing_happened(self, model: Model) -> None:
         nothing = Timings(queue_s=0, prefill_s=0, decode_s=0, num_prompt_tokens=0, num_output_tokens=0)
         answer = _answer(model, {"messages": MESSAGES})
-        answer.chunks(Finished("stop", "", nothing))
+        answer.chunks(0, Finished("stop", "", nothing))
         assert all(math.isfinite(value) for value in answer.body()["timings"].values())
 
     def test_a_failure_is_an_error_chunk_and_no_body(self, model: Model) -> None:
         answer = _answer(model, {"messages": MESSAGES})
         error = EngineError("broken", hint="try again")
-        assert answer.chunks(Failed(error, TIMINGS)) == [error_body(error)]
+        assert answer.chunks(0, Failed(error, TIMINGS)) == [error_body(error)]
+        assert answer.ended
         with pytest.raises(EngineError):
             answer.body()
 
@@ -466,7 +587,7 @@ def _merged(pieces: Iterable[Piece]) -> list[Piece]:
 
 
 def _prompt(model: Model, body: dict[str, Any]) -> str:
-    return model.tokenizer.decode(prepare(model, parse_chat(body)).prompt_ids, skip_special=False)
+    return model.tokenizer.decode(prepare(model, parse_chat(body))[0].prompt_ids, skip_special=False)
 
 
 def _answer(model: Model, body: dict[str, Any]) -> Answer:
@@ -490,4 +611,4 @@ def _complete(
 
 def _run(answer: Answer, texts: Iterable[str], reason: FinishReason, held: str) -> list[dict[str, Any]]:
     events = [Queued(0, 0.0), Started(), *(Delta(text, 0) for text in texts), Finished(reason, held, TIMINGS)]
-    return [chunk for event in events for chunk in answer.chunks(event)]
+    return [chunk for event in events for chunk in answer.chunks(0, event)]

@@ -43,12 +43,12 @@ def chat(said: str, **fields: Any) -> dict[str, Any]:
 def ask(service: Service, body: dict[str, Any]) -> dict[str, Any]:
     """The first choice of the answer to a request."""
     request = parse_completion(body) if "prompt" in body else parse_chat(body)
-    generation = prepare(service.model, request)
-    answer = Answer(service.model, request, generation)
+    generations = prepare(service.model, request)
+    answer = Answer(service.model, request, generations)
 
     async def collect() -> None:
-        async for event in events(service, generation):
-            answer.chunks(event)
+        async for index, event in events(service, generations):
+            answer.chunks(index, event)
 
     asyncio.run(collect())
     choice: dict[str, Any] = answer.body()["choices"][0]
@@ -112,7 +112,7 @@ def test_an_answer_may_be_cut_off(service: Service) -> None:
 def test_a_form_leaves_no_thoughts(service: Service) -> None:
     body = chat("<think>", guided_regex="<think>[a-z]{3}")
     assert ask(service, body)["message"]["content"].startswith("<think>")
-    prompt = prepare(service.model, parse_chat(body)).prompt_ids
+    prompt = prepare(service.model, parse_chat(body))[0].prompt_ids
     assert service.model.tokenizer.decode(prompt).endswith("</think>\n\n")
 
 

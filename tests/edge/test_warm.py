@@ -61,7 +61,8 @@ def num_cached(service: Service, body: dict[str, Any], identity: str = "") -> in
     """Tokens that a client's request finds."""
     request = parse_completion(body) if "prompt" in body else parse_chat(body)
     events: SimpleQueue[Event] = SimpleQueue()
-    service.submit(replace(prepare(service.model, request), identity=identity), events.put)
+    (generation,) = prepare(service.model, request)
+    service.submit(replace(generation, identity=identity), events.put)
     while not isinstance(event := events.get(timeout=20), Finished | Failed):
         pass
     return event.timings.num_cached_tokens
@@ -121,7 +122,7 @@ GOOD = json.dumps({"prompt": "x"})
         ('{"identity": "a"}', ", line 1: needs either messages or a prompt"),
         ('{"prompt": "a", "identity": 1}', ", line 1: identity is no string"),
         ('{"prompt": ""}', ", line 1: the prompt is empty"),
-        ('{"prompt": ["a", "b"]}', ", line 1: a batch of prompts is not supported"),
+        ('{"prompt": ["a", ""]}', ", line 1: the prompt is empty"),
         ('{"messages": []}', ", line 1: messages: "),
         ('{"messages": "hello"}', ", line 1: messages: "),
         ('{"messages": [{"role": "nobody", "content": "a"}]}', ", line 1: a message has an unknown role"),

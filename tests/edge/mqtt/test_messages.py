@@ -33,7 +33,7 @@ SAMPLES = [
     Accepted(id="1", device="d", duplicate=True),
     Queued(id="1", position=3, eta_ms=1500),
     Started(id="1"),
-    Tokens(id="1", seq=0, text="ünï\n\"'", reasoning="hm"),
+    Tokens(id="1", seq=0, index=2, text="ünï\n\"'", reasoning="hm"),
     Done.success("1", {"choices": [], "usage": USAGE}),
     Done.failure("1", OverloadedError("full", hint="later", retry_after_s=1.5)),
     Info(

@@ -64,6 +64,72 @@ def test_the_bodys_own_stream_field_counts_too(make_device: MakeDevice) -> None:
     assert client.of("1", "tok")
 
 
+def test_the_tokens_of_several_choices_can_be_told_apart(make_device: MakeDevice) -> None:
+    client = make_device(FakeEngine(lambda _: LONG, step_s=0.002)).client()
+    request = chat("go", stream=True)
+    request["body"]["n"] = 3
+    client.send("1", request)
+    done = client.done("1")
+    assert [choice["message"]["content"] for choice in done.body["choices"]] == [LONG] * 3
+    batches = client.of("1", "tok")
+    for index in range(3):
+        assert "".join(batch.text for batch in batches if batch.index == index) == LONG
+    assert [batch.seq for batch in batches] == list(range(len(batches)))
+    assert [e.event for e in client.of("1", "evt")] == ["accepted", "queued", "started"]
+    assert len(client.of("1", "done")) == 1
+
+
+def test_a_cancel_ends_all_choices(make_device: MakeDevice) -> None:
+    device = make_device(FakeEngine(lambda _: "z" * 4000, step_s=0.01, slots=2))
+    client = device.client()
+    client.send("1", {"body": {"prompt": ["a", "b", "c"]}, "stream": True})
+    client.wait(lambda: client.of("1", "tok"))
+    client.cancel("1")
+    assert client.done("1").status == 499
+    wait_until(lambda: device.service.stats().num_running + device.service.stats().num_waiting == 0)
+    assert len(client.of("1", "done")) == 1
+
+
+def test_a_batch_that_does_not_fit_the_queue_is_refused_as_a_whole(make_device: MakeDevice) -> None:
+    device = make_device(FakeEngine(slots=1), max_queue=3)
+    client = device.client()
+    device.engine.gate.clear()
+    client.send("running", chat("a"))
+    client.event("running", "started")
+    client.send("waiting", chat("b"))
+    client.event("waiting", "queued")
+    client.send("batch", {"body": {"prompt": ["a", "b", "c"]}})
+    assert client.done("batch").status == 429
+    assert device.service.stats().num_waiting == 1
+    device.engine.gate.set()
+    assert client.done("waiting").status == 200
+    client.send("batch", {"body": {"prompt": ["a", "b", "c"]}})
+    assert len(client.done("batch", 2).body["choices"]) == 3
+
+
+def test_an_echo_is_part_of_the_text(make_device: MakeDevice) -> None:
+    client = make_device(FakeEngine(lambda prompt: prompt.upper())).client()
+    client.send("1", {"body": {"prompt": "abc", "echo": True}, "stream": True})
+    assert client.done("1").body["choices"][0]["text"] == "abcABC"
+    assert "".join(batch.text for batch in client.of("1", "tok")) == "abcABC"
+    client.send("2", {"body": {"prompt": "abc", "echo": True, "logprobs": 0, "max_tokens": 0}})
+    (choice,) = client.done("2").body["choices"]
+    assert (choice["text"], choice["logprobs"]["tokens"]) == ("abc", ["a", "b", "c"])
+    assert choice["logprobs"]["token_logprobs"] == [None, 0.0, 0.0]
+
+
+def test_an_answer_that_no_broker_takes_is_an_error(make_device: MakeDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge.mqtt.answers.MAX_OUTCOME_BYTES", 3000)
+    device = make_device(FakeEngine(lambda _: "x" * 100))
+    client = device.client()
+    client.send("1", {"body": {"prompt": "abc", "logprobs": 5}})
+    done = client.done("1")
+    assert (done.status, done.body["error"]["code"]) == (413, "too_large")
+    assert done.body["error"]["hint"]
+    client.send("2", {"body": {"prompt": "abc"}})
+    assert client.done("2").status == 200
+
+
 def test_a_text_completion(make_device: MakeDevice) -> None:
     client = make_device(FakeEngine(lambda prompt: prompt.upper())).client()
     client.send("1", {"body": {"prompt": "abc"}, "stream": True})

@@ -1,0 +1,113 @@
+"""One of a response's choices: from the events of its sequence to its parts of chunks and of the body."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from edge.openai.blocks import BlockParser, Call, Piece
+from edge.openai.logprobs import Entry, LogprobsWriter
+from edge.openai.schemas import ChatRequest, CompletionRequest
+from edge.openai.shapes import shape_of
+from edge.service import Delta, Event, Finished, GenerationRequest, Model, PromptScored
+
+_THINK_OPENED = "<think>\n"
+_TAIL_TOKENS = 8
+"""Tokens at a prompt's end that are enough to see whether the template opened a ``<think>`` block."""
+
+
+class Choice:
+    """Collects one answer.
+
+    Args:
+        model: what answers.
+        request: what the client sent.
+        generation: what this choice was made of.
+        index: its place among the response's choices.
+    """
+
+    def __init__(
+        self, model: Model, request: ChatRequest | CompletionRequest, generation: GenerationRequest, index: int
+    ) -> None:
+        self.end: Finished | None = None
+        """How the answer ended; None while it grows."""
+        self._index = index
+        self._shape = shape_of(request)
+        self._parser = _make_parser(model, request, generation)
+        self._first_id = generation.prompt_ids[0]
+        self._prefix = _echo(model, request, generation)
+        self._pieces: list[Piece] = []
+        self._logprobs = LogprobsWriter(model.tokenizer) if generation.num_logprobs is not None else None
+        self._entries: list[Entry] = []
+        self._num_told = 0  # of the entries, in chunks
+
+    def parts(self, event: Event) -> Iterator[dict[str, Any]]:
+        """What the chunks for an event say about this choice; with the last of them, :attr:`end` is set."""
+        self._collect(event)
+        if isinstance(event, Delta):
+            yield from self._piece_parts(self._parser.push(self._take_prefix() + event.text))
+        elif isinstance(event, Finished):
+            text = self._take_prefix() + event.text
+            yield from self._piece_parts([*self._parser.push(text), *self._parser.flush()])
+            self.end = event
+            yield self._part(self._shape.empty_delta(first=not self._pieces), self._new_entries())
+
+    def whole(self) -> dict[str, Any]:
+        """The complete choice, once it has ended."""
+        return self._part(self._shape.whole(self._pieces), self._entries)
+
+    def _collect(self, event: Event) -> None:
+        """Take an event's log-probabilities."""
+        if self._logprobs is None:
+            return
+        if isinstance(event, PromptScored):
+            self._entries += self._logprobs.prompt(self._first_id, event.logprobs)
+        elif isinstance(event, Delta) or (isinstance(event, Finished) and self._shape.lists_end):
+            self._entries += [self._logprobs.answer(event.logprobs)] if event.logprobs is not None else []
+
+    def _take_prefix(self) -> str:
+        """An echoed prompt, before the first text of the answer."""
+        prefix, self._prefix = self._prefix, ""
+        return prefix
+
+    def _piece_parts(self, pieces: Iterable[Piece]) -> Iterator[dict[str, Any]]:
+        for piece in pieces:
+            delta = self._shape.delta(piece, first=not self._pieces)
+            self._pieces.append(piece)
+            yield self._part(delta, self._new_entries())
+
+    def _new_entries(self) -> list[Entry]:
+        """Those not told yet: a token whose text is held back travels with the next text."""
+        entries = self._entries[self._num_told :]
+        self._num_told = len(self._entries)
+        return entries
+
+    def _part(self, text: dict[str, Any], entries: Sequence[Entry]) -> dict[str, Any]:
+        logprobs = None if self._logprobs is None else self._shape.logprobs(entries)
+        return {"index": self._index, **text, "logprobs": logprobs, "finish_reason": self._finish_reason()}
+
+    def _finish_reason(self) -> str | None:
+        if self.end is None:
+            return None
+        called = any(isinstance(piece, Call) for piece in self._pieces)
+        return "tool_calls" if called and self.end.reason == "stop" else self.end.reason
+
+
+def _echo(model: Model, request: ChatRequest | CompletionRequest, generation: GenerationRequest) -> str:
+    """The prompt as its tokens spell it, so that the offsets of the tokens point into it; empty where unwanted."""
+    if isinstance(request, ChatRequest) or not request.echo:
+        return ""
+    return model.tokenizer.decode(generation.prompt_ids, skip_special=False)
+
+
+def _make_parser(model: Model, request: ChatRequest | CompletionRequest, generation: GenerationRequest) -> BlockParser:
+    if isinstance(request, CompletionRequest):
+        return BlockParser(reasoning=False, tools=False)
+    if generation.grammar is not None:
+        return BlockParser(reasoning=False, tools=generation.grammar.kind == "tool_call")
+    tail = model.tokenizer.decode(generation.prompt_ids[-_TAIL_TOKENS:])
+    return BlockParser(
+        reasoning=request.thinking is not False,
+        in_reasoning=tail.endswith(_THINK_OPENED),
+        tools=bool(request.offered_tools),
+    )
