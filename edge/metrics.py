@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from edge.errors import QwedgeError
@@ -39,6 +41,19 @@ class Metrics:
         self._waiting = Gauge("qwedge_waiting_requests", "Requests in the queue", registry=self._registry)
         self._running = Gauge("qwedge_running_requests", "Requests in prefill or decode", registry=self._registry)
         self._slots = Gauge("qwedge_slots", "Requests that can run at once", registry=self._registry)
+        self._kv_bytes = Gauge("qwedge_kv_cache_bytes", "Keys and values of running requests", registry=self._registry)
+        self._asleep = Gauge("qwedge_asleep", "1 while the weights are not in memory", registry=self._registry)
+        self._guesses = Counter(
+            "qwedge_guessed_tokens",
+            "Tokens guessed ahead and verified, by outcome",
+            ["outcome"],
+            registry=self._registry,
+        )
+        self._preemptions = Counter(
+            "qwedge_preemptions", "Requests that gave their slot back for a while", registry=self._registry
+        )
+        self._rendering = threading.Lock()
+        self._rendered: SchedulerStats | None = None  # guarded by _rendering
 
     def finished(self, reason: FinishReason, timings: Timings) -> None:
         """Count a complete answer."""
@@ -66,7 +81,20 @@ class Metrics:
         self._waiting.set(stats.num_waiting)
         self._running.set(stats.num_running)
         self._slots.set(stats.slots)
+        self._kv_bytes.set(stats.kv_bytes)
+        self._asleep.set(stats.asleep)
+        with self._rendering:
+            self._count_since(self._rendered, stats)
+            self._rendered = stats
         return generate_latest(self._registry)
+
+    def _count_since(self, before: SchedulerStats | None, now: SchedulerStats) -> None:
+        """Let the counters follow what the scheduler has counted since it was asked last."""
+        accepted = now.num_accepted - (before.num_accepted if before else 0)
+        drafted = now.num_drafted - (before.num_drafted if before else 0)
+        self._guesses.labels("right").inc(max(0, accepted))
+        self._guesses.labels("wrong").inc(max(0, drafted - accepted))
+        self._preemptions.inc(max(0, now.num_preempted - (before.num_preempted if before else 0)))
 
     def _count_work(self, timings: Timings) -> None:
         self._prompt_tokens.inc(timings.num_prompt_tokens)

@@ -210,6 +210,7 @@ def _health(service: Service) -> dict[str, Any]:
             "slots": stats.slots,
             "max_waiting": stats.max_queue,
         },
+        "asleep": stats.asleep,
         "seconds_since_progress": round(stats.seconds_since_progress, 3),
     }
 

@@ -134,6 +134,9 @@ def generate(
     for client in clients:
         client.end()
     stats = service.stats()
+    for _ in range(2):
+        text = service.metrics.render(stats).decode()
+        assert f'qwedge_guessed_tokens_total{{outcome="right"}} {float(stats.num_accepted)}' in text
     service.stop()
     return [[event.token_id for event in client.events if isinstance(event, Delta)] for client in clients], stats
 
