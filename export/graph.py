@@ -35,6 +35,8 @@ HIDDEN = "hidden"
 """``hidden.{i}`` goes into layer i: where the graph can be cut."""
 FINAL_HIDDEN = "final_hidden"
 """What goes into the head [positions, hidden]."""
+COARSE_LOGITS = "coarse_logits"
+"""What a head in two stages chooses its candidates by [positions, padded_vocab]."""
 _CONTRIB = "com.microsoft"
 _IR_VERSION = 10
 
@@ -142,17 +144,34 @@ class GraphBuilder:
             accuracy_level=self.weights.recipe.accuracy_level,
         )
 
-    def embed(self, ids: ir.Value, matrix: Matrix) -> ir.Value:
-        """Rows of the table for ``ids`` [batch, sequence] -> [batch, sequence, columns]."""
+    def rows(self, ids: ir.Value, matrix: Matrix) -> ir.Value:
+        """Rows of a matrix by their numbers: ``ids`` [a, b] -> [a, b, columns]."""
         if not isinstance(matrix.form, Blockwise):
             return self.op("Gather", [self._register(matrix.parts[0]), ids], axis=0)
         codes, scales, zero_points = matrix.parts
-        assert codes.const_value is not None
         # GatherBlockQuantized wants [rows, bytes]: the same bytes under a second name and shape, one copy on disk.
-        flat = self._alias(codes, "embed.table", [matrix.rows, matrix.columns * matrix.form.bits // 8])
+        flat = self._alias(codes, f"{codes.name}.rows", [matrix.rows, matrix.columns * matrix.form.bits // 8])
         inputs = [self._register(flat), ids, self._register(scales), self._register(zero_points)]
         attributes = {"bits": matrix.form.bits, "block_size": matrix.form.block}
         return self.op("GatherBlockQuantized", inputs, contrib=True, gather_axis=0, quantize_axis=1, **attributes)
+
+    def rescored(self, coarse: ir.Value, x: ir.Value, matrix: Matrix, candidates: int) -> ir.Value:
+        """Logits whose largest few are exact.
+
+        Only the candidates' rows of the matrix are read, straight from the data file: of the matrix itself there is no
+        packed copy in memory. The products of one position do not depend on how many there are.
+
+        Args:
+            coarse: logits of a coarse copy of the matrix [positions, rows].
+            x: what they were computed from [positions, columns].
+            matrix: the table.
+            candidates: logits per position that are computed anew.
+        """
+        count = self.constant("candidates", [min(candidates, matrix.rows)])
+        _, ids = self.ops("TopK", [coarse, count], 2, axis=-1, sorted=0)
+        last = self.constant("last_axis", [-1])
+        exact = self.op("MatMul", [self.rows(ids, matrix), self.op("Unsqueeze", [x, last])])
+        return self.op("ScatterElements", [coarse, ids, self.op("Squeeze", [exact, last])], axis=-1)
 
     def kv_cache(self, layer: int, kv_heads: int, head_dim: int) -> tuple[ir.Value, ir.Value]:
         """The past keys and values of a layer, as graph inputs [batch, kv_heads, max_length, head_dim]."""

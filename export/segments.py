@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge.errors import ExportError
-from export.graph import FINAL_HIDDEN, HIDDEN
+from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN
 
 DEFECT = "this is a defect of qwedge or of onnxruntime: please report it"
 Array = NDArray[np.float32]
@@ -35,6 +35,12 @@ def final_hidden(model: ir.Model, folder: Path, x: Array, positions: Sequence[in
     source = f"{HIDDEN}.{num_layers(model)}"
     segment = _Segment(model, folder, [source, "logits_indices"], [FINAL_HIDDEN])
     return segment.run({source: x, "logits_indices": np.array(positions, np.int64)})[0]
+
+
+def rescored(model: ir.Model, folder: Path, hidden: Array, coarse: Array) -> Array:
+    """Logits [positions, padded_vocab] of a head in two stages, from what goes into it and its coarse logits."""
+    segment = _Segment(model, folder, [FINAL_HIDDEN, COARSE_LOGITS], ["logits"])
+    return segment.run({FINAL_HIDDEN: hidden, COARSE_LOGITS: coarse})[0]
 
 
 @contextmanager

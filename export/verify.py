@@ -18,9 +18,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge.errors import ExportError
+from export.graph import COARSE_LOGITS
 from export.quantize.blockwise import QuantizedRows, dequantize_rows
 from export.quantize.recipes import Blockwise
-from export.segments import DEFECT, Layer, check_finite, embed, final_hidden, num_layers, refusals
+from export.segments import DEFECT, Layer, check_finite, embed, final_hidden, num_layers, refusals, rescored
 
 KERNEL_TOLERANCE = 1e-5
 """Largest difference between kernel and dequantized product, relative to the product's largest value."""
@@ -82,18 +83,33 @@ def self_test(model: ir.Model, folder: Path, prompt_ids: Sequence[int]) -> SelfT
         step = layer.append(x[:, -1:])
         drift = max(drift, float(np.abs(whole[:, -1:] - step).max() / _largest(whole)))
         x = whole
-    logits = head_logits(model, final_hidden(model, folder, x, [len(prompt_ids) - 1]))
+    logits = head_logits(model, folder, final_hidden(model, folder, x, [len(prompt_ids) - 1]))
     return SelfTest(list(prompt_ids), int(logits.argmax()), drift)
 
 
-def head_logits(model: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
+def head_logits(model: ir.Model, folder: Path, x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Logits [positions, padded_vocab] of final hidden states [positions, hidden], some rows of the head at a time.
 
     Raises:
-        ExportError: they are not finite.
+        ExportError: onnxruntime refuses the head, or the logits are not finite.
     """
+    # In two stages, the product with the whole vocabulary makes the coarse logits.
+    product = next((node for node in model.graph if node.outputs[0].name == COARSE_LOGITS), None)
+    logits = _product(product or _logits_node(model), x)
+    if product is not None:
+        logits = rescored(model, folder, x, logits)
+    check_finite(logits, "the logits are")
+    return logits
+
+
+def _logits_node(model: ir.Model) -> ir.Node:
     node = next(value.producer() for value in model.graph.outputs if value.name == "logits")
     assert node is not None
+    return node
+
+
+def _product(node: ir.Node, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What a node makes of ``x`` and its matrix, some rows of the matrix at a time."""
     parts = []
     weights = node.inputs[1]
     assert weights is not None
@@ -106,9 +122,7 @@ def head_logits(model: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
             parts.append(_run_kernel(x, rows, _form(node), accuracy_level=level))
         else:
             parts.append(x @ _rows(weights, start, stop).T)
-    logits = np.concatenate(parts, axis=1)
-    check_finite(logits, "the logits are")
-    return logits
+    return np.concatenate(parts, axis=1)
 
 
 def _form(node: ir.Node) -> Blockwise:

@@ -100,13 +100,16 @@ class Weights:
         self.recipe = recipe
         self.file = file
         self.parameter_count = 0
-        """Parameters written so far; a shared table counts once."""
+        """Parameters written so far; a tensor that is written twice counts once."""
+        self._counted: set[str] = set()
         self._checkpoint = checkpoint
         self._progress = progress
 
     def vector(self, name: str, sources: Sequence[str]) -> ir.Value:
         """One float32 vector out of one or more 1-D tensors, end to end."""
-        return self.file.add(name, np.concatenate([self._read(source, 0, None) for source in sources]))
+        value = self.file.add(name, np.concatenate([self._read(source, 0, None) for source in sources]))
+        self._counted.update(sources)
+        return value
 
     def matrix(self, name: str, sources: Sequence[str], form: Format) -> Matrix:
         """One matrix out of one or more 2-D tensors of the same width, stacked by rows."""
@@ -115,8 +118,11 @@ class Weights:
         if isinstance(form, Blockwise):
             form = form.fit(columns)
         if isinstance(form, Float32) or self.recipe.dequantize:
-            return self._float_matrix(name, sources, rows, columns, form)
-        return self._quantized_matrix(name, sources, rows, columns, form)
+            matrix = self._float_matrix(name, sources, rows, columns, form)
+        else:
+            matrix = self._quantized_matrix(name, sources, rows, columns, form)
+        self._counted.update(sources)
+        return matrix
 
     def _float_matrix(self, name: str, sources: Sequence[str], rows: int, columns: int, form: Format) -> Matrix:
         offset = self.file.begin()
@@ -161,6 +167,7 @@ class Weights:
         if not np.isfinite(rows).all():
             hint = "the checkpoint is damaged: download it again"
             raise ExportError(f"{source} holds NaN or infinity at row {start} or after", hint=hint)
-        self.parameter_count += rows.size
-        self._progress(rows.size)
+        if source not in self._counted:
+            self.parameter_count += rows.size
+            self._progress(rows.size)
         return rows

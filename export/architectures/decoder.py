@@ -14,11 +14,12 @@ import onnx_ir as ir
 
 from edge.bundle import KVLayout
 from edge.errors import CheckpointError
-from export.graph import FINAL_HIDDEN, HIDDEN, GraphBuilder
+from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, GraphBuilder
 from export.weights import Matrix
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor names and shapes, as the checkpoint stores them."""
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MOST_LAYERS = 1024
 """Ten times the deepest model: a damaged config must not list tensors without end."""
 
@@ -71,7 +72,7 @@ class Decoder(ABC):
     def tensors(self) -> Shapes:
         """Every tensor the checkpoint must hold, and no other."""
         table = (self.padded_vocab_size, self.hidden_size)
-        shapes: Shapes = {"model.embed_tokens.weight": table, "model.norm.weight": (self.hidden_size,)}
+        shapes: Shapes = {_EMBEDDING: table, "model.norm.weight": (self.hidden_size,)}
         for layer in range(self.num_layers):
             prefix = layer_prefix(layer)
             shapes |= self.attention_tensors(f"{prefix}self_attn.")
@@ -81,7 +82,7 @@ class Decoder(ABC):
             shapes[f"{prefix}mlp.up_proj.weight"] = (self.intermediate_size, self.hidden_size)
             shapes[f"{prefix}mlp.down_proj.weight"] = (self.hidden_size, self.intermediate_size)
         if not self.tied:
-            shapes["lm_head.weight"] = table
+            shapes[_HEAD] = table
         return shapes
 
     def parameter_count(self) -> int:
@@ -95,9 +96,9 @@ class Decoder(ABC):
             CheckpointError: tensors are missing, left over or of another shape; names them.
         """
         expected = self.tensors()
-        if self.tied and found.get("lm_head.weight") == expected["model.embed_tokens.weight"]:
+        if self.tied and found.get(_HEAD) == expected[_EMBEDDING]:
             # Some checkpoints save the tied head a second time.
-            found = {name: shape for name, shape in found.items() if name != "lm_head.weight"}
+            found = {name: shape for name, shape in found.items() if name != _HEAD}
         hint = (
             f"the config says {self.model_type} with {self.num_layers} layers: do config and weights belong together?"
         )
@@ -119,17 +120,14 @@ class Decoder(ABC):
         Returns:
             Bytes of weights that one decode step reads: all matrices but the embedding, of which it reads one row.
         """
-        recipe = graph.weights.recipe
-        table = graph.weights.matrix("embed", ["model.embed_tokens.weight"], recipe.table)
+        table = graph.weights.matrix("embed", [_EMBEDDING], graph.weights.recipe.table)
         # GroupQueryAttention wants a multiple of 8 rows in its tables.
         rotary = graph.rotary_tables(self.head_dim, self.rope_theta, -(-context_length // 8) * 8)
         shape: list[int | str] = ["batch", "sequence", self.hidden_size]
-        x = graph.cut(graph.embed(graph.input_ids, table), f"{HIDDEN}.0", shape)
+        x = graph.cut(graph.rows(graph.input_ids, table), f"{HIDDEN}.0", shape)
         for layer in range(self.num_layers):
             x = graph.cut(self._layer(graph, layer, x, rotary), f"{HIDDEN}.{layer + 1}", shape)
-        head = table if self.tied else graph.weights.matrix("lm_head", ["lm_head.weight"], recipe.table)
-        self._head(graph, x, head)
-        return graph.matrix_bytes + head.num_bytes
+        return graph.matrix_bytes + self._head(graph, x, table)
 
     def _layer(self, graph: GraphBuilder, layer: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]) -> ir.Value:
         prefix = layer_prefix(layer)
@@ -146,13 +144,30 @@ class Decoder(ABC):
         active = graph.op("Mul", [graph.op("QuickGelu", [gate], contrib=True, alpha=1.0), up])
         return graph.linear(active, f"{prefix}down_proj", [f"{prefix}down_proj.weight"])
 
-    def _head(self, graph: GraphBuilder, x: ir.Value, head: Matrix) -> None:
-        """Logits of the positions asked for: the head is a quarter of a small model's work."""
+    def _head(self, graph: GraphBuilder, x: ir.Value, embedding: Matrix) -> int:
+        """Logits of the positions asked for: the head is a quarter of a small model's work.
+
+        Returns:
+            Bytes of weights that one position reads.
+        """
         rows = graph.op("Reshape", [x, graph.constant("flat_shape", [-1, self.hidden_size])])
         rows = graph.op("Gather", [rows, graph.logits_indices], axis=0)
         rows = graph.rms_norm(rows, "model.norm.weight", self.rms_norm_eps)
-        logits = graph.matmul(graph.cut(rows, FINAL_HIDDEN, ["positions", self.hidden_size]), head)
+        rows = graph.cut(rows, FINAL_HIDDEN, ["positions", self.hidden_size])
+        logits, num_bytes = self._logits(graph, rows, embedding)
         graph.output(logits, "logits", ir.DataType.FLOAT, ["positions", self.padded_vocab_size])
+        return num_bytes
+
+    def _logits(self, graph: GraphBuilder, x: ir.Value, embedding: Matrix) -> tuple[ir.Value, int]:
+        weights, source = graph.weights, _EMBEDDING if self.tied else _HEAD
+        table = embedding if self.tied else weights.matrix("lm_head", [source], weights.recipe.table)
+        head = weights.recipe.head
+        if head is None:
+            return graph.matmul(x, table), table.num_bytes
+        copy = weights.matrix("coarse_head", [source], head.coarse)
+        coarse = graph.cut(graph.matmul(x, copy), COARSE_LOGITS, ["positions", self.padded_vocab_size])
+        candidate_bytes = table.num_bytes * head.candidates // table.rows
+        return graph.rescored(coarse, x, table, head.candidates), copy.num_bytes + candidate_bytes
 
     def _check_sizes(self) -> None:
         reason = ""

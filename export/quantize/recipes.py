@@ -1,7 +1,8 @@
 """Recipes: which number format each class of tensor gets.
 
 A recipe is a table, not a program: ``linear`` is for the projections of the layers, ``table`` for the embedding and the
-output head (one table where they are tied). ``docs/lab-notes.md`` has the measurements behind the choices.
+output head (one table where they are tied), ``head`` for how logits come out of that table. ``docs/lab-notes.md`` has
+the measurements behind the choices.
 """
 
 from __future__ import annotations
@@ -38,12 +39,26 @@ Format = Blockwise | Float32
 
 
 @dataclass(frozen=True)
+class TwoStage:
+    """A head that reads a coarse copy of its table whole, and of the table itself the rows of the best tokens only.
+
+    The logits of the candidates are exact products with the table; all others stay coarse.
+    """
+
+    coarse: Blockwise
+    candidates: int
+    """Tokens per position whose logits are exact."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Formats by tensor class, and how the kernels compute with them."""
 
     name: str
     linear: Format
     table: Format
+    head: TwoStage | None = None
+    """None: every logit comes out of the table itself."""
     accuracy_level: int = 4
     """MatMulNBits: 4 = int8 activations (fast), 0 = float32 activations (for verification)."""
     dequantize: bool = False
@@ -55,6 +70,7 @@ class Recipe:
             "name": self.name,
             "linear": _describe(self.linear),
             "table": _describe(self.table),
+            "head": _describe_head(self.head),
             "accuracy_level": self.accuracy_level,
         }
 
@@ -64,7 +80,14 @@ RECIPES = {
     for recipe in (
         # Asymmetric beats symmetric by a third in KL divergence for 1.6% of disk; the 8-bit table costs nothing visible
         # with blocks of 128 and reads 15% less per token than with blocks of 32.
-        Recipe("int4", linear=Blockwise(bits=4, block=32), table=Blockwise(bits=8, block=128)),
+        # In two stages the head reads half as much. A coarse copy in 2 bits would be smaller still, but tokens outside
+        # the candidates are sampled too, and diverge twenty times as much with it.
+        Recipe(
+            "int4",
+            linear=Blockwise(bits=4, block=32),
+            table=Blockwise(bits=8, block=128),
+            head=TwoStage(Blockwise(bits=4, block=128), candidates=128),
+        ),
         Recipe("int8", linear=Blockwise(bits=8, block=32), table=Blockwise(bits=8, block=128)),
         Recipe("fp32", linear=Float32(), table=Float32()),
     )
@@ -86,3 +109,9 @@ def _describe(what: Format) -> dict[str, Any]:
     if isinstance(what, Float32):
         return {"format": "float32"}
     return {"format": "blockwise", **asdict(what), "symmetric": False}
+
+
+def _describe_head(head: TwoStage | None) -> dict[str, Any]:
+    if head is None:
+        return {"format": "table"}
+    return {"format": "two-stage", "coarse": _describe(head.coarse), "candidates": head.candidates}

@@ -99,6 +99,7 @@ def test_progress_adds_up_to_the_parameters(checkpoint: Checkpoint, tmp_path: Pa
         weights = Weights(checkpoint, RECIPES["int4"], file, steps.append)
         weights.matrix("m", [GATE, UP], Float32())
         weights.vector("v", ["model.norm.weight"])
+        weights.matrix("again", [GATE], Blockwise(4, 32))
     assert sum(steps) == weights.parameter_count == 2 * 96 * 64 + 64
 
 
