@@ -12,7 +12,7 @@ from edge.openai.choice import Choice
 from edge.openai.schemas import ChatRequest, CompletionRequest
 from edge.openai.shapes import shape_of
 from edge.sequence import Timings
-from edge.service import Event, Failed, Finished, GenerationRequest, Model
+from edge.service import Event, Failed, Finished, GenerationRequest, Model, PromptScored
 
 
 class Answer:
@@ -47,6 +47,10 @@ class Answer:
         if isinstance(event, Failed):
             self._failure = event
             return [error_body(event.error)]
+        if isinstance(event, PromptScored):
+            # A prompt's first choice tells it, before the others have begun: the queue keeps its order.
+            for choice in self._choices[index : index + self._num_per_prompt]:
+                choice.echo_scores(event)
         return list(self._chunks(self._choices[index], event))
 
     def body(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from edge.engine.logprobs import TokenLogprobs
 from edge.openai.blocks import BlockParser, Call, Piece
 from edge.openai.logprobs import Entry, LogprobsWriter
 from edge.openai.schemas import ChatRequest, CompletionRequest
@@ -41,12 +42,18 @@ class Choice:
         self._entries: list[Entry] = []
         self._num_told = 0  # of the entries, in chunks
 
+    def echo_scores(self, event: PromptScored) -> None:
+        """Take the log-probabilities of the echoed prompt; they come before the answer's."""
+        if self._logprobs is not None:
+            self._entries += self._logprobs.prompt(self._first_id, event.logprobs)
+
     def parts(self, event: Event) -> Iterator[dict[str, Any]]:
         """What the chunks for an event say about this choice; with the last of them, :attr:`end` is set."""
-        self._collect(event)
         if isinstance(event, Delta):
+            self._collect(event.logprobs)
             yield from self._piece_parts(self._parser.push(self._take_prefix() + event.text))
         elif isinstance(event, Finished):
+            self._collect(event.logprobs if self._shape.lists_end else None)
             text = self._take_prefix() + event.text
             yield from self._piece_parts([*self._parser.push(text), *self._parser.flush()])
             self.end = event
@@ -56,14 +63,10 @@ class Choice:
         """The complete choice, once it has ended."""
         return self._part(self._shape.whole(self._pieces), self._entries)
 
-    def _collect(self, event: Event) -> None:
-        """Take an event's log-probabilities."""
-        if self._logprobs is None:
-            return
-        if isinstance(event, PromptScored):
-            self._entries += self._logprobs.prompt(self._first_id, event.logprobs)
-        elif isinstance(event, Delta) or (isinstance(event, Finished) and self._shape.lists_end):
-            self._entries += [self._logprobs.answer(event.logprobs)] if event.logprobs is not None else []
+    def _collect(self, logprobs: TokenLogprobs | None) -> None:
+        """Take the log-probabilities of the answer's next token, where there are any."""
+        if self._logprobs is not None and logprobs is not None:
+            self._entries.append(self._logprobs.answer(logprobs))
 
     def _take_prefix(self) -> str:
         """An echoed prompt, before the first text of the answer."""

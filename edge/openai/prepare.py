@@ -50,9 +50,10 @@ def prepare(model: Model, request: ChatRequest | CompletionRequest) -> tuple[Gen
         if isinstance(request, ChatRequest)
         else [_completion_ids(model, prompt) for prompt in request.prompts]
     )
-    samplings = [_nth_sampling(prototype.sampling, number) for number in range(request.num_choices)]
     return tuple(
-        replace(prototype, prompt_ids=prompt_ids, sampling=sampling) for prompt_ids in prompts for sampling in samplings
+        _nth_choice(replace(prototype, prompt_ids=prompt_ids), number)
+        for prompt_ids in prompts
+        for number in range(request.num_choices)
     )
 
 
@@ -73,8 +74,14 @@ def _given_sampling(request: ChatRequest | CompletionRequest) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _nth_choice(first: GenerationRequest, number: int) -> GenerationRequest:
+    """A prompt's n-th choice: with a seed of its own, and without the scores that the first one has."""
+    if number == 0:
+        return first
+    return replace(first, sampling=_nth_sampling(first.sampling, number), score_prompt=False)
+
+
 def _nth_sampling(sampling: SamplingParams, number: int) -> SamplingParams:
-    """How a prompt's n-th choice is sampled: each with a seed of its own, counted up from the given one."""
     if sampling.seed is None:
         return sampling
     return replace(

@@ -325,8 +325,8 @@ class TestPrepare:
     def test_a_prompt_is_scored_where_it_is_echoed_with_log_probabilities(self, model: Model) -> None:
         for fields, scored in [({}, False), ({"echo": True}, False), ({"logprobs": 1}, False),
                                ({"echo": True, "logprobs": 0}, True)]:  # fmt: skip
-            (generation,) = prepare(model, parse_completion({"prompt": "a", **fields}))
-            assert generation.score_prompt is scored
+            generations = prepare(model, parse_completion({"prompt": ["a", "b"], "n": 2, **fields}))
+            assert [generation.score_prompt for generation in generations] == [scored, False] * 2
 
 
 class TestAnswer:
