@@ -19,10 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge.bundle import verify_bundle
 from edge.config import load_settings
+from edge.engine.prefix import MIN_TOKENS, begins_with, longest_match, reusable_length
 from edge.engine.prefix_cache import EVERYONE, Prefix, PrefixCache
 from edge.engine.prefix_store import MAX_QUEUED, PrefixStore
 from edge.loader import load_service
@@ -215,6 +218,19 @@ def test_a_file_changed_behind_our_back_is_a_miss(tmp_path: Path, caplog: pytest
     assert len(warnings(caplog)) == 1
 
 
+@given(st.lists(st.lists(st.integers(0, 1), max_size=12), max_size=8), st.lists(st.integers(0, 1), max_size=12))
+def test_the_longest_match_is_the_longest(tails: list[list[int]], tail: list[int]) -> None:
+    def ids(end: list[int]) -> NDArray[np.int64]:
+        return np.array([7] * (MIN_TOKENS - 4) + end, np.int64)
+
+    lengths = [reusable_length(ids(other), ids(tail)) for other in tails]
+    best = max(lengths, default=0)
+    expected = (lengths.index(best), best) if best else None
+    assert longest_match(enumerate(map(ids, tails)), ids(tail)) == expected
+    for other in tails:
+        assert begins_with(ids(other), ids(tail)) == (other[: len(tail)] == tail)
+
+
 def spoil_key(folder: Path) -> None:
     (folder / "key").write_bytes(bytes(32))
 
@@ -401,6 +417,7 @@ WRITE_FOR_EVER = """
 import sys
 from pathlib import Path
 import numpy as np
+from edge.engine.prefix import MIN_TOKENS, begins_with, longest_match, reusable_length
 from edge.engine.prefix_cache import EVERYONE, Prefix
 from edge.engine.prefix_store import PrefixStore
 store = PrefixStore.open(Path(sys.argv[1]), 1 << 30, b"a model")
