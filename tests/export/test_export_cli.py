@@ -97,6 +97,16 @@ def test_json_has_the_whole_manifest(run: Run, source: Path, output: Path) -> No
     assert (result["oracle"], result["notes"]) == (None, [])
 
 
+def test_an_int8_cache_is_named_with_what_it_costs(run: Run, source: Path, output: Path) -> None:
+    done = run(source, "-o", output, "--kv", "int8")
+    assert done.status == 0
+    labels = [text.split()[0] for text in done.stdout.splitlines()]
+    assert labels == ["bundle", "model", "size", "context", "cache", "kernels", "self-test", "time"]
+    assert "128 bytes of cache each" in done.stdout
+    assert "calibrating the cache ..." in done.stderr
+    assert verify_bundle(output).kv.dtype == "int8"
+
+
 def test_a_gguf_is_a_source_and_says_what_it_left_out(run: Run, output: Path, tmp_path: Path) -> None:
     path = tiny.write_gguf(tmp_path / "tiny.gguf", tiny.qwen3_config(), kind=Kind.Q4_0, head_kind=Kind.Q8_0)
     done = run(path, "-o", output)
@@ -123,6 +133,7 @@ def test_the_catalog(run: Run) -> None:
         ((), 2, "SOURCE and --output are needed"),
         (("{source}",), 2, "SOURCE and --output are needed"),
         (("{source}", "-o", "{output}", "--recipe", "int3"), 2, "'int3' is not one of 'int4', 'int8', 'fp32'"),
+        (("{source}", "-o", "{output}", "--kv", "int4"), 2, "'int4' is not one of 'float32', 'int8'"),
         (("{source}", "-o", "{output}", "--name", "My Model"), 2, "'My Model' cannot be a model name"),
         (
             ("{source}", "-o", "{output}", "--context", "0"),
