@@ -154,6 +154,8 @@ class PrefixStore:
             self._num_unusable += 1
             log.warning("removed %s from %s: it is damaged or was changed", stored.name, self._folder.path)
             self._remove(stored)
+        except FileNotFoundError:
+            self._forget(stored)  # the writer needed the room meanwhile, or somebody tidied up
         except (OSError, MemoryError) as error:
             self._num_failures += 1
             if self._num_failures == 1:

@@ -400,6 +400,16 @@ def test_a_read_that_fails_is_a_miss(
         assert cache.find("", with_question(prefixes[0].ids, 9)) is not None, "the file was not at fault"
 
 
+def test_a_file_that_was_tidied_away_is_a_miss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prefix = make(tokens(SYSTEM, 1))
+    file = keep(tmp_path, prefix)
+    with cached(tmp_path) as (cache, store):
+        file.unlink()
+        assert cache.find("", with_question(prefix.ids, 9)) is None
+        assert store.stats().num_bytes == 0
+    assert warnings(caplog) == []
+
+
 def test_a_slow_disk_never_holds_up_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with cached(tmp_path) as (cache, store):
         gate = threading.Event()
