@@ -102,7 +102,7 @@ class EngineSettings(_Section):
         description="Tokens of one conversation; without it, the bundle's or 4096, the smaller.",
     )
     slots: int = Field(
-        4, ge=1, le=64, description="Sequences that are worked on at once. Each reserves cache for `context` tokens."
+        8, ge=1, le=64, description="Sequences that are worked on at once; their cache takes memory only as it fills."
     )
     kv_cache_mb: int | None = Field(
         None,

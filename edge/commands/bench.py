@@ -64,14 +64,15 @@ def bench(
 ) -> None:
     """Measure prefill and decode.
 
-    One request at a time, random prompts, greedy decoding past the end of the answer. A first request goes unmeasured.
-    Figures are medians. GB/s is the speed at which decoding reads the weights.
+    One request at a time, random prompts, greedy decoding past the end of the answer, no guessing ahead. A first
+    request goes unmeasured. Figures are medians. GB/s is the speed at which decoding reads the weights.
     """
     chosen = options.settings(
         config,
         model__bundle=bundle,
         engine__threads=threads,
         engine__slots=1,
+        engine__draft_tokens=0,
         engine__context=prompt_tokens + output_tokens,
     )
     loaded = _load(chosen)

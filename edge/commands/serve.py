@@ -43,7 +43,7 @@ def serve(
         typer.Option("--broker", metavar="B", help="none, embedded or mqtt://HOST:PORT [default: none]."),
     ] = None,
     slots: Annotated[
-        int | None, typer.Option("--slots", metavar="N", help="Requests worked on at once [default: 4].")
+        int | None, typer.Option("--slots", metavar="N", help="Requests worked on at once [default: 8].")
     ] = None,
     context: options.Context = None,
     threads: options.Threads = None,
