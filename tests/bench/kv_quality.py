@@ -87,8 +87,6 @@ def export(source: str, folder: Path, recipe: str, kv: CacheType) -> Path:
 
 def disturb(bundle: Path, folder: Path) -> Path:
     """A copy of a bundle's graph, over the same weights, with noise in its rotary tables."""
-    folder.mkdir()
-    os.link(bundle / WEIGHTS, folder / WEIGHTS)
     model, rng = ir.load(bundle / GRAPH), np.random.default_rng(0)
     for kind in ("cos", "sin"):
         value = model.graph.initializers[f"rotary.{kind}"]
@@ -96,6 +94,9 @@ def disturb(bundle: Path, folder: Path) -> Path:
         table = np.asarray(value.const_value.numpy())
         noise = 1 + DISTURBANCE * rng.standard_normal(table.shape)
         value.const_value = ir.tensor((table * noise).astype(np.float32), name=value.name)
+    folder.mkdir()
+    # Not before the tables were read: onnx_ir refuses files with two names.
+    os.link(bundle / WEIGHTS, folder / WEIGHTS)
     ir.save(model, folder / GRAPH)
     return folder
 
