@@ -7,6 +7,7 @@
     ├── CheckpointError              an export source cannot be read as a model
     ├── ExportError                  a readable model cannot become a bundle (or failed verification)
     ├── BundleError                  a bundle is damaged, incomplete or not a bundle
+    ├── AdapterError                 a LoRA adapter is damaged, of an unsupported kind, or made for another model
     ├── UnavailableError             503: starting, draining, or the broker/port cannot be had
     ├── EngineError                  500: the engine failed while working on a request
     └── RequestError                 400: the request itself is wrong; names the parameter
@@ -76,6 +77,13 @@ class BundleError(QwedgeError):
 
     code = "bundle_invalid"
     exit_code = 5
+
+
+class AdapterError(QwedgeError):
+    """A LoRA adapter is missing, damaged, of an unsupported kind, or made for another model."""
+
+    code = "adapter_invalid"
+    exit_code = 3
 
 
 class UnavailableError(QwedgeError):
