@@ -17,8 +17,9 @@ from edge.engine.prefix_cache import PrefixCache
 from edge.engine.prefix_store import PrefixStore
 from edge.errors import BundleError, ConfigError
 from edge.metrics import Metrics
+from edge.model import Model
 from edge.scheduler import Scheduler
-from edge.service import Model, Service
+from edge.service import Service
 from edge.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096

@@ -14,27 +14,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.bundle import Manifest
-from edge.chat import ChatTemplate
-from edge.engine.grammar import Grammars
 from edge.engine.grammar_source import Grammar
 from edge.engine.logprobs import PromptScorer, TokenLogprobs
 from edge.engine.sampler import Sampler, SamplingParams
-from edge.errors import ContextOverflowError, ModelNotFoundError, QwedgeError, RequestError
+from edge.errors import ContextOverflowError, QwedgeError, RequestError
 from edge.metrics import Metrics
+from edge.model import Model
 from edge.scheduler import Scheduler, SchedulerStats
 from edge.sequence import FinishReason, Timings
 from edge.sequence import Sequence as EngineSequence
 from edge.text_stream import TextStream
-from edge.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -131,65 +127,6 @@ class Ticket:
         """End what has not ended at the engine's next step, wherever it is; the terminal event is ``Failed``."""
         for sequence in self._sequences:
             self._scheduler.cancel(sequence)
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the service serves: the manifest and the text side of a bundle."""
-
-    manifest: Manifest
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    eos_ids: frozenset[int]
-    sampling_defaults: Mapping[str, float | int] = field(default_factory=dict)
-    """Fields of :class:`SamplingParams` as the model's makers recommend them."""
-    context_length: int = 0
-    """Tokens per sequence as served: at most the manifest's."""
-    loaded_at: float = field(default_factory=time.time)
-    """Unix time, for OpenAI's ``created``."""
-    grammars: Grammars = field(init=False, repr=False, compare=False)
-    """Compiled for this vocabulary."""
-
-    def __post_init__(self) -> None:
-        grammars = Grammars(self.tokenizer, self.manifest.vocab_size, self.eos_ids)
-        object.__setattr__(self, "grammars", grammars)
-
-    def check_name(self, name: str | None) -> None:
-        """Accept None and the served model's name.
-
-        Raises:
-            ModelNotFoundError: another name.
-        """
-        if name not in {None, "", self.manifest.name}:
-            hint = f"this device serves {self.manifest.name}; see GET /v1/models"
-            raise ModelNotFoundError(f"the model {name!r} is not served here", hint=hint, param="model")
-
-    def check_grammar(self, grammar: Grammar) -> None:
-        """Compile a grammar, so that its use later is quick; the first one takes about half a second.
-
-        Raises:
-            RequestError: the grammar is malformed or too large.
-        """
-        self.grammars.constraint(grammar)
-
-    def sampling(self, given: Mapping[str, Any]) -> SamplingParams:
-        """Sampling parameters of a request: what it gives over the model's defaults.
-
-        Raises:
-            RequestError: a value is out of range.
-        """
-        return SamplingParams(**{**self.sampling_defaults, **given})
-
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> tuple[int, ...]:
-        """Prompt ids of a conversation; ``options`` are those of :meth:`edge.chat.ChatTemplate.encode`.
-
-        Raises:
-            RequestError: the messages are malformed, or the model has no chat template.
-        """
-        if self.template is None:
-            hint = "use /v1/completions with this model"
-            raise RequestError("this model has no chat template", hint=hint, param="messages")
-        return tuple(self.template.encode(self.tokenizer, messages, **options))
 
 
 class Service:

@@ -24,8 +24,9 @@ from edge.chat import ChatTemplate
 from edge.engine.kv_cache import Cache
 from edge.engine.prefix_cache import PrefixCache
 from edge.metrics import Metrics
+from edge.model import Model
 from edge.scheduler import Scheduler
-from edge.service import Model, Service
+from edge.service import Service
 from edge.tokenizer import Tokenizer
 
 MODEL_NAME = "fake-0.1b"

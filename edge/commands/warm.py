@@ -16,8 +16,9 @@ from typing import Any
 
 from edge.engine.prefix import EVERYONE
 from edge.errors import ConfigError, ContextOverflowError, RequestError
+from edge.model import Model
 from edge.openai import ChatRequest, CompletionRequest, parse_body, parse_chat, parse_completion, prepare
-from edge.service import Event, Failed, Finished, GenerationRequest, Model, Service
+from edge.service import Event, Failed, Finished, GenerationRequest, Service
 
 MAX_PROMPTS = 64
 MAX_FILE_BYTES = 8 << 20

@@ -29,8 +29,9 @@ from edge.http import openapi
 from edge.http.disconnect import unless_disconnected
 from edge.http.guard import Guard, error_response
 from edge.metrics import CONTENT_TYPE
+from edge.model import Model
 from edge.openai import Answer, ChatRequest, CompletionRequest, parse_body, parse_chat, parse_completion, prepare
-from edge.service import Event, Failed, GenerationRequest, Model, Queued, Service, events
+from edge.service import Event, Failed, GenerationRequest, Queued, Service, events
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edge.errors import QwedgeError, RequestError
+from edge.model import Model
 from edge.openai.choice import Choice
 from edge.openai.schemas import ChatRequest, CompletionRequest
 from edge.openai.shapes import shape_of
 from edge.sequence import Timings
-from edge.service import Event, Failed, Finished, GenerationRequest, Model, PromptScored
+from edge.service import Event, Failed, Finished, GenerationRequest, PromptScored
 
 
 class Answer:

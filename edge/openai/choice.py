@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from edge.engine.logprobs import TokenLogprobs
+from edge.model import Model
 from edge.openai.blocks import BlockParser, Call, Piece
 from edge.openai.logprobs import Entry, LogprobsWriter
 from edge.openai.schemas import ChatRequest, CompletionRequest
 from edge.openai.shapes import shape_of
-from edge.service import Delta, Event, Finished, GenerationRequest, Model, PromptScored
+from edge.service import Delta, Event, Finished, GenerationRequest, PromptScored
 
 _THINK_OPENED = "<think>\n"
 _TAIL_TOKENS = 8

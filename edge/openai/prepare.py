@@ -7,9 +7,10 @@ from typing import Any
 
 from edge.engine.sampler import SamplingParams
 from edge.errors import RequestError
+from edge.model import Model
 from edge.openai.grammar import requested_grammar
 from edge.openai.schemas import ChatRequest, CompletionRequest
-from edge.service import GenerationRequest, Model
+from edge.service import GenerationRequest
 
 _SAMPLING = (
     "temperature",

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.errors import EngineError, ModelNotFoundError, OverloadedError, QwedgeError, RequestError
+from edge.model import Model
 from edge.openai import Answer, error_body, parse_body, parse_chat, parse_completion, prepare
 from edge.openai.blocks import BlockParser, Call, Content, Piece, Reasoning
 from edge.sequence import FinishReason, Timings
-from edge.service import Delta, Failed, Finished, Model, Queued, Started
+from edge.service import Delta, Failed, Finished, Queued, Started
 from tests.fakes import CHAT_TEMPLATE, MODEL_NAME, make_model
 
 TIMINGS = Timings(
