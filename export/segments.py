@@ -40,7 +40,9 @@ def final_hidden(model: ir.Model, folder: Path, x: Array, positions: Sequence[in
 def rescored(model: ir.Model, folder: Path, hidden: Array, coarse: Array) -> Array:
     """Logits [positions, padded_vocab] of a head in two stages, from what goes into it and its coarse logits."""
     segment = _Segment(model, folder, [FINAL_HIDDEN, COARSE_LOGITS], ["logits"])
-    return segment.run({FINAL_HIDDEN: hidden, COARSE_LOGITS: coarse})[0]
+    # One position at a time: each takes the candidates' rows in float32.
+    rows = zip(hidden[:, None], coarse[:, None], strict=True)
+    return np.concatenate([segment.run({FINAL_HIDDEN: x, COARSE_LOGITS: y})[0] for x, y in rows])
 
 
 @contextmanager

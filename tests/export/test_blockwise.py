@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from export.quantize.blockwise import QuantizedRows, dequantize_rows, quantize_rows
 from export.quantize.recipes import Blockwise
 
-FORMS = [Blockwise(4, 32), Blockwise(4, 64), Blockwise(8, 32), Blockwise(8, 128)]
+FORMS = [Blockwise(4, 32), Blockwise(4, 64), Blockwise(4, 128), Blockwise(8, 32), Blockwise(8, 128)]
 Rows = NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
 
