@@ -124,7 +124,7 @@ class Scheduler:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            self._prefixes.close()
+        self._prefixes.close()
 
     def submit(self, *sequences: Sequence) -> None:
         """Queue sequences, all or none.
