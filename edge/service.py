@@ -184,9 +184,9 @@ class Service:
         ticket = Ticket(self._scheduler, sequences)
 
         def tell(index: int, event: Event) -> None:
-            on_event(index, event)
             if isinstance(event, Failed):
                 ticket.cancel()
+            on_event(index, event)
 
         try:
             self._check_number(requests)
@@ -230,11 +230,12 @@ class Service:
             raise RequestError("the prompt is empty", hint="send at least one token", param="prompt")
         if n_prompt > n_ctx or (n_prompt == n_ctx and request.max_tokens != 0):
             raise ContextOverflowError(n_prompt, n_ctx)
-        ids = np.asarray(request.prompt_ids, dtype=np.int64)
-        if ids.min() < 0 or ids.max() >= self.model.manifest.padded_vocab_size:
-            hint = f"use ids below {self.model.manifest.padded_vocab_size}"
+        num_ids = self.model.manifest.padded_vocab_size
+        # Before they become an array: JSON's integers have no bounds.
+        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= num_ids:
+            hint = f"use ids from 0 to {num_ids - 1}"
             raise RequestError("the prompt holds a token id outside the vocabulary", hint=hint, param="prompt")
-        return ids
+        return np.asarray(request.prompt_ids, dtype=np.int64)
 
     def _sampler(self, request: GenerationRequest) -> Sampler:
         model = self.model

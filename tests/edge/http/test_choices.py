@@ -93,6 +93,8 @@ def test_the_queue_takes_all_or_none(serve: Serve) -> None:
         (TEXT, {"prompt": ["a", "b", "c"]}, "prompt"),
         (TEXT, {"prompt": ["a", "x" * 5000]}, "messages"),
         (TEXT, {"prompt": [[1], [99999]]}, "prompt"),
+        (TEXT, {"prompt": [10**20]}, "prompt"),
+        (TEXT, {"prompt": [5, -1]}, "prompt"),
         (TEXT, {"prompt": "a", "n": 9}, "n"),
         (TEXT, {"prompt": "a", "max_tokens": 0}, "max_tokens"),
         (CHAT, {"messages": MESSAGES, "echo": True}, "echo"),
