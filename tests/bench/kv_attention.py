@@ -26,6 +26,7 @@ CASES = {
     "4 tokens, past 1000": (4, 1000),
     "16 tokens, past 1000": (16, 1000),
     "prefill 256": (256, 0),
+    "256 tokens, past 1000": (256, 1000),
 }
 """New tokens and past."""
 ROUNDS = 30
@@ -121,7 +122,7 @@ def measure(model: str, case: str) -> Result:
 def main() -> None:
     results = [measure(model, case) for model in MODELS for case in CASES]
     for each in results:
-        print(f"{each.model:<13} {each.case:<21} {each.float32_ms:7.2f} -> {each.int8_ms:7.2f} ms, {each.ratio:.2f}x")
+        print(f"{each.model:<13} {each.case:<22} {each.float32_ms:7.2f} -> {each.int8_ms:7.2f} ms, {each.ratio:.2f}x")
     print(json.dumps([asdict(each) for each in results]))
 
 
