@@ -13,9 +13,9 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edge import __version__
 from edge.errors import BundleError
@@ -86,6 +86,18 @@ class KVLayout(_Model):
         return 2 * self.layers * self.kv_heads * self.head_dim * _ITEM_BYTES[self.dtype]
 
 
+class AdapterEntry(_Model):
+    """One LoRA adapter of the bundle."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+    """Requests choose it as ``MODEL:NAME``."""
+    file: str
+    """Its tensors as PEFT saved them; one of the bundle's files."""
+    rank: Annotated[int, Field(gt=0)]
+    scale: Annotated[float, Field(allow_inf_nan=False)]
+    """Factor of the product of its matrices."""
+
+
 class Manifest(_Model):
     """What a bundle is, where it came from, and what was measured of it."""
 
@@ -110,6 +122,8 @@ class Manifest(_Model):
     """Bytes of weights that one decode step reads from disk layout (codes, scales, zero points)."""
     source: Source
     files: list[FileEntry]
+    adapters: list[AdapterEntry] = Field(default_factory=list)
+    """LoRA adapters; where there are any, the graph has places for more."""
     min_runtime_version: Annotated[str, Field(pattern=r"^\d+(\.\d+){0,2}$")]
     measured: dict[str, Any] = Field(default_factory=dict)
     """What the export's verification measured."""
@@ -124,6 +138,15 @@ class Manifest(_Model):
         if missing := REQUIRED_FILES - set(names):
             raise ValueError(f"does not list {', '.join(sorted(missing))}")
         return value
+
+    @model_validator(mode="after")
+    def _adapters_are_there(self) -> Self:
+        names = [adapter.name for adapter in self.adapters]
+        if len(set(names)) != len(names):
+            raise ValueError("lists an adapter twice")
+        if missing := {adapter.file for adapter in self.adapters} - {entry.path for entry in self.files}:
+            raise ValueError(f"does not list {', '.join(sorted(missing))}")
+        return self
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -39,6 +39,12 @@ def export(
     ] = None,
     recipe: Annotated[RecipeName, typer.Option(help="Number formats of the weights.")] = "int4",
     kv: Annotated[CacheType, typer.Option(help="Number format of the cache; int8 takes a quarter.")] = "float32",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR", help="A LoRA adapter as PEFT saves it; requests ask for MODEL:NAME. Repeatable."
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model name that requests use.  [default: from the source]")
     ] = None,
@@ -68,8 +74,8 @@ def export(
 
     with console_progress() as progress:
         report, oracle = _export(
-            source, output, recipe=recipe, kv=kv, name=name, context=context, verify=verify, offline=offline,
-            progress=progress,
+            source, output, recipe=recipe, kv=kv, adapters=_adapters(adapter or []), name=name, context=context,
+            verify=verify, offline=offline, progress=progress,
         )  # fmt: skip
     _print_report(report, oracle, as_json=as_json)
 
@@ -80,6 +86,7 @@ def _export(
     *,
     recipe: str,
     kv: CacheType,
+    adapters: dict[str, Path],
     name: str | None,
     context: int | None,
     verify: OracleName | None,
@@ -97,9 +104,25 @@ def _export(
         licence = resolved.entry.licence if resolved.entry else None
         report = export_bundle(
             checkpoint, output, recipe_named(recipe), progress=progress, name=name, context=context, kv=kv,
-            licence=licence, oracle=oracle,
+            adapters=adapters, licence=licence, oracle=oracle,
         )  # fmt: skip
     return report, oracle
+
+
+def _adapters(options: list[str]) -> dict[str, Path]:
+    """``NAME=DIR`` of each adapter.
+
+    Raises:
+        ConfigError: one is written differently, or a name comes twice.
+    """
+    folders: dict[str, Path] = {}
+    for option in options:
+        name, equals, folder = option.partition("=")
+        if not equals or name in folders:
+            reason = "names an adapter twice" if equals else "lacks a name"
+            raise ConfigError(f"--adapter {option} {reason}", hint="write --adapter NAME=DIR", param="adapter")
+        folders[name] = Path(folder)
+    return folders
 
 
 def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: bool) -> None:
@@ -125,6 +148,8 @@ def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: boo
     print(f"context    {manifest.context_length:,} tokens, {manifest.kv.bytes_per_token:,} bytes of cache each")
     if kv := manifest.measured.get("kv"):
         print(f"cache      {manifest.kv.dtype}, divergence {kv['kl']:.4f} nats, same first choice {kv['top1']:.1%}")
+    for adapter in manifest.adapters:
+        print(f"adapter    {manifest.name}:{adapter.name}, rank {adapter.rank}")
     print(f"kernels    largest relative difference {test['kernel_difference']:.1e}")
     if oracle:
         print(f"oracle     {oracle['oracle']} {oracle['version']}: {oracle['max_difference']:.1e} in the logits")

@@ -15,16 +15,19 @@ input                              shape                               meaning
                                                                        ``export.kv_scales`` has changed it
 =================================  ==================================  ================================================
 
+``export.lora`` adds further inputs where adapters are wanted.
+
 Outputs: ``logits`` [positions, padded_vocab] and ``present.{i}.key/value``, which share their buffers with the past.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from export.quantize.recipes import Blockwise
 from export.weights import Matrix, Weights
@@ -42,6 +45,8 @@ _IR_VERSION = 10
 
 Tensor = ir.Value | None
 """A value of the graph; None stands for an optional input left out."""
+Adapt = Callable[["GraphBuilder", ir.Value, ir.Value, Sequence[str]], ir.Value]
+"""From graph, input, product and the names of the weights to what takes the product's place."""
 
 
 class GraphBuilder:
@@ -49,10 +54,12 @@ class GraphBuilder:
 
     Args:
         weights: source of all parameters.
+        adapt: what is done to the products of all linears, as :meth:`export.lora.LoraPlaces.adapt` does.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, adapt: Adapt | None = None) -> None:
         self.weights = weights
+        self._adapt = adapt
         self.matrix_bytes = 0
         """Bytes of the matrices added by :meth:`linear`."""
         self._file = weights.file
@@ -99,11 +106,11 @@ class GraphBuilder:
 
     def constant(self, name: str, values: Sequence[int]) -> ir.Value:
         """A small int64 constant, kept in the graph itself."""
-        tensor = ir.tensor(np.asarray(values, dtype=np.int64), name=name)
-        value = ir.Value(
-            name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(ir.DataType.INT64), const_value=tensor
-        )
-        return self._register(value)
+        return self._constant(name, np.asarray(values, dtype=np.int64))
+
+    def scalar(self, name: str, number: int) -> ir.Value:
+        """A constant without dimensions."""
+        return self._constant(name, np.asarray(number, dtype=np.int64))
 
     def rotary_tables(self, head_dim: int, theta: float, length: int) -> tuple[ir.Value, ir.Value]:
         """Cosines and sines [length, head_dim / 2] of the rotary embedding (Su et al. 2021), computed in float64."""
@@ -125,7 +132,8 @@ class GraphBuilder:
         """``x @ W.T + b`` with W the rows of ``sources`` stacked: projections of one input share one kernel call."""
         matrix = self.weights.matrix(name, sources, self.weights.recipe.linear)
         self.matrix_bytes += matrix.num_bytes
-        return self.matmul(x, matrix, self.vector(f"{name}.bias", bias) if bias else None)
+        product = self.matmul(x, matrix, self.vector(f"{name}.bias", bias) if bias else None)
+        return product if self._adapt is None else self._adapt(self, x, product, sources)
 
     def matmul(self, x: ir.Value, matrix: Matrix, bias: Tensor = None) -> ir.Value:
         """``x @ matrix.T + bias`` for x [..., columns]."""
@@ -230,6 +238,11 @@ class GraphBuilder:
         assert isinstance(tensor, ir.ExternalTensor)
         assert tensor.offset is not None
         return self._file.initializer(name, tensor.dtype, shape, tensor.offset)
+
+    def _constant(self, name: str, array: NDArray[np.int64]) -> ir.Value:
+        tensor = ir.tensor(array, name=name)
+        dtype = ir.TensorType(ir.DataType.INT64)
+        return self._register(ir.Value(name=name, shape=ir.Shape(array.shape), type=dtype, const_value=tensor))
 
     def _register(self, value: ir.Value) -> ir.Value:
         assert value.name is not None

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from export.architectures.decoder import Decoder
 from export.checkpoint import Checkpoint
 from export.graph import GraphBuilder
 from export.kv_scales import cache_test, calibrate, calibration_text, quantize_cache
+from export.lora import LoraPlaces, copy_adapters
 from export.progress import Progress, step
 from export.quantize.recipes import Recipe
 from export.verify import check_kernels, self_test
@@ -85,6 +86,7 @@ def export_bundle(
     name: str | None = None,
     context: int | None = None,
     kv: CacheType = "float32",
+    adapters: Mapping[str, Path] | None = None,
     licence: str | None = None,
     oracle: dict[str, Any] | None = None,
 ) -> Report:
@@ -98,19 +100,23 @@ def export_bundle(
         name: the model name requests will use; None = made from the source's.
         context: tokens of context; None = the checkpoint's, at most :data:`DEFAULT_CONTEXT`.
         kv: number format of the cache.
+        adapters: folders of LoRA adapters as PEFT saves them, by the names that requests will use.
         licence: SPDX id or name, where known.
         oracle: what :func:`export.oracle.verify_against` measured, for the manifest.
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not match its config.
+        AdapterError: an adapter is damaged, of an unsupported kind, or made for another model.
         ConfigError: name, context or destination cannot be used.
         ExportError: a verification failed, or the disk refused.
     """
     clock = _Clock()
     model_name = _model_name(name, checkpoint.origin.location)
     with _staging(destination) as staging, disk_errors():
+        # Before the long work: they may turn out to be of another model.
+        entries = copy_adapters(adapters or {}, architecture_for(checkpoint.config), staging)
         with clock.phase("quantize"):
-            graph = build_graph(checkpoint, staging, recipe, progress=progress, context=context)
+            graph = build_graph(checkpoint, staging, recipe, progress=progress, context=context, lora=bool(entries))
             _write_text(checkpoint, staging)
         measured: dict[str, Any] = {}
         if kv == "int8":
@@ -127,6 +133,7 @@ def export_bundle(
                 recipe=recipe.describe(),
                 source=source,
                 files=files,
+                adapters=entries,
                 measured=measured,
                 licence=licence,
                 **_facts(graph, checkpoint),
@@ -136,9 +143,23 @@ def export_bundle(
 
 
 def build_graph(
-    checkpoint: Checkpoint, folder: Path, recipe: Recipe, *, progress: Progress, context: int | None = None
+    checkpoint: Checkpoint,
+    folder: Path,
+    recipe: Recipe,
+    *,
+    progress: Progress,
+    context: int | None = None,
+    lora: bool = False,
 ) -> Graph:
     """Check the checkpoint, stream its weights into ``folder`` and save the graph there.
+
+    Args:
+        checkpoint: the open source.
+        folder: where graph and weights go.
+        recipe: number formats.
+        progress: receives the one phase.
+        context: tokens of context; None = the checkpoint's, at most :data:`DEFAULT_CONTEXT`.
+        lora: whether the graph gets places for LoRA adapters.
 
     Raises:
         CheckpointError: tensors are missing, left over, misshapen or unreadable; the config is unsupported.
@@ -153,7 +174,7 @@ def build_graph(
         DataFile(folder) as file,
     ):
         weights = Weights(checkpoint, recipe, file, advance)
-        builder = GraphBuilder(weights)
+        builder = GraphBuilder(weights, LoraPlaces().adapt if lora else None)
         bytes_per_token = architecture.build(builder, length)
         model = builder.model(architecture.model_type)
     assert weights.parameter_count == architecture.parameter_count()

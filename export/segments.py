@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edge.errors import ExportError
 from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN
+from export.lora import no_adapters
 
 DEFECT = "this is a defect of qwedge or of onnxruntime: please report it"
 Array = NDArray[np.float32]
@@ -77,7 +78,8 @@ class Layer:
         self._source, target = f"{HIDDEN}.{index}", f"{HIDDEN}.{index + 1}"
         self._pasts = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
         presents = [f"present.{index}.{kind}" for kind in ("key", "value")]
-        inputs = [self._source, "seqlens_k", "total_sequence_length", *self._pasts]
+        self._no_adapters = no_adapters(model, index)
+        inputs = [self._source, "seqlens_k", "total_sequence_length", *self._pasts, *self._no_adapters]
         self._segment = _Segment(model, folder, inputs, [target, *presents])
         past = next(value for value in model.graph.inputs if value.name == self._pasts[0])
         assert past.shape is not None
@@ -106,7 +108,7 @@ class Layer:
         total = self._cache[0].shape[2] + x.shape[1]
         lengths = {"seqlens_k": np.array([total - 1], np.int32), "total_sequence_length": np.array(total, np.int32)}
         past = dict(zip(self._pasts, self._cache, strict=True))
-        y, *self._cache = self._segment.run({self._source: x, **lengths, **past})
+        y, *self._cache = self._segment.run({self._source: x, **lengths, **past, **self._no_adapters})
         check_finite(y, f"layer {self._index} is")
         return y
 

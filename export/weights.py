@@ -105,6 +105,10 @@ class Weights:
         self._checkpoint = checkpoint
         self._progress = progress
 
+    def shape(self, source: str) -> tuple[int, ...]:
+        """Of a tensor of the checkpoint."""
+        return self._checkpoint.tensors[source].shape
+
     def vector(self, name: str, sources: Sequence[str]) -> ir.Value:
         """One float32 vector out of one or more 1-D tensors, end to end."""
         value = self.file.add(name, np.concatenate([self._read(source, 0, None) for source in sources]))
