@@ -256,8 +256,7 @@ class Scheduler:
         sequence.slot = self._free.pop()
         if is_new := sequence.started_at is None:
             sequence.started_at = time.monotonic()
-        if sequence.prompt_scorer is None:
-            self._guarded(partial(self._reuse_prefix, sequence), [sequence])
+        self._guarded(partial(self._take_slot, sequence), [sequence])
         if is_new and sequence.status is SequenceStatus.PREFILL:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             sequence.consumer.started()
@@ -283,6 +282,12 @@ class Scheduler:
         self._num_preempted += 1
         with self._changed:
             self._waiting.appendleft(sequence)
+
+    def _take_slot(self, sequence: Sequence) -> None:
+        """Make a slot ready for a sequence."""
+        self._engine.use_adapter(sequence.slot, sequence.adapter)
+        if sequence.prompt_scorer is None:
+            self._reuse_prefix(sequence)
 
     def _reuse_prefix(self, sequence: Sequence) -> None:
         """Start with the keys and values of a known beginning: of a running sequence, or of one that has ended."""

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.engine.lora import Adapter
 from edge.engine.sampler import Sampler
 from edge.engine.speculation import Acceptance, Draft, PromptLookup
 from edge.errors import QwedgeError
@@ -93,7 +94,9 @@ class Sequence:
     deadline: float | None = None
     """On the clock of :func:`time.monotonic`."""
     identity: str = ""
-    """Whose it is: cached prefixes are shared within an identity only."""
+    """Whose it is: cached prefixes are shared within an identity only (:func:`edge.engine.prefix.owned_by`)."""
+    adapter: Adapter | None = None
+    """What its tokens are computed with besides the model."""
     prompt_scorer: Callable[[int, NDArray[np.float32]], None] | None = None
     """Gets the logits of the whole prompt, in order and before the first token: with ``start`` and logits
     [n, padded_vocab], of which row i follows prompt token ``start + i``; they are valid during the call only."""

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edge.bundle import GENERATION, GRAPH, TOKENIZER, WEIGHTS, FileEntry, KVLayout, Manifest, Source
 from edge.chat import ChatTemplate
 from edge.engine.kv_cache import Cache
+from edge.engine.lora import Adapter
 from edge.engine.prefix_cache import PrefixCache
 from edge.metrics import Metrics
 from edge.model import Model
@@ -99,6 +100,8 @@ class FakeEngine:
         self.naps = 0
         """How often it was put to sleep."""
         self.asleep = False
+        self.adapters: list[Adapter | None] = [None] * slots
+        """Which adapter each slot uses."""
         self.gate = threading.Event()
         """Cleared, the engine hangs in its next step until it is set again."""
         self.gate.set()
@@ -128,6 +131,10 @@ class FakeEngine:
         self._step()
         return _logits([self._next(slot, before) for slot, before in zip(slots, past, strict=True)])
 
+    def use_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """See :class:`edge.engine.interface.Engine`."""
+        self.adapters[slot] = adapter
+
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """See :class:`edge.engine.interface.Engine`."""
         self._prompts[target] = self._tokens(source, length)
@@ -144,6 +151,7 @@ class FakeEngine:
         """See :class:`edge.engine.interface.Engine`."""
         self._prompts[slot] = []
         self._answers[slot] = []
+        self.adapters[slot] = None
 
     def sleep(self) -> None:
         """See :class:`edge.engine.interface.Engine`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from edge.bundle import Manifest, verify_bundle
 from edge.engine.heap import trim_heap
 from edge.engine.kv_cache import Cache, KVPool
-from edge.engine.session import Inputs, Session
+from edge.engine.lora import ActiveAdapters, Adapter, Places, StepAdapters
+from edge.engine.session import Inputs, Session, Step
 
 
 class Engine:
@@ -62,7 +64,11 @@ class Engine:
         self._bundle = bundle
         self._spin_us = spin_us
         self._pool = KVPool(manifest.kv, slots=slots, context=self.context_length, rows=self.rows)
-        self._loaded: _Loaded | None = self._load()
+        session = self._session()
+        self.places = Places(session.input_shapes())
+        """Where the graph takes LoRA adapters."""
+        self._adapters = ActiveAdapters(self.places, slots)
+        self._loaded: _Loaded | None = self._bind(session)
 
     def prefill(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
         """Append ``ids`` [n], n <= prefill_chunk, to the ``past`` tokens of a slot.
@@ -100,7 +106,11 @@ class Engine:
         """
         assert 0 < len(ids) <= self.rows
         assert max(past) < self.context_length
-        return self._awake.decode(len(ids)).run(self._pool.show(slots), ids, past)
+        return self._awake.decode(len(ids)).run(self._pool.show(slots), slots, ids, past)
+
+    def use_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Let the tokens of a slot be computed with an adapter, or without, until the slot is released."""
+        self._adapters.choose(slot, adapter)
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of a slot over another slot's."""
@@ -115,7 +125,8 @@ class Engine:
         self._pool.write(slot, cache, length)
 
     def release_slot(self, slot: int) -> None:
-        """Give a slot's memory back to the system."""
+        """Give a slot's memory back to the system; its adapter is not used any more."""
+        self._adapters.choose(slot, None)
         self._pool.release(slot)
 
     def sleep(self) -> None:
@@ -131,11 +142,14 @@ class Engine:
         """
         if self._loaded is None:
             verify_bundle(self._bundle)
-            self._loaded = self._load()
+            self._loaded = self._bind(self._session())
 
-    def _load(self) -> _Loaded:
-        session = Session(self._bundle, threads=self.threads, spin_us=self._spin_us)
-        return _Loaded(session, self._pool, self.manifest.padded_vocab_size, self.prefill_chunk, self.score_chunk)
+    def _session(self) -> Session:
+        return Session(self._bundle, threads=self.threads, spin_us=self._spin_us)
+
+    def _bind(self, session: Session) -> _Loaded:
+        binder = _Binder(session, self._pool, self._adapters, self.manifest.padded_vocab_size)
+        return _Loaded(binder, self.prefill_chunk, self.score_chunk)
 
     @property
     def _awake(self) -> _Loaded:
@@ -148,13 +162,31 @@ class Engine:
         return self.manifest.kv.bytes_per_token
 
 
-class _Loaded:
-    """The session and the steps bound to it, made when they are first wanted."""
+@dataclass(frozen=True)
+class _Binder:
+    """What steps are bound to."""
 
-    def __init__(self, session: Session, pool: KVPool, width: int, prefill_chunk: int, score_chunk: int) -> None:
-        self.prefill = cache(lambda slot: _Append(session, pool, slot, most=prefill_chunk, every=False, width=width))
-        self.score = cache(lambda slot: _Append(session, pool, slot, most=score_chunk, every=True, width=width))
-        self.decode = cache(lambda rows: _Decode(session, pool, rows, width))
+    session: Session
+    pool: KVPool
+    adapters: ActiveAdapters
+    width: int
+    """Of the logits."""
+
+    def step(
+        self, inputs: Inputs, logits: NDArray[np.float32], caches: Sequence[tuple[Cache, Cache]]
+    ) -> tuple[Step, StepAdapters]:
+        """A step and its adapters; see :meth:`edge.engine.session.Session.step`."""
+        step = self.session.step(inputs, logits, caches)
+        return step, StepAdapters(self.adapters, step, len(inputs["input_ids"]))
+
+
+class _Loaded:
+    """The steps bound to a session, made when they are first wanted."""
+
+    def __init__(self, binder: _Binder, prefill_chunk: int, score_chunk: int) -> None:
+        self.prefill = cache(lambda slot: _Append(binder, slot, most=prefill_chunk, every=False))
+        self.score = cache(lambda slot: _Append(binder, slot, most=score_chunk, every=True))
+        self.decode = cache(lambda rows: _Decode(binder, rows))
 
 
 class _Append:
@@ -165,13 +197,14 @@ class _Append:
         every: whether every position gets logits, or the last one only.
     """
 
-    def __init__(self, session: Session, pool: KVPool, slot: int, *, most: int, every: bool, width: int) -> None:
+    def __init__(self, binder: _Binder, slot: int, *, most: int, every: bool) -> None:
         self._every = every
+        self._slots = np.array([slot])
         self._ids = np.zeros((1, most), np.int64)
         self._seqlens = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         self._indices = np.arange(most if every else 1, dtype=np.int64)
-        self._logits: NDArray[np.float32] = np.zeros((len(self._indices), width), np.float32)
+        self._logits: NDArray[np.float32] = np.zeros((len(self._indices), binder.width), np.float32)
         self._bound = most
         inputs: Inputs = {
             "input_ids": self._ids,
@@ -179,7 +212,8 @@ class _Append:
             "total_sequence_length": self._total,
             "logits_indices": self._indices,
         }
-        self._step = session.step(inputs, self._logits, [pool.slot(layer, slot) for layer in range(pool.layers)])
+        caches = [binder.pool.slot(layer, slot) for layer in range(binder.pool.layers)]
+        self._step, self._adapters = binder.step(inputs, self._logits, caches)
 
     def run(self, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
         """Logits [n, padded_vocab] of all positions, or [1, padded_vocab] of the last."""
@@ -191,6 +225,7 @@ class _Append:
         self._total[()] = past + n
         if not self._every:
             self._indices[0] = n - 1
+        self._adapters.update(self._slots)
         self._step.run()
         return self._logits[:n]
 
@@ -203,13 +238,14 @@ class _Append:
 
 
 class _Decode:
-    """Decode of the window's first rows: every shape is fixed, nothing is ever bound again."""
+    """Decode of the window's first rows: every shape is fixed, only other adapters are ever bound again."""
 
-    def __init__(self, session: Session, pool: KVPool, rows: int, width: int) -> None:
+    def __init__(self, binder: _Binder, rows: int) -> None:
+        self._slots = np.zeros(rows, np.int64)
         self._ids = np.zeros((rows, 1), np.int64)
         self._seqlens = np.zeros(rows, np.int32)
         self._total = np.zeros((), np.int32)
-        self._logits = np.zeros((rows, width), np.float32)
+        self._logits = np.zeros((rows, binder.width), np.float32)
         self._indices = np.zeros(rows, np.int64)
         inputs: Inputs = {
             "input_ids": self._ids,
@@ -217,14 +253,19 @@ class _Decode:
             "total_sequence_length": self._total,
             "logits_indices": self._indices,
         }
-        self._step = session.step(inputs, self._logits, [pool.rows(layer, rows) for layer in range(pool.layers)])
+        caches = [binder.pool.rows(layer, rows) for layer in range(binder.pool.layers)]
+        self._step, self._adapters = binder.step(inputs, self._logits, caches)
 
-    def run(self, places: Sequence[int], ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
-        """Token i goes to row ``places[i]``; its logits come back as row i."""
+    def run(
+        self, places: Sequence[int], slots: Sequence[int], ids: Sequence[int], past: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Token i goes to row ``places[i]``, which shows ``slots[i]``; its logits come back as row i."""
+        self._slots[places] = slots
         self._ids[places, 0] = ids
         self._seqlens[places] = past
         self._total[()] = max(past) + 1
         self._indices[:] = places
+        self._adapters.update(self._slots)
         self._step.run()
         return self._logits
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.engine.kv_cache import Cache
+from edge.engine.lora import Adapter
 
 
 class Engine(Protocol):
@@ -47,6 +48,10 @@ class Engine(Protocol):
         A slot may be named several times, with a ``past`` that grows by one: its tokens then follow each other.
         The returned array is valid until the next call.
         """
+        ...
+
+    def use_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Let the tokens of a slot be computed with an adapter, or without, until the slot is released."""
         ...
 
     def copy_slot(self, source: int, target: int, length: int) -> None:

@@ -14,6 +14,8 @@ EVERYONE = "*"
 
 No front end ever gives it to a client, so nothing that a client sent gets there.
 """
+_ADAPTED = "\0"
+"""Between an identity and the adapter; no front end gives out an identity that holds it."""
 MIN_TOKENS = 32
 """Shorter beginnings are not worth an entry: prefilling them takes a tenth of a second."""
 
@@ -34,6 +36,21 @@ class Prefix:
     def num_bytes(self) -> int:
         """Memory it takes."""
         return self.cache.nbytes + self.ids.nbytes
+
+
+def owned_by(identity: str, adapter: str = "") -> str:
+    """The identity of what ``identity`` computes with an adapter (its digest): keys and values are others with each."""
+    return f"{identity}{_ADAPTED}{adapter}" if adapter else identity
+
+
+def owners(identity: str) -> tuple[str, str]:
+    """Whose prefixes an identity may use: its own and everyone's, computed with its adapter."""
+    return identity, EVERYONE + "".join(identity.partition(_ADAPTED)[1:])
+
+
+def is_everyones(identity: str) -> bool:
+    """Whether what belongs to ``identity`` is for all."""
+    return identity == owners(identity)[1]
 
 
 def common_length(a: Ids, b: Ids) -> int:

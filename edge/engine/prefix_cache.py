@@ -23,7 +23,15 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.engine.prefix import EVERYONE, MIN_TOKENS, Prefix, begins_with, longest_match
+from edge.engine.prefix import (
+    EVERYONE,
+    MIN_TOKENS,
+    Prefix,
+    begins_with,
+    is_everyones,
+    longest_match,
+    owners,
+)
 from edge.engine.prefix_store import PrefixStore
 
 __all__ = ["EVERYONE", "MIN_TOKENS", "Prefix", "PrefixCache"]
@@ -72,7 +80,8 @@ class PrefixCache:
 
     def has(self, identity: str, ids: NDArray[np.int64]) -> bool:
         """Whether an entry that ``identity`` may use begins with all of ``ids``."""
-        usable = (entry.prefix for entry in self._entries.values() if entry.prefix.identity in (identity, EVERYONE))
+        mine = owners(identity)
+        usable = (entry.prefix for entry in self._entries.values() if entry.prefix.identity in mine)
         return any(begins_with(prefix.ids, ids) for prefix in usable)
 
     def wants(self, num_tokens: int, num_bytes: int) -> bool:
@@ -82,7 +91,7 @@ class PrefixCache:
     def put(self, prefix: Prefix) -> None:
         """Add an entry in place of those it extends, and drop the oldest until the budget holds."""
         self._insert(_Entry(prefix, used=False))
-        if self._store is not None and prefix.identity == EVERYONE:
+        if self._store is not None and is_everyones(prefix.identity):
             self._store.save(prefix, len(prefix.ids))
 
     def close(self, timeout_s: float = 5.0) -> None:
@@ -93,10 +102,9 @@ class PrefixCache:
 
     def _longest(self, identity: str, ids: NDArray[np.int64]) -> tuple[int, int] | None:
         """Key and length of the best entry in memory."""
+        mine = owners(identity)
         usable = (
-            (key, entry.prefix.ids)
-            for key, entry in reversed(self._entries.items())
-            if entry.prefix.identity in (identity, EVERYONE)
+            (key, entry.prefix.ids) for key, entry in reversed(self._entries.items()) if entry.prefix.identity in mine
         )
         return longest_match(usable, ids)
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.engine.prefix import EVERYONE, Prefix, begins_with, common_length, longest_match
+from edge.engine.prefix import Prefix, begins_with, common_length, longest_match, owners
 from edge.engine.prefix_file import Head, UnusableError, can_hold, read_cache, write_prefix
 from edge.engine.private_folder import NotPlainError, PrivateFolder
 from edge.errors import QwedgeError
@@ -163,7 +163,7 @@ class PrefixStore:
             self._forget(stored)
         else:
             self._num_loaded += 1
-            owner = EVERYONE if stored.head.owner == self._owner(EVERYONE) else identity
+            owner = next(each for each in owners(identity) if stored.head.owner == self._owner(each))
             return Prefix(owner, ids, cache)
         return None
 
@@ -325,7 +325,8 @@ class PrefixStore:
         self._folder.remove(stored.name)
 
     def _owners(self, identity: str) -> tuple[bytes, bytes]:
-        return self._owner(identity), self._owner(EVERYONE)
+        own, everyones = owners(identity)
+        return self._owner(own), self._owner(everyones)
 
     def _owner(self, identity: str) -> bytes:
         return self._digest(b"identity", identity.encode())

@@ -51,6 +51,10 @@ class Session:
         joined = collapse_resident()
         log.debug("%d MiB of weights on huge pages", joined >> 20)
 
+    def input_shapes(self) -> dict[str, list[int | str]]:
+        """Shapes of the graph's inputs by name; free dimensions are names."""
+        return {value.name: list(value.shape) for value in self._session.get_inputs()}
+
     def step(self, inputs: Inputs, logits: NDArray[np.float32], caches: Sequence[tuple[Cache, Cache]]) -> Step:
         """Bind a step to its arrays, which must keep their place as long as it.
 
