@@ -21,10 +21,10 @@ PIP := -m pip --disable-pip-version-check --no-input -qq
 STAMP := $(VENV)/.installed
 ORACLE_STAMP := $(ORACLE_VENV)/.installed
 
-.PHONY: help setup model run test check docs lock oracle clean
+.PHONY: help setup model run test bench-peers check docs lock oracle clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup: $(STAMP) ## the environment in .venv, locked with hashes
 	@echo "setup: $(VENV) is ready"
@@ -60,6 +60,10 @@ test: $(STAMP) ## set everything up and run the tests
 	@.ci/need-package.sh chromium-driver chromedriver "the test of the web page" || true
 	@$(VENV)/bin/python -m pytest $(ARGS)
 	@$(if $(ARGS),,.ci/test-oracle.sh)
+
+bench-peers: $(STAMP) ## compare with llama.cpp and onnxruntime-genai: ARGS="--model 1.5b --full"
+	@.ci/need-package.sh g++ g++ "building llama.cpp"
+	@$(VENV)/bin/python -m tests.bench.peers $(ARGS)
 
 check: $(STAMP) ## lint, format, types, and generated documentation in step
 	@$(VENV)/bin/ruff check .
