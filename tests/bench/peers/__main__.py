@@ -144,7 +144,7 @@ def _arguments() -> argparse.Namespace:
     add("--workload", action="append", choices=WORKLOADS, help="only this one; may be repeated")
     add("--full", action="store_true", help=f"also {', '.join(sorted(FULL_ONLY))}")
     add("--only", default="", metavar="TEXT", help="only contestants with TEXT in their names")
-    add("--patience", type=float, default=15.0, help="seconds to wait for a quiet machine before each turn")
+    add("--patience", type=float, default=5.0, help="seconds to wait for a quiet machine before each turn")
     add("--build-only", action="store_true", help="set everything up and measure nothing")
     options = parser.parse_args()
     left_out = frozenset() if options.full else FULL_ONLY
