@@ -136,12 +136,10 @@ class Sequence:
         """Up to ``most`` tokens that may come after the last output."""
         if most == 0:
             return Draft()
-        if forced := self.sampler.forced_tokens():
-            return Draft(tuple(forced[:most]))
         if self.lookup is None:
             self.lookup = PromptLookup(self.prompt_ids.tolist())
         self.lookup.extend(self.output_ids[len(self.lookup) - len(self.prompt_ids) :])
-        return self.lookup.draft(most)
+        return self.lookup.draft(most, self.sampler.forced_tokens())
 
     def computed_ids(self) -> NDArray[np.int64]:
         """The tokens whose keys and values are in the slot [num_computed_tokens]."""

@@ -12,17 +12,19 @@ computes a guessed token to the last bit as it computes it alone (``edge.engine.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 
 FORCED = 0
-"""The source of a draft that a grammar prescribes; others are the length of the n-gram that was found."""
+"""Source of a guess: a grammar prescribes it."""
+NEXT = 1
+"""Source of a guess: it goes on where the guess before it was found. Other sources are the length of the n-gram."""
 _NGRAMS = (4, 3, 2)
 """Lengths of the beginnings that are looked up, the most telling first."""
-_START_FIRST = {FORCED: 0.95, 4: 0.7, 3: 0.55, 2: 0.3}
-"""How often the first token of a draft is right, by its source, before anything is known of a sequence."""
-_START_NEXT = 0.85
-"""How often a further token is right where the one before it was."""
+_START_RATES = {FORCED: 0.95, NEXT: 0.85, 4: 0.7, 3: 0.55, 2: 0.3}
+"""How often a guess is right, if all before it are, before anything is known of a sequence."""
 _RATE_WEIGHT = 0.1
 """Weight of the newest outcome in the running rates."""
 _RECOVERY = 0.01
@@ -42,11 +44,8 @@ class Draft:
     """Tokens that may come next."""
 
     ids: tuple[int, ...] = ()
-    source: int = FORCED
-
-    def __bool__(self) -> bool:
-        """Whether there is anything to verify."""
-        return bool(self.ids)
+    sources: tuple[int, ...] = ()
+    """Of each token."""
 
 
 class PromptLookup:
@@ -74,38 +73,39 @@ class PromptLookup:
                     self._follows[tuple(self._ids[-n:])] = len(self._ids)
             self._ids.append(token)
 
-    def draft(self, most: int) -> Draft:
-        """Up to ``most`` tokens that may come next; empty without a precedent."""
+    def draft(self, most: int, forced: Sequence[int] = ()) -> Draft:
+        """Up to ``most`` tokens that may come next: those that are forced, and what followed the like before."""
+        known = tuple(forced[:most])
+        tail = (*self._ids[-_NGRAMS[0] :], *known)
         for n in _NGRAMS:
-            start = self._follows.get(tuple(self._ids[-n:]))
+            start = self._follows.get(tail[-n:])
             if start is not None:
-                return Draft(tuple(self._ids[start : start + most]), n)
-        return Draft()
+                found = tuple(self._ids[start : start + most - len(known)])
+                sources = (n, *[NEXT] * (len(found) - 1)) if found else ()
+                return Draft(known + found, (FORCED,) * len(known) + sources)
+        return Draft(known, (FORCED,) * len(known))
 
 
-@dataclass
 class Acceptance:
     """How often the guesses of one sequence were right."""
 
-    _first: dict[int, float] = field(default_factory=lambda: dict(_START_FIRST))
-    _next: float = _START_NEXT
+    def __init__(self) -> None:
+        self._rates = dict(_START_RATES)
 
     def chances(self, draft: Draft) -> list[float]:
         """For each token of a draft the probability that it and all before it are right."""
-        first = self._first[draft.source]
-        return [first * self._next**i for i in range(len(draft.ids))]
+        return list(accumulate((self._rates[source] for source in draft.sources), operator.mul))
 
     def verified(self, draft: Draft, num_verified: int, num_right: int) -> None:
         """``num_verified`` tokens of a draft were verified, and ``num_right`` were right before the first wrong one."""
-        if not draft:
-            return
         if num_verified == 0:
-            self._first[draft.source] += _RECOVERY * (_START_FIRST[draft.source] - self._first[draft.source])
-            return
-        outcomes = [1.0] * num_right + [0.0] * (num_right < num_verified)
-        self._first[draft.source] += _RATE_WEIGHT * (outcomes[0] - self._first[draft.source])
-        for outcome in outcomes[1:]:
-            self._next += _RATE_WEIGHT * (outcome - self._next)
+            for source in draft.sources[:1]:
+                self._move(source, _START_RATES[source], _RECOVERY)
+        for i in range(min(num_verified, num_right + 1)):
+            self._move(draft.sources[i], float(i < num_right), _RATE_WEIGHT)
+
+    def _move(self, source: int, towards: float, weight: float) -> None:
+        self._rates[source] += weight * (towards - self._rates[source])
 
 
 class StepCosts:

@@ -11,7 +11,7 @@ from edge.bundle import Manifest
 from edge.engine.engine import Engine
 from edge.engine.grammar_source import Grammar
 from edge.engine.sampler import SamplingParams
-from edge.engine.speculation import Acceptance, Draft, PromptLookup, StepCosts, share_out
+from edge.engine.speculation import FORCED, NEXT, Acceptance, Draft, PromptLookup, StepCosts, share_out
 from edge.metrics import Metrics
 from edge.scheduler import Scheduler, SchedulerStats
 from edge.service import Delta, Finished, Service
@@ -28,28 +28,36 @@ TEXT = "def push(self, item): self.items.append(item)\n"
 
 def test_what_followed_the_last_tokens_before_is_guessed() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1, 2, 3])
-    assert lookup.draft(2) == Draft((4, 5), 3)
+    assert lookup.draft(2) == Draft((4, 5), (3, NEXT))
     assert lookup.draft(10).ids == (4, 5, 6, 1, 2, 3)
     lookup.extend([9])
-    assert not lookup.draft(2)
+    assert lookup.draft(2) == Draft()
     lookup.extend([1, 2, 3])
     assert lookup.draft(3).ids == (9, 1, 2), "the latest occurrence counts"
 
 
 def test_the_longest_precedent_counts() -> None:
-    assert PromptLookup([1, 2, 3, 4, 50, 7, 3, 4, 60, 1, 2, 3, 4]).draft(1) == Draft((50,), 4)
-    assert PromptLookup([1, 2, 3, 4, 50, 7, 3, 4, 60, 8, 9, 3, 4]).draft(1) == Draft((60,), 2)
+    assert PromptLookup([1, 2, 3, 4, 50, 7, 3, 4, 60, 1, 2, 3, 4]).draft(1) == Draft((50,), (4,))
+    assert PromptLookup([1, 2, 3, 4, 50, 7, 3, 4, 60, 8, 9, 3, 4]).draft(1) == Draft((60,), (2,))
 
 
 def test_without_a_precedent_nothing_is_guessed() -> None:
-    assert not PromptLookup([]).draft(4)
-    assert not PromptLookup([1, 2]).draft(4)
-    assert not PromptLookup([1, 2, 3]).draft(4), "the last tokens are no precedent of themselves"
+    assert PromptLookup([]).draft(4) == Draft()
+    assert PromptLookup([1, 2]).draft(4) == Draft()
+    assert PromptLookup([1, 2, 3]).draft(4) == Draft(), "the last tokens are no precedent of themselves"
+
+
+def test_what_is_forced_comes_first_and_what_followed_it_before_comes_next() -> None:
+    lookup = PromptLookup([5, 6, 7, 8, 9, 1, 2])
+    assert lookup.draft(4, [5, 6]) == Draft((5, 6, 7, 8), (FORCED, FORCED, 2, NEXT))
+    assert lookup.draft(2, [5, 6]) == Draft((5, 6), (FORCED, FORCED))
+    assert lookup.draft(1, [5, 6]) == Draft((5,), (FORCED,))
+    assert lookup.draft(4, [77]) == Draft((77,), (FORCED,))
 
 
 def chances(num_right: int, num_verified: int, times: int = 60) -> list[float]:
     acceptance = Acceptance()
-    draft = Draft((1,) * 8, 3)
+    draft = Draft((1,) * 8, (3, *[NEXT] * 7))
     for _ in range(times):
         acceptance.verified(draft, num_verified, num_right)
     return acceptance.chances(draft)
@@ -70,7 +78,7 @@ def test_right_guesses_make_longer_ones_and_wrong_ones_stop_them() -> None:
 
 
 def test_a_sequence_that_stopped_guessing_tries_again() -> None:
-    acceptance, draft, cheap = Acceptance(), Draft((1, 2, 3), 3), costs(0.1)
+    acceptance, draft, cheap = Acceptance(), Draft((1, 2, 3), (3, NEXT, NEXT)), costs(0.1)
     for _ in range(60):
         acceptance.verified(draft, 3, 0)
     waited = 0
