@@ -54,18 +54,23 @@ def _run(options: argparse.Namespace) -> None:
         return
     log = home / "servers.log"
     log.unlink(missing_ok=True)
+    about = _about(options, made, build, python)
     rounds: list[report.Round] = []
     began = time.monotonic()
     try:
         for number in range(options.rounds):
             rounds.append(_round(_rotated(contestants, number), reader, options, log))
             tools.tell(f"round {number + 1} of {options.rounds} done after {time.monotonic() - began:.0f} s")
-    except KeyboardInterrupt:
-        tools.tell("interrupted: the table has the rounds that were finished")
+    finally:
+        # Also when it is interrupted: what was measured until then is worth having.
+        if rounds:
+            _print(about, rounds)
+
+
+def _print(about: dict[str, Any], rounds: Sequence[report.Round]) -> None:
     found = report.rows(rounds, MOST_OTHERS)
     print(report.markdown(found))
-    about = _about(options, made, build, python)
-    print(json.dumps({**about, **report.as_json(found, rounds)}))
+    print(json.dumps({**about, **report.as_json(found, rounds)}), flush=True)
 
 
 def _round(

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.oracle import write_folder
 from export.sources import default_cache, resolve
 from tests.bench.peers import tools
 
@@ -118,6 +117,9 @@ def _q4_0(checkpoint: Path, llama_cpp: tools.LlamaCpp) -> Path:
 def _genai(name: str, python: Path) -> Path:
     model = home() / "genai-models" / name
     if not model.exists():
+        # It brings the exporter's libraries, which take seconds to load.
+        from export.oracle import write_folder
+
         tools.tell(f"exporting {name} with the builder of onnxruntime-genai")
         scratch = model.with_name(f"{name}.scratch")
         shutil.rmtree(scratch, ignore_errors=True)
