@@ -87,6 +87,9 @@ class ModelSettings(_Section):
     """What is served."""
 
     bundle: Path | None = Field(None, description="The bundle's folder, as `qwedge export` writes it.")
+    adapters: Path | None = Field(
+        None, description="A folder of further LoRA adapters, each a folder as PEFT saves it; looked at while serving."
+    )
 
 
 class EngineSettings(_Section):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge import __version__
+from edge.adapters import Adapters
 from edge.bundle import CHAT_TEMPLATE, GENERATION, TOKENIZER, Manifest
 from edge.chat import ChatTemplate
 from edge.config import EngineSettings, Settings
 from edge.engine.engine import Engine
+from edge.engine.lora import Places
 from edge.engine.prefix_cache import PrefixCache
 from edge.engine.prefix_store import PrefixStore
 from edge.errors import BundleError, ConfigError
@@ -68,7 +71,10 @@ def load_service(bundle: Path, manifest: Manifest, settings: Settings) -> Servic
         prefill_chunk=options.prefill_chunk,
         spin_us=options.spin_us,
     )
-    model = load_model(bundle, manifest, engine.context_length)
+    model = replace(
+        load_model(bundle, manifest, engine.context_length),
+        adapters=load_adapters(engine.places, bundle, manifest, settings.model.adapters),
+    )
     scheduler = Scheduler(
         engine,
         max_queue=settings.scheduler.max_queue,
@@ -78,6 +84,15 @@ def load_service(bundle: Path, manifest: Manifest, settings: Settings) -> Servic
         sleep_after_s=options.sleep_after_s,
     )
     return Service(model, scheduler, Metrics(), default_max_tokens=settings.scheduler.default_max_tokens)
+
+
+def load_adapters(places: Places, bundle: Path, manifest: Manifest, folder: Path | None) -> Adapters | None:
+    """What requests can choose beside the model; None where neither bundle nor settings offer any.
+
+    Raises:
+        BundleError: there is a ``folder`` of adapters, but the bundle has no places for them.
+    """
+    return Adapters(places, bundle, manifest, folder) if places.linears or folder else None
 
 
 def load_prefixes(manifest: Manifest, options: EngineSettings) -> PrefixCache:

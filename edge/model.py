@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edge.adapters import Adapters
 from edge.bundle import Manifest
 from edge.chat import ChatTemplate
 from edge.engine.grammar import Grammars
 from edge.engine.grammar_source import Grammar
+from edge.engine.lora import Adapter
 from edge.engine.sampler import SamplingParams
 from edge.errors import ModelNotFoundError, RequestError
 from edge.tokenizer import Tokenizer
@@ -30,6 +32,8 @@ class Model:
     """Tokens per sequence as served: at most the manifest's."""
     loaded_at: float = field(default_factory=time.time)
     """Unix time, for OpenAI's ``created``."""
+    adapters: Adapters | None = None
+    """LoRA adapters, where the graph has places for them."""
     grammars: Grammars = field(init=False, repr=False, compare=False)
     """Compiled for this vocabulary."""
 
@@ -37,15 +41,27 @@ class Model:
         grammars = Grammars(self.tokenizer, self.manifest.vocab_size, self.eos_ids)
         object.__setattr__(self, "grammars", grammars)
 
-    def check_name(self, name: str | None) -> None:
-        """Accept None and the served model's name.
+    def names(self) -> list[str]:
+        """What requests can ask for: the model by itself, and with each adapter as ``NAME:ADAPTER``."""
+        name = self.manifest.name
+        return [name, *(f"{name}:{adapter}" for adapter in (self.adapters.names() if self.adapters else ()))]
+
+    def find_adapter(self, name: str | None) -> Adapter | None:
+        """The adapter that a request's model name asks for: None for the served model's own name, and for no name.
+
+        An adapter that is not in memory is read from disk, which takes tens of milliseconds.
 
         Raises:
-            ModelNotFoundError: another name.
+            ModelNotFoundError: neither model nor adapter of that name is there.
         """
-        if name not in {None, "", self.manifest.name}:
-            hint = f"this device serves {self.manifest.name}; see GET /v1/models"
-            raise ModelNotFoundError(f"the model {name!r} is not served here", hint=hint, param="model")
+        model, colon, adapter = (name or self.manifest.name).partition(":")
+        if model == self.manifest.name:
+            if not colon:
+                return None
+            if self.adapters and (found := self.adapters.find(adapter)):
+                return found
+        hint = f"this device serves {_some(self.names())}; see GET /v1/models"
+        raise ModelNotFoundError(f"the model {name!r} is not served here", hint=hint, param="model")
 
     def check_grammar(self, grammar: Grammar) -> None:
         """Compile a grammar, so that its use later is quick; the first one takes about half a second.
@@ -73,3 +89,8 @@ class Model:
             hint = "use /v1/completions with this model"
             raise RequestError("this model has no chat template", hint=hint, param="messages")
         return tuple(self.template.encode(self.tokenizer, messages, **options))
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 
 from edge.engine.grammar_source import Grammar
 from edge.engine.logprobs import PromptScorer, TokenLogprobs
+from edge.engine.lora import Adapter
+from edge.engine.prefix import owned_by
 from edge.engine.sampler import Sampler, SamplingParams
 from edge.errors import ContextOverflowError, QwedgeError, RequestError
 from edge.metrics import Metrics
@@ -55,6 +57,8 @@ class GenerationRequest:
     """Alternatives to report with each token's log-probability, 0 to 20; None reports nothing."""
     score_prompt: bool = False
     """Report the log-probabilities of the prompt's tokens too; needs ``num_logprobs``. Takes no cached prefix."""
+    adapter: Adapter | None = None
+    """What answers besides the model: :meth:`Model.find_adapter` finds it."""
     grammar: Grammar | None = None
     """The form the answer must have. On an event loop, :meth:`Model.check_grammar` comes first, in a worker thread."""
 
@@ -219,7 +223,8 @@ class Service:
             eos_ids=frozenset() if request.ignore_eos else self.model.eos_ids,
             sampler=sampler,
             consumer=_EventConsumer(on_event, text, sampler, scorer, self.metrics, announces=announces),
-            identity=request.identity,
+            identity=owned_by(request.identity, request.adapter.digest if request.adapter else ""),
+            adapter=request.adapter,
             deadline=None if request.deadline_s is None else time.monotonic() + request.deadline_s,
             prompt_scorer=scorer,
         )

@@ -28,6 +28,7 @@ LAYERS = (
     {"edge", "edge.errors", "edge.adapter", "edge.bundle", "edge.config"},
     {"edge.engine"},
     {
+        "edge.adapters",
         "edge.scheduler",
         "edge.decode_step",
         "edge.sequence",

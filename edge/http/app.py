@@ -77,14 +77,15 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        """The served model, as a list."""
-        return {"object": "list", "data": [_describe_model(service.model)]}
+        """The served model, by itself and with each adapter."""
+        names = await run_in_threadpool(service.model.names)
+        return {"object": "list", "data": [_describe_model(service.model, name) for name in names]}
 
     @app.get("/v1/models/{name}")
     async def get_model(name: str) -> dict[str, Any]:
-        """The served model; 404 for another name."""
-        service.model.check_name(name)
-        return _describe_model(service.model)
+        """The served model, or the model with an adapter; 404 for another name."""
+        await run_in_threadpool(service.model.find_adapter, name)
+        return _describe_model(service.model, name)
 
     @app.get("/health")
     async def health() -> Response:
@@ -181,10 +182,10 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _describe_model(model: Model) -> dict[str, Any]:
+def _describe_model(model: Model, name: str) -> dict[str, Any]:
     manifest = model.manifest
     return {
-        "id": manifest.name,
+        "id": name,
         "object": "model",
         "created": int(model.loaded_at),
         "owned_by": "qwedge",

@@ -32,7 +32,7 @@ class Answer:
         self.id = f"{self._shape.id_prefix}-{uuid.uuid4().hex}"
         """The same in all chunks and in the body."""
         self._created = int(time.time())
-        self._model_name = model.manifest.name
+        self._model_name = request.model or model.manifest.name
         self._include_usage = request.include_usage
         self._num_per_prompt = request.num_choices
         self._choices = [Choice(model, request, generation, index) for index, generation in enumerate(generations)]

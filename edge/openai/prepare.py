@@ -30,10 +30,10 @@ def prepare(model: Model, request: ChatRequest | CompletionRequest) -> tuple[Gen
     Takes time in proportion to the prompt: call it in a worker thread where an event loop must stay responsive.
 
     Raises:
-        ModelNotFoundError: the request names another model.
+        ModelNotFoundError: the request names another model, or an adapter that is not there.
         RequestError: the messages do not suit the template, a parameter is out of range, or the grammar is not usable.
     """
-    model.check_name(request.model)
+    adapter = model.find_adapter(request.model)
     if (grammar := requested_grammar(request)) is not None:
         model.check_grammar(grammar)
     stop = request.stop or ()
@@ -44,6 +44,7 @@ def prepare(model: Model, request: ChatRequest | CompletionRequest) -> tuple[Gen
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         num_logprobs=request.num_logprobs,
         score_prompt=request.scores_prompt,
+        adapter=adapter,
         grammar=grammar,
     )
     prompts = (
