@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,10 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge import __version__
 from edge.adapters import Adapters
+from edge.background import in_background
 from edge.bundle import CHAT_TEMPLATE, GENERATION, TOKENIZER, Manifest
 from edge.chat import ChatTemplate
 from edge.config import EngineSettings, Settings
 from edge.engine.engine import Engine
+from edge.engine.heap import trim_heap
 from edge.engine.lora import Places
 from edge.engine.prefix_cache import PrefixCache
 from edge.engine.prefix_store import PrefixStore
@@ -48,33 +52,36 @@ class GenerationDefaults(BaseModel):
         return self.model_dump(include=names, exclude_none=True)
 
 
-def load_service(bundle: Path, manifest: Manifest, settings: Settings) -> Service:
+def load_service(bundle: Path, manifest: Manifest, settings: Settings, *, imports: Sequence[str] = ()) -> Service:
     """Load a bundle into a service, which is not started yet.
+
+    Two threads share the work. Packing the weights leaves Python to the other one; reading the vocabulary does not, so
+    that it begins after the imports, which do.
 
     Args:
         bundle: the folder; the caller has verified it.
         manifest: its manifest.
         settings: engine and scheduler settings.
+        imports: modules that the caller needs next.
 
     Raises:
         BundleError: a file is not what its name promises, or onnxruntime refuses the graph.
         ConfigError: the context is longer than the bundle's, or the cache does not fit.
     """
     options = settings.engine
+    context = _context(manifest, options)
+    text = in_background(lambda: _import_and_load(imports, bundle, manifest, context))
     engine = Engine(
         bundle,
         manifest,
         slots=options.slots,
-        context=_context(manifest, options),
+        context=context,
         draft_tokens=options.draft_tokens,
         threads=options.threads,
         prefill_chunk=options.prefill_chunk,
         spin_us=options.spin_us,
     )
-    model = replace(
-        load_model(bundle, manifest, engine.context_length),
-        adapters=load_adapters(engine.places, bundle, manifest, settings.model.adapters),
-    )
+    model = replace(text.result(), adapters=load_adapters(engine.places, bundle, manifest, settings.model.adapters))
     scheduler = Scheduler(
         engine,
         max_queue=settings.scheduler.max_queue,
@@ -124,6 +131,14 @@ def load_model(bundle: Path, manifest: Manifest, context_length: int) -> Model:
         sampling_defaults=defaults.sampling(),
         context_length=context_length,
     )
+
+
+def _import_and_load(imports: Sequence[str], bundle: Path, manifest: Manifest, context_length: int) -> Model:
+    for name in imports:
+        import_module(name)
+    model = load_model(bundle, manifest, context_length)
+    trim_heap()  # reading a vocabulary leaves 40 MB of crumbs
+    return model
 
 
 def _computed_by(manifest: Manifest) -> bytes:

@@ -14,7 +14,8 @@ import httpx
 
 from edge.config import ServerSettings
 from edge.http.app import create_app
-from edge.http.server import HttpServer, bind
+from edge.http.listening import bind
+from edge.http.server import HttpServer
 from edge.service import Service
 from tests.fakes import FakeEngine, make_service
 

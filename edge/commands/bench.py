@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, fields
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated, Any
 
-import psutil
 import typer
 
 from edge import __version__
@@ -115,7 +114,7 @@ def measure(service: Service, prompt: tuple[int, ...], output_tokens: int) -> Sa
 
 
 def _load(chosen: Settings) -> Loaded:
-    from edge.commands.local import bundle_of
+    from edge.commands.loading import bundle_of
     from edge.commands.verify import check_bundle
     from edge.loader import load_service
 
@@ -125,7 +124,14 @@ def _load(chosen: Settings) -> Loaded:
     verified = time.perf_counter()
     service = load_service(bundle, manifest, chosen)
     load_s = time.perf_counter() - verified
-    return Loaded(service, manifest, verified - began, load_s, psutil.Process().memory_info().rss)
+    return Loaded(service, manifest, verified - began, load_s, _rss_bytes())
+
+
+def _rss_bytes() -> int:
+    import psutil
+
+    rss: int = psutil.Process().memory_info().rss
+    return rss
 
 
 def _prompts(vocab_size: int, length: int, count: int) -> list[tuple[int, ...]]:
@@ -162,7 +168,7 @@ def _report(
         "verify_s": round(loaded.verify_s, 3),
         "load_s": round(loaded.load_s, 3),
         "rss_loaded_bytes": loaded.rss_bytes,
-        "rss_bytes": psutil.Process().memory_info().rss,
+        "rss_bytes": _rss_bytes(),
         "rss_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "samples": [asdict(sample) for sample in samples],
     }

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import typer
 
 from edge import __version__
@@ -112,6 +111,8 @@ def _onnxruntime() -> Check:
 
 
 def _cpu() -> Check:
+    import psutil
+
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0))
     return Check("cpu", "ok", f"{machine.cpu_model()}, {cores} cores, {usable} usable threads")
@@ -128,6 +129,8 @@ def _isa() -> Check:
 
 
 def _memory() -> Check:
+    import psutil
+
     memory = psutil.virtual_memory()
     detail = f"{_gib(memory.available)} available of {_gib(memory.total)}"
     if memory.available < MIN_FREE_RAM:

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edge.commands.verify import check_bundle
+from edge.commands.loading import load
 from edge.config import Settings
-from edge.errors import ConfigError
-from edge.loader import load_service
-from edge.openai import Answer, parse_chat, parse_completion, prepare
-from edge.service import Event, Service
+
+if TYPE_CHECKING:  # these bring onnxruntime, which is imported while the bundle is verified
+    from edge.service import Event, Service
 
 Show = Callable[[str, bool], None]
 """Called with each piece of an answer's text and whether it is reasoning."""
-
-
-def bundle_of(settings: Settings) -> Path:
-    """The configured bundle.
-
-    Raises:
-        ConfigError: none is configured.
-    """
-    if settings.model.bundle is None:
-        hint = "name one with --bundle DIR; `qwedge export` makes one"
-        raise ConfigError("no bundle is given", hint=hint)
-    return settings.model.bundle
 
 
 @contextmanager
@@ -39,8 +25,7 @@ def local_service(settings: Settings) -> Iterator[Service]:
         BundleError: the bundle is damaged.
         ConfigError: no bundle is configured, or it does not fit the settings.
     """
-    bundle = bundle_of(settings)
-    service = load_service(bundle, check_bundle(bundle), settings)
+    service = load(settings)
     service.start()
     try:
         yield service
@@ -62,6 +47,8 @@ def ask(service: Service, body: Mapping[str, Any], show: Show) -> dict[str, Any]
     Raises:
         QwedgeError: the request is refused or failed.
     """
+    from edge.openai import Answer, parse_chat, parse_completion, prepare
+
     given = {name: value for name, value in body.items() if value is not None}
     request = parse_completion(given) if "prompt" in given else parse_chat(given)
     generations = prepare(service.model, request)

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edge.commands import options
+from edge.commands.loading import bundle_of, load
 from edge.config import BrokerAddress, MqttSettings, Settings
 from edge.errors import ConfigError, UnavailableError
 
@@ -89,29 +91,37 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
     Raises:
         QwedgeError: what is needed to start cannot be had: the port, the bundle, memory, prompts that can be read.
     """
-    from edge.commands.local import bundle_of
-    from edge.commands.verify import check_bundle
-    from edge.commands.warm import prepare_prompts, read_prompts, warm_up
-    from edge.http.server import bind
-    from edge.loader import load_service
+    from edge.http.listening import bind
 
-    bundle = bundle_of(settings)
+    bundle_of(settings)
     if warm is not None and settings.engine.prefix_cache_mb == 0:
         raise ConfigError("--warm needs memory to keep prompts in", hint="set engine.prefix_cache_mb above 0")
-    prompts = read_prompts(warm) if warm is not None else []
+    start = _starter(warm)
     with ExitStack() as stack:
         # The port first: that it is taken should show before seconds go into the model.
         sock = stack.enter_context(bind(settings.server.host, settings.server.port))
-        manifest = check_bundle(bundle)
-        log.info("loading %s", manifest.name)
-        service = load_service(bundle, manifest, settings)
+        service = load(settings, imports=("edge.http.app", "edge.http.server"))
         stack.callback(service.stop)
-        requests = prepare_prompts(service.model, prompts)
-        service.start()
-        warm_up(service, requests, options.note)
+        start(service)
         address = _start_mqtt(settings.mqtt, service, stack)
         asyncio.run(_serve_http(service, settings, sock, address))
     log.info("stopped")
+
+
+def _starter(warm: Path | None) -> Callable[[Service], None]:
+    """What starts a service: with the prompts of a file, which are read and checked now, or just so."""
+    if warm is None:
+        return lambda service: service.start()
+    from edge.commands.warm import prepare_prompts, read_prompts, warm_up
+
+    prompts = read_prompts(warm)
+
+    def start(service: Service) -> None:
+        requests = prepare_prompts(service.model, prompts)
+        service.start()
+        warm_up(service, requests, options.note)
+
+    return start
 
 
 def _start_mqtt(settings: MqttSettings, service: Service, stack: ExitStack) -> BrokerAddress | None:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from edge.engine.heap import HUGE_PAGE
+
 log = logging.getLogger(__name__)
 
-HUGE_PAGE = 2 << 20
-"""Bytes; x86-64 and ARM64 with 4 KiB pages."""
 _MADV_COLLAPSE = 25
 _GIVE_UP_AFTER = 16
 _PAGES = HUGE_PAGE // 4096

@@ -16,9 +16,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge.bundle import GRAPH
+from edge.bundle import GRAPH, WEIGHTS
+from edge.engine.heap import huge_heap
 from edge.engine.huge_pages import collapse_resident
 from edge.engine.kv_cache import Cache
+from edge.engine.mapped_pages import MappedPages
 from edge.errors import BundleError
 
 Inputs = dict[str, NDArray[Any]]
@@ -26,6 +28,8 @@ Inputs = dict[str, NDArray[Any]]
 log = logging.getLogger(__name__)
 
 _ERRORS_ONLY = 3
+_PACKED_PER_BYTE = 1.25
+"""Most bytes that the packed copies of the weights take for each byte of the bundle."""
 
 
 class Session:
@@ -41,15 +45,18 @@ class Session:
     """
 
     def __init__(self, bundle: Path, *, threads: int, spin_us: int) -> None:
-        try:
-            self._session = ort.InferenceSession(
-                os.fspath(bundle / GRAPH), _options(threads, spin_us), ["CPUExecutionProvider"]
-            )
-        except Exception as error:  # noqa: BLE001 - onnxruntime has one class per status and no common base
-            first = str(error).partition("\n")[0]
-            raise BundleError(f"onnxruntime cannot load {bundle / GRAPH}: {first}", hint="export it again") from None
-        joined = collapse_resident()
-        log.debug("%d MiB of weights on huge pages", joined >> 20)
+        size = sum(path.stat().st_size for path in bundle.iterdir())
+        with huge_heap(int(size * _PACKED_PER_BYTE)) as huge:
+            self._session = _open(bundle / GRAPH, _options(threads, spin_us))
+        if not huge:
+            joined = collapse_resident()
+            log.debug("%d MiB of weights on huge pages", joined >> 20)
+        self._mapped = MappedPages(bundle / WEIGHTS)
+        self.drop_mapped()
+
+    def drop_mapped(self) -> None:
+        """Let the pages of the weights' file go that steps have read since; what is packed is no part of them."""
+        self._mapped.drop()
 
     def input_shapes(self) -> dict[str, list[int | str]]:
         """Shapes of the graph's inputs by name; free dimensions are names."""
@@ -71,6 +78,14 @@ class Session:
             step.bind_cache(f"{layer}.value", values)
         step.bind_output("logits", logits)
         return step
+
+
+def _open(graph: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(os.fspath(graph), options, ["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - onnxruntime has one class per status and no common base
+        first = str(error).partition("\n")[0]
+        raise BundleError(f"onnxruntime cannot load {graph}: {first}", hint="export it again") from None
 
 
 class Step:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import socket
 from collections.abc import Iterator
@@ -29,7 +28,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from edge.errors import RequestError, UnavailableError
+from edge.errors import RequestError
+from edge.http.listening import BACKLOG
 from edge.openai import error_body
 
 HEADER_S = 10.0
@@ -44,41 +44,6 @@ MAX_CONNECTIONS = 512
 """Connections at once; more are closed at once."""
 SHUTDOWN_S = 3
 """Seconds for the last bytes to be delivered after :meth:`HttpServer.shutdown`."""
-SEND_BUFFER_BYTES = 1 << 16
-"""What the system may hold for one slow reader: enough for seconds of tokens, and small enough to notice him."""
-_BACKLOG = 512
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Take a TCP port, without answering on it yet.
-
-    Args:
-        host: an address or a name of this machine.
-        port: 0 picks a free one; see ``getsockname()`` of the result.
-
-    Raises:
-        UnavailableError: the port is in use or not allowed, or the address is not this machine's.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # localhost may come as ::1 first, where clients that try 127.0.0.1 would find nobody.
-        family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] is not socket.AF_INET)
-        sock = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UnavailableError(f"cannot listen on {host}: {error.strerror}", hint="check the address") from None
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # accepted connections inherit it
-        sock.bind(address)
-        # Listening right away makes a second server on this port fail here, not later.
-        sock.listen(_BACKLOG)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        hint = "choose another port" if error.errno in {errno.EADDRINUSE, errno.EACCES} else "check the address"
-        raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror}", hint=hint) from None
-    return sock
 
 
 class HttpServer:
@@ -86,7 +51,7 @@ class HttpServer:
 
     Args:
         app: the application.
-        sock: as :func:`bind` returns it; closed when :meth:`serve` returns.
+        sock: as :func:`edge.http.listening.bind` returns it; closed when :meth:`serve` returns.
     """
 
     def __init__(self, app: ASGIApp, sock: socket.socket) -> None:
@@ -104,7 +69,7 @@ class HttpServer:
                 server_header=False,
                 date_header=False,
                 proxy_headers=False,
-                backlog=_BACKLOG,
+                backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=SHUTDOWN_S,
             )

@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from edge.engine import huge_pages
-from edge.engine.huge_pages import HUGE_PAGE, collapse_resident
+from edge.engine.heap import HUGE_PAGE
+from edge.engine.huge_pages import collapse_resident
 
 
 def huge_kib(address: int) -> int:

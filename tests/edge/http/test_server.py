@@ -10,7 +10,7 @@ import pytest
 
 from edge.errors import UnavailableError
 from edge.http import server as module
-from edge.http.server import bind
+from edge.http.listening import bind
 from tests.fakes import FakeEngine
 from tests.serving import Served, wait_for
 
