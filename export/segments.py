@@ -121,6 +121,8 @@ class _Segment:
         graph.opset_imports.update(model.graph.opset_imports)
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # A run or two do not pay for an arena, which grows by doubling and keeps what it has.
+        options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         proto = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
         with refusals():

@@ -27,6 +27,8 @@ KERNEL_TOLERANCE = 1e-5
 """Largest difference between kernel and dequantized product, relative to the product's largest value."""
 _SAMPLE_ROWS = 64
 _HEAD_ROWS = 8192
+_RESCORED_ROWS = 8
+"""Positions whose candidates are looked up at once: pages of the table stay in memory as long as their session."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -76,15 +78,19 @@ def self_test(model: ir.Model, folder: Path, prompt_ids: Sequence[int]) -> SelfT
     """
     x, drift = embed(model, folder, prompt_ids), 0.0
     for index in range(num_layers(model)):
-        layer = Layer(model, folder, index)
-        whole = layer.append(x)
-        layer.clear()
-        layer.append(x[:, :-1])
-        step = layer.append(x[:, -1:])
-        drift = max(drift, float(np.abs(whole[:, -1:] - step).max() / _largest(whole)))
-        x = whole
+        x, difference = _run_twice(Layer(model, folder, index), x)
+        drift = max(drift, difference)
     logits = head_logits(model, folder, final_hidden(model, folder, x, [len(prompt_ids) - 1]))
     return SelfTest(list(prompt_ids), int(logits.argmax()), drift)
+
+
+def _run_twice(layer: Layer, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+    """A layer's output for ``x`` all at once, and how far its last token is from that of prefill plus one step."""
+    whole = layer.append(x)
+    layer.clear()
+    layer.append(x[:, :-1])
+    step = layer.append(x[:, -1:])
+    return whole, float(np.abs(whole[:, -1:] - step).max() / _largest(whole))
 
 
 def head_logits(model: ir.Model, folder: Path, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -97,7 +103,10 @@ def head_logits(model: ir.Model, folder: Path, x: NDArray[np.float32]) -> NDArra
     product = next((node for node in model.graph if node.outputs[0].name == COARSE_LOGITS), None)
     logits = _product(product or _logits_node(model), x)
     if product is not None:
-        logits = rescored(model, folder, x, logits)
+        parts = range(0, len(x), _RESCORED_ROWS)
+        logits = np.concatenate(
+            [rescored(model, folder, x[i : i + _RESCORED_ROWS], logits[i : i + _RESCORED_ROWS]) for i in parts]
+        )
     check_finite(logits, "the logits are")
     return logits
 
