@@ -29,7 +29,8 @@ CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION = "generation.json"
 REQUIRED_FILES = frozenset({GRAPH, WEIGHTS, TOKENIZER, GENERATION})
 MAX_MANIFEST_BYTES = 1 << 20
-_CHUNK = 1 << 20
+_CHUNK = 4 << 20
+"""Bytes hashed at a time: few enough for the cache, enough for a thread that has to wait for Python after each."""
 
 CacheType = Literal["float32", "int8"]
 """Number formats of the attention cache."""
