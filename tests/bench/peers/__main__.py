@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from edge.bundle import WEIGHTS, read_manifest
 from edge.commands.machine import cpu_model, isa_features
 from edge.errors import QwedgeError
@@ -92,7 +94,14 @@ def _turn(contestant: Contestant, serving: Serving, reader: Reader, workloads: S
     try:
         for name in workloads:
             meter = Meter()
-            figures = WORKLOADS[name](stage)
+            try:
+                figures = WORKLOADS[name](stage)
+            except (QwedgeError, httpx.HTTPError) as error:
+                # One that fails must not cost the others their figures; the next workload starts it anew.
+                stage.close()
+                turn.failures[name] = str(error)
+                tools.tell(f"{contestant.name}: {name} failed: {error}")
+                continue
             turn.figures |= figures
             turn.others[name] = meter.others()
             tools.tell(f"{contestant.name}: {_brief(figures)} (others {turn.others[name]:.0%})")

@@ -128,7 +128,7 @@ def _genai(name: str, python: Path) -> Path:
         with _appearing(model) as partial:
             builder: list[tools.Argument] = [python, "-m", "onnxruntime_genai.models.builder", *BUILDER_OPTIONS]
             builder += ["-i", scratch / "checkpoint", "-o", partial, "-c", scratch / "cache"]
-            tools.run(builder, f"exporting {name}", "see its log", log=model.with_suffix(".log"))
+            tools.run(builder, f"exporting {name}", "see its log", log=model.with_name(f"{name}.log"))
         shutil.rmtree(scratch)
     return model
 

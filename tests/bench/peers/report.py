@@ -66,6 +66,8 @@ class Turn:
     figures: dict[str, float] = field(default_factory=dict)
     others: dict[str, float] = field(default_factory=dict)
     """By workload: the share of the machine that other processes took meanwhile."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """By workload that came to no figures: why."""
 
 
 Round = Mapping[str, Turn]

@@ -7,6 +7,7 @@ no transport.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import time
@@ -121,6 +122,8 @@ class HttpServer:
                     f"the server answers {response.read().decode()}", hint=f"see the end of {self._log}"
                 )
             for chunk in _events(response.iter_lines()):
+                if "error" in chunk:
+                    raise UnavailableError(f"the server ends with {chunk['error']}", hint=f"see the end of {self._log}")
                 usage = chunk.get("usage") or usage
                 if piece := "".join(choice["delta"].get("content") or "" for choice in chunk["choices"]):
                     first_s = first_s or time.perf_counter() - began
@@ -190,8 +193,10 @@ class GenaiWorker:
         """One padded batch: it can do no better on a CPU."""
         prompts = [self._reader.encode(ask.messages) for ask in asks]
         job = {"prompts": prompts, "max_tokens": asks[0].max_tokens, "schema": asks[0].schema, "fixed": asks[0].fixed}
-        self._in.write(json.dumps(job).encode() + b"\n")
-        self._in.flush()
+        # A worker that ended shows in what it does not answer.
+        with contextlib.suppress(BrokenPipeError):
+            self._in.write(json.dumps(job).encode() + b"\n")
+            self._in.flush()
         result = self._read()
         return [
             Answer(
