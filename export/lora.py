@@ -58,24 +58,30 @@ class LoraPlaces:
         columns = graph.weights.shape(sources[0])[1]
         inner = self._inner(graph, x, layer, linear, [len(sources), f"{linear}.groups", 1, columns, f"{linear}.width"])
         parts = []
-        for index, (projection, source) in enumerate(zip(projections, sources, strict=True)):
+        for own, projection, source in zip(_split(graph, inner, len(sources)), projections, sources, strict=True):
             shape: list[int | str] = [f"{linear}.rank", graph.weights.shape(source)[0]]
             b = graph.input(f"lora.{layer}.{projection}.b", ir.DataType.FLOAT, shape)
-            own = graph.op("Gather", [inner, graph.scalar(f"lora.index.{index}", index)], axis=0)
             parts.append(graph.op("FusedMatMul", [own, b], contrib=True, alpha=0.5))
         change = graph.op("Concat", parts, axis=-1) if len(parts) > 1 else parts[0]
         return graph.op("Add", [product, change])
 
     def _inner(self, graph: GraphBuilder, x: ir.Value, layer: str, linear: str, shape: Sequence[int | str]) -> ir.Value:
-        """The products with A, zero where a row has not chosen [projections, batch, sequence, groups * width]."""
+        """The products with A, zero where a row has not chosen [batch, sequence, projections, groups, width]."""
         if linear not in self._groups:
             name = f"lora.{linear}.groups"
             self._groups[linear] = graph.input(name, ir.DataType.FLOAT, [f"{linear}.groups", "batch", 1, 1])
         a = graph.input(f"lora.{layer}.{linear}.a", ir.DataType.FLOAT, shape)
         inner = graph.op("FusedMatMul", [x, a], contrib=True, alpha=2.0)
         chosen = graph.op("Mul", [inner, self._groups[linear]])
-        chosen = graph.op("Transpose", [chosen], perm=[0, 2, 3, 1, 4])
-        return graph.op("Reshape", [chosen, graph.constant("lora.shape", [0, 0, 0, -1])])
+        return graph.op("Transpose", [chosen], perm=[2, 3, 0, 1, 4])
+
+
+def _split(graph: GraphBuilder, inner: ir.Value, count: int) -> list[ir.Value]:
+    """Each projection's part of ``inner`` [batch, sequence, groups * width]."""
+    if count == 1:
+        return [graph.op("Reshape", [inner, graph.constant("lora.one", [0, 0, -1])])]
+    inner = graph.op("Reshape", [inner, graph.constant("lora.several", [0, 0, 0, -1])])
+    return [graph.op("Gather", [inner, graph.scalar(f"lora.{index}", index)], axis=2) for index in range(count)]
 
 
 def no_adapters(model: ir.Model, layer: int) -> dict[str, NDArray[np.float32]]:
