@@ -128,6 +128,8 @@ class Engine:
         """Give a slot's memory back to the system; its adapter is not used any more."""
         self._adapters.choose(slot, None)
         self._pool.release(slot)
+        if self._loaded is not None:
+            self._loaded.drop_mapped()
 
     def sleep(self) -> None:
         """Give the memory of the weights back, until :meth:`wake`. Slots keep their tokens."""
@@ -148,7 +150,9 @@ class Engine:
         return Session(self._bundle, threads=self.threads, spin_us=self._spin_us)
 
     def _bind(self, session: Session) -> _Loaded:
-        binder = _Binder(session, self._pool, self._adapters, self.manifest.padded_vocab_size)
+        # One for all steps, as logits are valid until the next step only.
+        logits = np.zeros((max(self.rows, self.score_chunk), self.manifest.padded_vocab_size), np.float32)
+        binder = _Binder(session, self._pool, self._adapters, logits)
         return _Loaded(binder, self.prefill_chunk, self.score_chunk)
 
     @property
@@ -169,8 +173,8 @@ class _Binder:
     session: Session
     pool: KVPool
     adapters: ActiveAdapters
-    width: int
-    """Of the logits."""
+    logits: NDArray[np.float32]
+    """Where every step leaves them [most positions of a step, padded_vocab]."""
 
     def step(
         self, inputs: Inputs, logits: NDArray[np.float32], caches: Sequence[tuple[Cache, Cache]]
@@ -187,6 +191,7 @@ class _Loaded:
         self.prefill = cache(lambda slot: _Append(binder, slot, most=prefill_chunk, every=False))
         self.score = cache(lambda slot: _Append(binder, slot, most=score_chunk, every=True))
         self.decode = cache(lambda rows: _Decode(binder, rows))
+        self.drop_mapped = binder.session.drop_mapped
 
 
 class _Append:
@@ -204,7 +209,7 @@ class _Append:
         self._seqlens = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         self._indices = np.arange(most if every else 1, dtype=np.int64)
-        self._logits: NDArray[np.float32] = np.zeros((len(self._indices), binder.width), np.float32)
+        self._logits = binder.logits[: len(self._indices)]
         self._bound = most
         inputs: Inputs = {
             "input_ids": self._ids,
@@ -245,7 +250,7 @@ class _Decode:
         self._ids = np.zeros((rows, 1), np.int64)
         self._seqlens = np.zeros(rows, np.int32)
         self._total = np.zeros((), np.int32)
-        self._logits = np.zeros((rows, binder.width), np.float32)
+        self._logits = binder.logits[:rows]
         self._indices = np.zeros(rows, np.int64)
         inputs: Inputs = {
             "input_ids": self._ids,
