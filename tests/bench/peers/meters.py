@@ -13,6 +13,8 @@ MOST_OTHERS = 0.1
 """Share of the machine that others may take in a run that counts."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _LOOK_S = 1.0
+_SHORTEST_S = 0.1
+"""The kernel counts in ticks of 10 ms: less time says nothing."""
 
 
 class Meter:
@@ -24,6 +26,8 @@ class Meter:
     def others(self) -> float:
         """The share of the machine's cores that other processes took."""
         wall, busy, ours = _clocks()
+        if wall - self._wall < _SHORTEST_S:
+            return 0.0
         foreign = (busy - self._busy) - (ours - self._ours)
         return max(0.0, foreign / ((wall - self._wall) * (os.cpu_count() or 1)))
 
