@@ -125,7 +125,7 @@ class TestScales:
 
     def test_windows_are_no_longer_than_the_context(self, tmp_path: Path) -> None:
         graph = build(tmp_path, SHAPES["qwen2"], context=40)
-        assert len(calibrate(graph.model, tmp_path, text_ids()).hidden) == 4 * 40 // 16
+        assert len(calibrate(graph.model, tmp_path, text_ids()).hidden) == 4 * 40 // 32
 
     def test_the_text_reaches_into_the_last_window(self) -> None:
         """The tokenizers of these models make a token of three bytes of it."""
