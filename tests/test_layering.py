@@ -139,6 +139,12 @@ def test_importing_the_runtime_has_no_effect() -> None:
 def test_the_command_line_starts_without_the_heavy_packages() -> None:
     loaded = {name.split(".")[0] for name in import_in_a_fresh_process("edge.cli")["modules"]}
     assert not loaded & {"onnxruntime", "numpy", "fastapi", "starlette", "uvicorn", "paho", "tokenizers", "rich"}
+    assert "psutil" not in loaded
+
+
+def test_the_server_starts_without_what_only_describes_it() -> None:
+    modules = import_in_a_fresh_process("edge.loader", "edge.http.app", "edge.http.server")["modules"]
+    assert "fastapi" not in {name.split(".")[0] for name in modules}
 
 
 def test_the_device_installs_few_packages() -> None:

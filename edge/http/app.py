@@ -1,8 +1,8 @@
 """The HTTP surface as an ASGI application: OpenAI's API, health, metrics and the page.
 
-Bodies are read as bytes and checked by :mod:`edge.openai`, not by FastAPI: its own handling answers NaN and lone
-surrogates with 500 and echoes what was sent. Parsing, templating and tokenizing run in a worker thread, so that a long
-prompt does not hold up the streams of others. docs/http-api.md describes the API for its users.
+Bodies are read as bytes and checked by :mod:`edge.openai`, not by a framework: FastAPI's own handling answers NaN and
+lone surrogates with 500 and echoes what was sent. Parsing, templating and tokenizing run in a worker thread, so that a
+long prompt does not hold up the streams of others. docs/http-api.md describes the API for its users.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -42,65 +45,76 @@ STALLED_AFTER_S = 30.0
 Parse = Callable[[Mapping[str, Any]], ChatRequest | CompletionRequest]
 
 
-def create_app(service: Service, settings: ServerSettings) -> FastAPI:
+def create_app(service: Service, settings: ServerSettings) -> Starlette:
     """The application; it starts and stops nothing.
 
     Args:
         service: takes the requests; whoever made it starts and stops it.
         settings: limits and allowed hosts.
     """
-    # The documentation pages of FastAPI load scripts from a CDN, which a device without internet cannot.
-    app = FastAPI(title="qwedge", version=__version__, docs_url=None, redoc_url=None)
-    app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]
-    app.add_middleware(Guard, settings=settings)
-    app.add_exception_handler(QwedgeError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_error)
-    app.add_exception_handler(ClientDisconnect, _answer_error)
-    _add_generation(app, service)
-    _add_information(app, service)
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    return app
+    routes = [*_generation(service), *_information(service)]
+    return Starlette(
+        routes=[*routes, _document(routes), Mount("/static", StaticFiles(directory=STATIC), name="static")],
+        middleware=[Middleware(Guard, settings=settings)],
+        exception_handlers=dict.fromkeys((QwedgeError, HTTPException, ClientDisconnect), _answer_error),
+    )
 
 
-def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", openapi_extra=openapi.body_of(ChatRequest))
+def _generation(service: Service) -> list[Route]:
     async def chat_completions(request: Request) -> Response:
         """The model's next message in a conversation, streamed with ``"stream": true``."""
         return await _generate(service, parse_chat, request)
 
-    @app.post("/v1/completions", openapi_extra=openapi.body_of(CompletionRequest))
     async def completions(request: Request) -> Response:
         """The continuation of a text, streamed with ``"stream": true``."""
         return await _generate(service, parse_completion, request)
 
+    return [
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+    ]
 
-def _add_information(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
+
+def _information(service: Service) -> list[Route]:
+    async def list_models(_request: Request) -> Response:
         """The served model, by itself and with each adapter."""
         names = await run_in_threadpool(service.model.names)
-        return {"object": "list", "data": [_describe_model(service.model, name) for name in names]}
+        return JSONResponse({"object": "list", "data": [_describe_model(service.model, name) for name in names]})
 
-    @app.get("/v1/models/{name}")
-    async def get_model(name: str) -> dict[str, Any]:
+    async def get_model(request: Request) -> Response:
         """The served model, or the model with an adapter; 404 for another name."""
+        name = request.path_params["name"]
         await run_in_threadpool(service.model.find_adapter, name)
-        return _describe_model(service.model, name)
+        return JSONResponse(_describe_model(service.model, name))
 
-    @app.get("/health")
-    async def health() -> Response:
+    async def health(_request: Request) -> Response:
         """Whether the server makes progress: 200 with status ok, or 503 with draining or stalled."""
         body = _health(service)
         return JSONResponse(body, 200 if body["status"] == "ok" else 503)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(_request: Request) -> Response:
         """Prometheus' text format."""
         return Response(service.metrics.render(service.stats()), media_type=CONTENT_TYPE)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
+    async def page(_request: Request) -> Response:
         return FileResponse(STATIC / "index.html")
+
+    return [
+        Route("/v1/models", list_models),
+        Route("/v1/models/{name}", get_model),
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/", page, include_in_schema=False),
+    ]
+
+
+def _document(routes: Sequence[Route]) -> Route:
+    document = cache(lambda: openapi.describe(routes))
+
+    async def describe(_request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(document))
+
+    return Route("/openapi.json", describe, include_in_schema=False)
 
 
 async def _generate(service: Service, parse: Parse, request: Request) -> Response:
