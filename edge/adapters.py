@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edge.adapter import CONFIG, NAME, TENSORS, AdapterConfig, read_config
 from edge.bundle import Manifest
+from edge.engine.heap import trim_heap
 from edge.engine.lora import Adapter, Places
 from edge.errors import AdapterError, BundleError
 
@@ -87,6 +88,7 @@ class Adapters:
             if isinstance(error, AdapterError):
                 self._refused[name] = found.version
             return None
+        trim_heap()  # the file and its transposed copies were as large again
         log.info("loaded the adapter %s", name)
         return adapter
 
