@@ -10,7 +10,7 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 
-from edge.bundle import GRAPH, WEIGHTS, KVLayout, Manifest, read_manifest
+from edge.bundle import GRAPH, WEIGHTS, CacheType, KVLayout, Manifest, read_manifest
 from edge.engine.engine import Engine
 from edge.engine.kv_cache import KVPool
 from edge.errors import BundleError, ConfigError
@@ -113,11 +113,11 @@ def rows_of(owners: dict[int, list[int]], past: dict[int, int], rng: np.random.G
     return [rows[i] for i in rng.permutation(len(rows))]
 
 
-@pytest.mark.parametrize("recipe", ["int4", "int8"])
-def test_several_tokens_of_a_sequence_in_one_step_change_no_bit(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "kv"), [("int4", "float32"), ("int8", "float32"), ("int4", "int8")])
+def test_several_tokens_of_a_sequence_in_one_step_change_no_bit(recipe: str, kv: CacheType, tmp_path: Path) -> None:
     """What makes speculation exact: int8 activations would turn the last bit of a sum into a visible difference."""
     with open_checkpoint(tiny.write_folder(tmp_path / "checkpoint", tiny.qwen2_config())) as checkpoint:
-        manifest = export_bundle(checkpoint, tmp_path / "bundle", RECIPES[recipe], progress=Silent()).manifest
+        manifest = export_bundle(checkpoint, tmp_path / "bundle", RECIPES[recipe], kv=kv, progress=Silent()).manifest
     engine = Engine(tmp_path / "bundle", manifest, slots=3, context=64, draft_tokens=6, threads=2, prefill_chunk=32)
     texts = {slot: prompt(48, slot).tolist() for slot in range(3)}
     start = {0: 20, 1: 9, 2: 30}
