@@ -180,3 +180,24 @@ def test_adapters_outlast_sleep(case: Case) -> None:
     engine.sleep()
     engine.wake()
     np.testing.assert_array_equal(engine.prefill(2, prompt(0), 0), expected)
+
+
+def test_adapters_that_come_and_go_leave_no_trace(quantized: Case) -> None:
+    """Slots are taken and released in any order; what a sequence computes is always its own adapter's."""
+    engine = quantized.engine()
+    adapters = [None, *(quantized.read(engine, name) for name in ADAPTERS)]
+    ids = prompt(0, LENGTH + 1)
+    expected = [steps(engine, 0, adapter, ids) for adapter in adapters]
+    rng = np.random.default_rng(1)
+    using: dict[int, int] = {}
+    for _ in range(60):
+        slot = int(rng.integers(5))
+        if using.pop(slot, None) is not None:
+            engine.release_slot(slot)
+            continue
+        using[slot] = int(rng.integers(len(adapters)))
+        engine.use_adapter(slot, adapters[using[slot]])
+        engine.prefill(slot, ids[:LENGTH], 0)
+        engine.decode(list(using), [int(ids[LENGTH])] * len(using), [LENGTH] * len(using))
+        for each, index in using.items():
+            np.testing.assert_array_equal(engine.read_slot(each, LENGTH + 1), expected[index])
