@@ -17,6 +17,8 @@ import onnxruntime_genai as og  # type: ignore[import-not-found] # it lives in a
 
 SPARE = 64
 """Tokens of room for a following prompt with the same beginning."""
+COMPACT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+"""Without it, a small model may go on with white space until its limit."""
 NEVER = 151_935
 """An id beyond Qwen's vocabulary as the end of text: this worker decides itself where an answer ends."""
 
@@ -69,7 +71,7 @@ class Worker:
             params = og.GeneratorParams(self._model)
             params.set_search_options(do_sample=False, max_length=self._capacity)
             if schema is not None:
-                params.set_guidance("json_schema", json.dumps(schema), True)
+                params.set_guidance("json_schema", json.dumps({**schema, **COMPACT}), True)
             self._generator = og.Generator(self._model, params)
         self._generator.append_tokens(np.array(ids[shared:], np.int32))
         return shared

@@ -88,7 +88,13 @@ class HttpServer:
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         self._process = process
         self._log = log
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=_PATIENCE_S, trust_env=False)
+        # A new connection each time: a server may close one that it has answered often enough.
+        self.client = httpx.Client(
+            base_url=f"http://127.0.0.1:{port}",
+            timeout=_PATIENCE_S,
+            trust_env=False,
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
 
     @property
     def pid(self) -> int:
