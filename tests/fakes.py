@@ -100,8 +100,6 @@ class FakeEngine:
         self.naps = 0
         """How often it was put to sleep."""
         self.asleep = False
-        self.adapters: list[Adapter | None] = [None] * slots
-        """Which adapter each slot uses."""
         self.gate = threading.Event()
         """Cleared, the engine hangs in its next step until it is set again."""
         self.gate.set()
@@ -110,12 +108,13 @@ class FakeEngine:
         self._fail_after = fail_after
         self._prompts: list[list[int]] = [[] for _ in range(slots)]
         self._answers: list[list[int]] = [[] for _ in range(slots)]
+        self._adapters: list[Adapter | None] = [None] * slots
 
     def prefill(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
         """See :class:`edge.engine.interface.Engine`."""
         self._step()
         self._prompts[slot] = [*self._prompts[slot][:past], *ids.tolist()]
-        self._answers[slot] = [*self._reply(_text(self._prompts[slot])).encode(), EOS_ID]
+        self._answers[slot] = [*self._answer(slot).encode(), EOS_ID]
         logits: NDArray[np.float32] = _logits([self._answers[slot][0]])[0]
         return logits
 
@@ -133,7 +132,7 @@ class FakeEngine:
 
     def use_adapter(self, slot: int, adapter: Adapter | None) -> None:
         """See :class:`edge.engine.interface.Engine`."""
-        self.adapters[slot] = adapter
+        self._adapters[slot] = adapter
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """See :class:`edge.engine.interface.Engine`."""
@@ -151,7 +150,7 @@ class FakeEngine:
         """See :class:`edge.engine.interface.Engine`."""
         self._prompts[slot] = []
         self._answers[slot] = []
-        self.adapters[slot] = None
+        self._adapters[slot] = None
 
     def sleep(self) -> None:
         """See :class:`edge.engine.interface.Engine`."""
@@ -161,6 +160,11 @@ class FakeEngine:
     def wake(self) -> None:
         """See :class:`edge.engine.interface.Engine`."""
         self.asleep = False
+
+    def _answer(self, slot: int) -> str:
+        """With an adapter, an answer begins with its digest."""
+        answer, adapter = self._reply(_text(self._prompts[slot])), self._adapters[slot]
+        return f"{adapter.digest}: {answer}" if adapter else answer
 
     def _tokens(self, slot: int, length: int) -> list[int]:
         tokens = [*self._prompts[slot], *self._answers[slot]][:length]

@@ -121,12 +121,15 @@ class ActiveAdapters:
         self._share_out()
 
     def choose(self, slot: int, adapter: Adapter | None) -> None:
-        """Let a slot use an adapter, or none."""
+        """Let a slot use an adapter, or none.
+
+        Raises:
+            MemoryError: there is no memory to put adapters side by side; what is bound stays bound.
+        """
         self._of_slot[slot] = adapter
         wanted = list(dict.fromkeys(each for each in self._of_slot if each is not None))
         # Several adapters are copied side by side: they stay so until that gets cheap again, or another one comes.
         if wanted != self._bound and (len(wanted) <= 1 or not set(wanted) <= set(self._bound)):
-            self.arrays = {}
             self.arrays = self._places.stack(wanted)
             self._bound = wanted
             self.version += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from edge.adapter import AdapterConfig, read_adapter, read_config
 from edge.bundle import read_manifest
 from edge.config import ServerSettings, load_settings
 from edge.engine.engine import Engine
+from edge.engine.lora import Adapter
 from edge.engine.prefix import EVERYONE, is_everyones, owned_by, owners
+from edge.engine.sampler import SamplingParams
 from edge.errors import AdapterError, BundleError, ModelNotFoundError
 from edge.loader import load_service
+from edge.service import Delta, Event, Failed, Finished, GenerationRequest
 from export.architectures import architecture_for
 from export.checkpoint import open_checkpoint
 from export.lora import projection_sizes
@@ -27,6 +31,7 @@ from export.pipeline import export_bundle
 from export.progress import Silent
 from export.quantize.recipes import RECIPES
 from tests.export import peft, tiny
+from tests.fakes import FakeEngine, make_service
 from tests.serving import serving
 
 CONFIG = tiny.qwen2_config()
@@ -140,6 +145,28 @@ def test_prefixes_are_shared_within_an_adapter_only(client: httpx.Client) -> Non
 
     assert [cached("tiny"), cached("tiny:one")] == [0, 0]
     assert [cached("tiny"), cached("tiny:one")] == [38, 38]
+
+
+def test_a_sequence_keeps_its_adapter_when_its_slot_is_taken_away() -> None:
+    """Two requests that do not fit the budget together; answers of the fake begin with the adapter's digest."""
+    service = make_service(FakeEngine(reply=lambda prompt: prompt * 100), kv_cache_bytes=160 * 4)
+    events: list[tuple[int, Event]] = []
+    ended = threading.Semaphore(0)
+
+    def on_event(index: int, event: Event) -> None:
+        events.append((index, event))
+        if isinstance(event, Finished | Failed):
+            ended.release()
+
+    adapters = (Adapter("one", frozenset(), 1, {}), None)
+    requests = [GenerationRequest((97 + i,), SamplingParams(), adapter=each) for i, each in enumerate(adapters)]
+    service.start()
+    service.submit_all(requests, on_event)
+    assert all(ended.acquire(timeout=20) for _ in requests)
+    service.stop()
+    texts = ["".join(event.text for index, event in events if index == i and isinstance(event, Delta)) for i in (0, 1)]
+    assert texts == ["one: " + "a" * 100, "b" * 100]
+    assert service.stats().num_preempted
 
 
 def test_owners_of_prefixes() -> None:
