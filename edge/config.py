@@ -285,7 +285,7 @@ def load_settings(
     given: dict[str, _Given] = {}
     given |= _from_file(config_file) if config_file is not None else {}
     given |= _from_environment(env or {})
-    given |= {key: _Given(value, FLAGS[key]) for key, value in (flags or {}).items() if value is not None}
+    given |= {key: _Given(value, FLAGS.get(key, key)) for key, value in (flags or {}).items() if value is not None}
     merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for key, entry in given.items():
         section, field = key.split(".")
