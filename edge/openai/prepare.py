@@ -42,6 +42,7 @@ def prepare(model: Model, request: ChatRequest | CompletionRequest) -> tuple[Gen
         sampling=model.sampling(_given_sampling(request)),
         max_tokens=request.token_limit,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        ignore_eos=bool(request.ignore_eos),
         num_logprobs=request.num_logprobs,
         score_prompt=request.scores_prompt,
         adapter=adapter,

@@ -135,6 +135,8 @@ class _Generation(_Wire):
     stop: str | list[str] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    ignore_eos: bool | None = None
+    """Go on past the end of the answer, up to ``max_tokens``: for benchmarks, as vLLM and llama.cpp have it."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None

@@ -74,6 +74,12 @@ def test_a_long_answer_ends_at_the_context(serve: Serve) -> None:
     assert body["usage"]["total_tokens"] == 128
 
 
+def test_an_answer_goes_on_past_its_end_where_that_is_asked_for(serve: Serve) -> None:
+    server = serve(FakeEngine(reply=lambda _: "short"))
+    body = server.client.post(CHAT, json={"messages": MESSAGES, "max_tokens": 40, "ignore_eos": True}).json()
+    assert (body["choices"][0]["finish_reason"], body["usage"]["completion_tokens"]) == ("length", 40)
+
+
 def test_a_prompt_that_does_not_fit_is_refused_before_the_stream(serve: Serve) -> None:
     server = serve(FakeEngine(context_length=128))
     messages = [{"role": "user", "content": "x" * 200}]
