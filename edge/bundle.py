@@ -29,8 +29,8 @@ CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION = "generation.json"
 REQUIRED_FILES = frozenset({GRAPH, WEIGHTS, TOKENIZER, GENERATION})
 MAX_MANIFEST_BYTES = 1 << 20
-_CHUNK = 4 << 20
-"""Bytes hashed at a time: few enough for the cache, enough for a thread that has to wait for Python after each."""
+_CHUNK = 16 << 20
+"""Bytes hashed at a time: a thread that hashes while another one imports waits milliseconds for Python after each."""
 
 CacheType = Literal["float32", "int8"]
 """Number formats of the attention cache."""
@@ -215,11 +215,12 @@ def hash_file(path: Path, *, progress: Progress | None = None) -> FileEntry:
     """
     with _open_regular(path) as file:
         digest, size = hashlib.sha256(), 0
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
+        chunk = memoryview(bytearray(min(_CHUNK, os.fstat(file.fileno()).st_size + 1)))
+        while count := file.readinto(chunk):
+            digest.update(chunk[:count])
+            size += count
             if progress is not None:
-                progress(len(chunk))
+                progress(count)
     return FileEntry(path=path.name, size=size, sha256=digest.hexdigest())
 
 
@@ -269,7 +270,7 @@ def _open_regular(path: Path) -> Any:
         raise BundleError(
             f"{path} is not a plain file", hint="bundles hold regular files without hard or symbolic links"
         )
-    return os.fdopen(descriptor, "rb")
+    return os.fdopen(descriptor, "rb", buffering=0)
 
 
 def _fsync(path: Path) -> None:
