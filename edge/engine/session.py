@@ -46,12 +46,13 @@ class Session:
 
     def __init__(self, bundle: Path, *, threads: int, spin_us: int) -> None:
         size = sum(path.stat().st_size for path in bundle.iterdir())
+        self._mapped = MappedPages(bundle / WEIGHTS)
         with huge_heap(int(size * _PACKED_PER_BYTE)) as huge:
             self._session = _open(bundle / GRAPH, _options(threads, spin_us))
         if not huge:
             joined = collapse_resident()
             log.debug("%d MiB of weights on huge pages", joined >> 20)
-        self._mapped = MappedPages(bundle / WEIGHTS)
+        self._mapped.note()
         self.drop_mapped()
 
     def drop_mapped(self) -> None:

@@ -25,10 +25,11 @@ def resident_kib(path: Path) -> int:
 def test_pages_go_and_come_back_with_their_contents(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(range(256)) * (SIZE // 256))
+    pages = MappedPages(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), SIZE, mmap.MAP_PRIVATE) as mapping:
         content = mapping[:]
         assert resident_kib(path) == SIZE // 1024
-        pages = MappedPages(path)
+        pages.note()
         pages.drop()
         assert resident_kib(path) == 0
         assert mapping[:] == content
@@ -39,11 +40,27 @@ def test_pages_go_and_come_back_with_their_contents(tmp_path: Path) -> None:
 def test_a_mapping_somebody_wrote_into_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"\0" * SIZE)
+    pages = MappedPages(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), SIZE, access=mmap.ACCESS_COPY) as mapping:
         mapping[5000] = 7
-        MappedPages(path).drop()
+        pages.note()
+        pages.drop()
         assert mapping[5000] == 7
 
 
+def test_mappings_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
+    """They may be gone when the pages are dropped, and their addresses another's memory."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"\1" * SIZE)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), SIZE, mmap.MAP_PRIVATE) as others:
+        assert others[:].count(1) == SIZE
+        pages = MappedPages(path)
+        pages.note()
+        pages.drop()
+        assert resident_kib(path) == SIZE // 1024
+
+
 def test_a_file_that_is_not_mapped_is_no_error(tmp_path: Path) -> None:
-    MappedPages(tmp_path / "absent").drop()
+    pages = MappedPages(tmp_path / "absent")
+    pages.note()
+    pages.drop()
