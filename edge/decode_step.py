@@ -61,8 +61,7 @@ def plan_step(
         share.sequence.draft(_room(share.sequence, most, context_length)) if share.is_complete else Draft()
         for share in shares
     ]
-    chances = [sequence.acceptance.chances(draft) for sequence, draft in zip(running, drafts, strict=True)]
-    counts = share_out(chances, sum(map(len, known)), costs, most)
+    counts = share_out([draft.chances for draft in drafts], sum(map(len, known)), costs, most)
     return [
         Share(share.sequence, share.known, draft, count, share.past)
         for share, draft, count in zip(shares, drafts, counts, strict=True)

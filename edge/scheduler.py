@@ -395,7 +395,6 @@ class Scheduler:
                 break
             sequence.num_computed_tokens += 1
             num_right += 1
-        sequence.acceptance.verified(share.draft, share.num_drafted, num_right)
         self._num_drafted += share.num_drafted
         self._num_accepted += num_right
 

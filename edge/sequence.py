@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edge.engine.lora import Adapter
 from edge.engine.sampler import Sampler
-from edge.engine.speculation import Acceptance, Draft, PromptLookup
+from edge.engine.speculation import Draft, PromptLookup
 from edge.errors import QwedgeError
 
 FinishReason = Literal["stop", "length"]
@@ -109,7 +109,6 @@ class Sequence:
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values came from another sequence."""
     output_ids: list[int] = field(default_factory=list)
-    acceptance: Acceptance = field(default_factory=Acceptance)
     lookup: PromptLookup | None = None
     """Where guesses come from, made when the first one is wanted."""
     cancelled: bool = False

@@ -17,18 +17,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-FORCED = 0
-"""Source of a guess: a grammar prescribes it."""
-NEXT = 1
-"""Source of a guess: it goes on where the guess before it was found. Other sources are the length of the n-gram."""
 _NGRAMS = (4, 3, 2)
 """Lengths of the beginnings that are looked up, the most telling first."""
-_START_RATES = {FORCED: 0.95, NEXT: 0.85, 4: 0.7, 3: 0.55, 2: 0.3}
-"""How often a guess is right, if all before it are, before anything is known of a sequence."""
+_NEXT = 0
+"""The rate of guesses that go on where the one before was right; others are rates of the n-gram that was found."""
+_START_RATES = {_NEXT: 0.85, 4: 0.7, 3: 0.5, 2: 0.3}
+"""How often a guess is right, before anything is known of a sequence."""
+_FORCED_RATE = 0.97
+"""How often the model takes the very tokens that its grammar prescribes, and not others for the same characters."""
 _RATE_WEIGHT = 0.1
 """Weight of the newest outcome in the running rates."""
-_RECOVERY = 0.01
-"""Weight of the start in the running rates, each time a draft goes unused: without, nothing would be learned again."""
 _TIME_WEIGHT = 0.1
 """Weight of the newest step in the running step times."""
 _FORGET = 0.002
@@ -44,12 +42,15 @@ class Draft:
     """Tokens that may come next."""
 
     ids: tuple[int, ...] = ()
-    sources: tuple[int, ...] = ()
-    """Of each token."""
+    chances: tuple[float, ...] = ()
+    """Of each token: the probability that it and all before it are right. They fall."""
 
 
 class PromptLookup:
-    """Finds the latest earlier occurrence of a sequence's last tokens.
+    """Follows what came after the latest earlier occurrence of a sequence's last tokens.
+
+    There is a guess for the next token whenever there is a precedent, and every token that comes is compared with it,
+    whether the guess was verified or not: so it is known at any time how far guesses can be trusted.
 
     Args:
         prompt: the prompt's token ids.
@@ -58,54 +59,55 @@ class PromptLookup:
     def __init__(self, prompt: Iterable[int]) -> None:
         self._ids: list[int] = []
         self._follows: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its latest occurrence
-        self.extend(prompt)
+        self._rates = dict(_START_RATES)
+        for token in prompt:
+            self._append(token)
+        self._guess: int | None = None  # index of the token that is expected next
+        self._source = _NEXT
+        self._look_up()
 
     def __len__(self) -> int:
         """Tokens known."""
         return len(self._ids)
 
     def extend(self, ids: Iterable[int]) -> None:
-        """Append tokens."""
+        """Append tokens, and learn how right their guesses were."""
         for token in ids:
-            # The n-grams before this token are entered only now that something follows them.
-            for n in _NGRAMS:
-                if len(self._ids) >= n:
-                    self._follows[tuple(self._ids[-n:])] = len(self._ids)
-            self._ids.append(token)
+            if is_guessed := self._guess is not None:
+                is_right = self._ids[self._guess] == token
+                self._rates[self._source] += _RATE_WEIGHT * (is_right - self._rates[self._source])
+            self._append(token)
+            if self._guess is not None and is_guessed and is_right:
+                self._guess += 1
+                self._source = _NEXT
+            else:
+                self._look_up()
 
     def draft(self, most: int, forced: Sequence[int] = ()) -> Draft:
         """Up to ``most`` tokens that may come next: those that are forced, and what followed the like before."""
         known = tuple(forced[:most])
-        tail = (*self._ids[-_NGRAMS[0] :], *known)
+        start, source = self._find((*self._ids[-_NGRAMS[0] :], *known)) if known else (self._guess, self._source)
+        found = () if start is None else tuple(self._ids[start : start + most - len(known)])
+        rates = [_FORCED_RATE] * len(known) + [self._rates[source]] + [self._rates[_NEXT]] * len(found)
+        return Draft(known + found, tuple(accumulate(rates[: len(known + found)], operator.mul)))
+
+    def _append(self, token: int) -> None:
+        # The n-grams before this token are entered only now that something follows them.
+        for n in _NGRAMS:
+            if len(self._ids) >= n:
+                self._follows[tuple(self._ids[-n:])] = len(self._ids)
+        self._ids.append(token)
+
+    def _look_up(self) -> None:
+        self._guess, self._source = self._find(tuple(self._ids[-_NGRAMS[0] :]))
+
+    def _find(self, tail: tuple[int, ...]) -> tuple[int | None, int]:
+        """Where what followed a beginning before goes on, and by which n-gram it was found."""
         for n in _NGRAMS:
             start = self._follows.get(tail[-n:])
             if start is not None:
-                found = tuple(self._ids[start : start + most - len(known)])
-                sources = (n, *[NEXT] * (len(found) - 1)) if found else ()
-                return Draft(known + found, (FORCED,) * len(known) + sources)
-        return Draft(known, (FORCED,) * len(known))
-
-
-class Acceptance:
-    """How often the guesses of one sequence were right."""
-
-    def __init__(self) -> None:
-        self._rates = dict(_START_RATES)
-
-    def chances(self, draft: Draft) -> list[float]:
-        """For each token of a draft the probability that it and all before it are right."""
-        return list(accumulate((self._rates[source] for source in draft.sources), operator.mul))
-
-    def verified(self, draft: Draft, num_verified: int, num_right: int) -> None:
-        """``num_verified`` tokens of a draft were verified, and ``num_right`` were right before the first wrong one."""
-        if num_verified == 0:
-            for source in draft.sources[:1]:
-                self._move(source, _START_RATES[source], _RECOVERY)
-        for i in range(min(num_verified, num_right + 1)):
-            self._move(draft.sources[i], float(i < num_right), _RATE_WEIGHT)
-
-    def _move(self, source: int, towards: float, weight: float) -> None:
-        self._rates[source] += weight * (towards - self._rates[source])
+                return start, n
+        return None, _NEXT
 
 
 class StepCosts:
@@ -137,7 +139,7 @@ def share_out(chances: Sequence[Sequence[float]], num_certain: int, costs: StepC
     """How many tokens of each draft to verify, so that a second of work gives the most tokens.
 
     Args:
-        chances: for each draft, the probabilities of :meth:`Acceptance.chances`; they fall.
+        chances: of the drafts.
         num_certain: rows that the step has anyway, each of which gives a token.
         costs: of steps.
         most: rows left for drafts.

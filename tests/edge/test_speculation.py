@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from edge.bundle import Manifest
 from edge.engine.engine import Engine
 from edge.engine.grammar_source import Grammar
 from edge.engine.sampler import SamplingParams
-from edge.engine.speculation import FORCED, NEXT, Acceptance, Draft, PromptLookup, StepCosts, share_out
+from edge.engine.speculation import Draft, PromptLookup, StepCosts, share_out
 from edge.metrics import Metrics
 from edge.scheduler import Scheduler, SchedulerStats
 from edge.service import Delta, Finished, Service
@@ -26,19 +27,31 @@ from tests.fakes import FakeEngine, make_model, make_service
 TEXT = "def push(self, item): self.items.append(item)\n"
 
 
+def ids_of(lookup: PromptLookup, most: int, forced: tuple[int, ...] = ()) -> tuple[int, ...]:
+    return lookup.draft(most, forced).ids
+
+
 def test_what_followed_the_last_tokens_before_is_guessed() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1, 2, 3])
-    assert lookup.draft(2) == Draft((4, 5), (3, NEXT))
-    assert lookup.draft(10).ids == (4, 5, 6, 1, 2, 3)
+    assert ids_of(lookup, 2) == (4, 5)
+    assert ids_of(lookup, 10) == (4, 5, 6, 1, 2, 3)
     lookup.extend([9])
     assert lookup.draft(2) == Draft()
     lookup.extend([1, 2, 3])
-    assert lookup.draft(3).ids == (9, 1, 2), "the latest occurrence counts"
+    assert ids_of(lookup, 3) == (9, 1, 2), "the latest occurrence counts"
 
 
 def test_the_longest_precedent_counts() -> None:
-    assert PromptLookup([1, 2, 3, 4, 50, 7, 3, 4, 60, 1, 2, 3, 4]).draft(1) == Draft((50,), (4,))
-    assert PromptLookup([1, 2, 3, 4, 50, 7, 3, 4, 60, 8, 9, 3, 4]).draft(1) == Draft((60,), (2,))
+    long, short = PromptLookup([1, 2, 3, 4, 50, 7, 3, 4, 60, 1, 2, 3, 4]), PromptLookup([3, 4, 60, 8, 9, 3, 4])
+    assert (ids_of(long, 1), ids_of(short, 1)) == ((50,), (60,))
+    assert long.draft(1).chances > short.draft(1).chances
+
+
+def test_a_copy_goes_on_where_it_was_although_something_came_between() -> None:
+    # After "1 2 3 4" both 5 and 7 followed; the copy that began further back is the one that counts.
+    lookup = PromptLookup([9, 8, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 7, 0, 9, 8])
+    lookup.extend([1, 2, 3, 4])
+    assert ids_of(lookup, 2) == (5, 6)
 
 
 def test_without_a_precedent_nothing_is_guessed() -> None:
@@ -49,18 +62,27 @@ def test_without_a_precedent_nothing_is_guessed() -> None:
 
 def test_what_is_forced_comes_first_and_what_followed_it_before_comes_next() -> None:
     lookup = PromptLookup([5, 6, 7, 8, 9, 1, 2])
-    assert lookup.draft(4, [5, 6]) == Draft((5, 6, 7, 8), (FORCED, FORCED, 2, NEXT))
-    assert lookup.draft(2, [5, 6]) == Draft((5, 6), (FORCED, FORCED))
-    assert lookup.draft(1, [5, 6]) == Draft((5,), (FORCED,))
-    assert lookup.draft(4, [77]) == Draft((77,), (FORCED,))
+    assert ids_of(lookup, 4, (5, 6)) == (5, 6, 7, 8)
+    assert ids_of(lookup, 2, (5, 6)) == (5, 6)
+    assert ids_of(lookup, 1, (5, 6)) == (5,)
+    assert ids_of(lookup, 4, (77,)) == (77,)
+    chances = lookup.draft(4, (5, 6)).chances
+    assert chances == tuple(sorted(chances, reverse=True))
+    assert chances[1] > 0.9 > chances[2]
 
 
-def chances(num_right: int, num_verified: int, times: int = 60) -> list[float]:
-    acceptance = Acceptance()
-    draft = Draft((1,) * 8, (3, *[NEXT] * 7))
-    for _ in range(times):
-        acceptance.verified(draft, num_verified, num_right)
-    return acceptance.chances(draft)
+def test_trust_follows_what_came_whether_it_was_verified_or_not() -> None:
+    text = list(range(100, 160))
+    copying = PromptLookup(text)
+    copying.extend(text[:50])
+    assert min(copying.draft(8).chances) > 0.9
+    straying = PromptLookup([token for pair in itertools.pairwise(text) for token in (*pair, 0)])
+    for first, second in itertools.pairwise(text):
+        straying.extend([first, second, 1])
+    assert max(straying.draft(8).chances, default=0) < 0.1
+    straying.extend(text[:20])
+    straying.extend(text[:20] * 3)
+    assert min(straying.draft(4).chances) > 0.5, "and it comes back"
 
 
 def costs(per_row: float) -> StepCosts:
@@ -70,22 +92,11 @@ def costs(per_row: float) -> StepCosts:
     return measured
 
 
-def test_right_guesses_make_longer_ones_and_wrong_ones_stop_them() -> None:
+def test_likely_guesses_make_long_drafts_and_unlikely_ones_none() -> None:
     cheap = costs(0.1)
-    assert share_out([chances(8, 8)], 1, cheap, 15) == [8]
-    assert share_out([chances(0, 4)], 1, cheap, 15) == [0]
-    assert share_out([chances(2, 4)], 1, cheap, 15)[0] in {1, 2, 3}
-
-
-def test_a_sequence_that_stopped_guessing_tries_again() -> None:
-    acceptance, draft, cheap = Acceptance(), Draft((1, 2, 3), (3, NEXT, NEXT)), costs(0.1)
-    for _ in range(60):
-        acceptance.verified(draft, 3, 0)
-    waited = 0
-    while share_out([acceptance.chances(draft)], 1, cheap, 15) == [0]:
-        acceptance.verified(draft, 0, 0)
-        waited += 1
-    assert 5 < waited < 200
+    assert share_out([[0.98**i for i in range(1, 9)]], 1, cheap, 15) == [8]
+    assert share_out([[0.05**i for i in range(1, 9)]], 1, cheap, 15) == [0]
+    assert share_out([[0.6**i for i in range(1, 9)]], 1, cheap, 15)[0] in {2, 3, 4}
 
 
 def test_nothing_is_guessed_where_a_longer_step_costs_as_much_as_its_tokens() -> None:
