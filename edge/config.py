@@ -115,7 +115,10 @@ class EngineSettings(_Section):
         " waits and is computed again later. Without it, `slots` times `context` tokens.",
     )
     prefill_chunk: int = Field(
-        128, ge=8, le=8192, description="Prompt tokens read in one step; running answers pause for as long."
+        256,
+        ge=8,
+        le=8192,
+        description="Prompt tokens read in one step; half of it while answers are running, which pause for as long.",
     )
     draft_tokens: int = Field(
         8,
@@ -125,7 +128,7 @@ class EngineSettings(_Section):
         " together; 0 never guesses. Answers that copy (code edits, extractions) get faster, and no answer changes.",
     )
     prefix_cache_mb: int = Field(
-        128,
+        64,
         ge=0,
         le=1 << 16,
         description="MiB for keys and values of past prompts, so that a shared system prompt or a growing conversation"

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _EWMA = 0.2
 """Weight of the newest request in the running mean that retry hints and ETAs are made from."""
+_REST_AFTER_S = 1.0
+"""Seconds of idleness after which memory that was in use is given back."""
 _HEADROOM_TOKENS = 64
 """Tokens that every sequence should have room for before another one is admitted, lest it be sent back at once."""
 
@@ -203,15 +205,26 @@ class Scheduler:
         with self._changed:
             self._changed.notify_all()  # stop() waits for idleness
             if self._idle():
-                timeout = None if self._asleep else self._sleep_after_s
-                called = self._changed.wait_for(lambda: self._stopping or not self._idle(), timeout)
-                if not called:
-                    log.info("idle for %.0f s: the weights leave the memory", timeout)
-                    self._engine.sleep()
-                    self._asleep = True
-                    self._changed.wait_for(lambda: self._stopping or not self._idle())
+                self._wait_idle()
                 self._progress_at = time.monotonic()
             return not self._stopping
+
+    def _wait_idle(self) -> None:
+        """Give memory back the longer nothing comes: first what steps have used, then the weights."""
+        if self._called_within(_REST_AFTER_S):
+            return
+        self._engine.rest()
+        if not self._asleep and self._sleep_after_s is not None:
+            if self._called_within(max(0.0, self._sleep_after_s - _REST_AFTER_S)):
+                return
+            log.info("idle for %.0f s: the weights leave the memory", self._sleep_after_s)
+            self._engine.sleep()
+            self._asleep = True
+        self._called_within(None)
+
+    def _called_within(self, timeout_s: float | None) -> bool:
+        """Whether work comes, or the scheduler is to stop, within that time; None waits for it."""
+        return self._changed.wait_for(lambda: self._stopping or not self._idle(), timeout_s)
 
     def _wake(self) -> None:
         began = time.monotonic()
@@ -351,7 +364,10 @@ class Scheduler:
         The kernels give the same bits for a token in every chunk of two or more, but others for a token by itself
         (docs/lab-notes.md). So how a prompt is cut, and how much of it an earlier prompt had, changes no bit.
         """
-        length = min(remaining, self._engine.prefill_chunk if scorer is None else self._engine.score_chunk)
+        most = self._engine.prefill_chunk if scorer is None else self._engine.score_chunk
+        if self._running:
+            most = max(2, most // 2)
+        length = min(remaining, most)
         return length - 1 if remaining - length == 1 else length
 
     def _decode(self) -> None:

@@ -152,6 +152,9 @@ class FakeEngine:
         self._answers[slot] = []
         self._adapters[slot] = None
 
+    def rest(self) -> None:
+        """See :class:`edge.engine.interface.Engine`."""
+
     def sleep(self) -> None:
         """See :class:`edge.engine.interface.Engine`."""
         self.naps += 1

@@ -52,7 +52,7 @@ class Engine:
         context: int,
         draft_tokens: int = 0,
         threads: int | None = None,
-        prefill_chunk: int = 128,
+        prefill_chunk: int = 256,
         spin_us: int = 1000,
     ) -> None:
         self.manifest = manifest
@@ -130,6 +130,12 @@ class Engine:
         self._pool.release(slot)
         if self._loaded is not None:
             self._loaded.drop_mapped()
+
+    def rest(self) -> None:
+        """Give back memory that steps have used, as none will come for a moment."""
+        if self._loaded is not None:
+            self._loaded.drop_mapped()
+        trim_heap()
 
     def sleep(self) -> None:
         """Give the memory of the weights back, until :meth:`wake`. Slots keep their tokens."""

@@ -70,6 +70,10 @@ class Engine(Protocol):
         """Give a slot's memory back; its tokens are gone."""
         ...
 
+    def rest(self) -> None:
+        """Give back memory that steps have used, as none will come for a moment."""
+        ...
+
     def sleep(self) -> None:
         """Give the memory of the weights back, until :meth:`wake`. Slots keep their tokens."""
         ...
