@@ -121,7 +121,7 @@ class Tokenizer:
         if token is None:
             return b""
         try:
-            return bytes(_BYTE_OF[char] for char in token)
+            return bytes(map(_BYTE_OF.__getitem__, token))
         except KeyError:
             return token.encode()
 

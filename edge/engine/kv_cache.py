@@ -104,7 +104,7 @@ class KVPool:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of a slot over another slot's."""
-        self._slots[target, :, :, :length] = self._slots[source, :, :, :length]
+        self.write(target, self._slots[source], length)
         self._forget_pages(source)
 
     def read(self, slot: int, length: int) -> Cache:
@@ -114,8 +114,17 @@ class KVPool:
         return copy
 
     def write(self, slot: int, cache: Cache, length: int) -> None:
-        """Put the first ``length`` tokens of what :meth:`read` returned into a slot."""
-        self._slots[slot, :, :, :length] = cache[:, :, :length]
+        """Put the first ``length`` tokens of what :meth:`read` returned into a slot.
+
+        Raises:
+            OSError: no memory.
+        """
+        # Written as to a file: storing into the mapping would clear each page first, and take a fault for it.
+        head_bytes = self._array_bytes // cache.shape[1]
+        for array, heads in enumerate(cache):
+            offset = slot * self._slot_bytes + array * self._array_bytes
+            for head, tokens in enumerate(heads):
+                _write_all(self._fd, tokens[:length], offset + head * head_bytes)
 
     def release(self, slot: int) -> None:
         """Give the memory of a slot back to the system; its contents are zeros afterwards."""
@@ -140,3 +149,10 @@ class KVPool:
         The contents stay in the file.
         """
         self._memory.madvise(mmap.MADV_DONTNEED, slot * self._slot_bytes, self._slot_bytes)
+
+
+def _write_all(fd: int, data: Cache, offset: int) -> None:
+    rest = data.data.cast("B")
+    while rest:
+        written = os.pwrite(fd, rest, offset)
+        rest, offset = rest[written:], offset + written
