@@ -204,13 +204,18 @@ class Scheduler:
         """Wait until there is something to do; false when the scheduler stops."""
         with self._changed:
             self._changed.notify_all()  # stop() waits for idleness
-            if self._idle():
-                self._wait_idle()
-                self._progress_at = time.monotonic()
+            is_idle = self._idle()
+        if is_idle:
+            self._wait_idle()
+            self._progress_at = time.monotonic()
+        with self._changed:
             return not self._stopping
 
     def _wait_idle(self) -> None:
-        """Give memory back the longer nothing comes: first what steps have used, then the weights."""
+        """Give memory back the longer nothing comes: first what steps have used, then the weights.
+
+        Giving back takes up to 50 ms, in which others may submit: so it holds no lock.
+        """
         if self._called_within(_REST_AFTER_S):
             return
         self._engine.rest()
@@ -224,7 +229,8 @@ class Scheduler:
 
     def _called_within(self, timeout_s: float | None) -> bool:
         """Whether work comes, or the scheduler is to stop, within that time; None waits for it."""
-        return self._changed.wait_for(lambda: self._stopping or not self._idle(), timeout_s)
+        with self._changed:
+            return self._changed.wait_for(lambda: self._stopping or not self._idle(), timeout_s)
 
     def _wake(self) -> None:
         began = time.monotonic()
