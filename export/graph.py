@@ -29,7 +29,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from export.quantize.recipes import Blockwise
+from export.quantize.recipes import Blockwise, Format
 from export.weights import Matrix, Weights
 
 OPSET = 23
@@ -128,9 +128,11 @@ class GraphBuilder:
         """RMS normalization over the last axis (Zhang & Sennrich 2019)."""
         return self.op("RMSNormalization", [x, self.vector(weight, [weight])], axis=-1, epsilon=epsilon)
 
-    def linear(self, x: ir.Value, name: str, sources: Sequence[str], bias: Sequence[str] = ()) -> ir.Value:
+    def linear(
+        self, x: ir.Value, name: str, form: Format, sources: Sequence[str], bias: Sequence[str] = ()
+    ) -> ir.Value:
         """``x @ W.T + b`` with W the rows of ``sources`` stacked: projections of one input share one kernel call."""
-        matrix = self.weights.matrix(name, sources, self.weights.recipe.linear)
+        matrix = self.weights.matrix(name, sources, form)
         self.matrix_bytes += matrix.num_bytes
         product = self.matmul(x, matrix, self.vector(f"{name}.bias", bias) if bias else None)
         return product if self._adapt is None else self._adapt(self, x, product, sources)

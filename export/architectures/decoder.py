@@ -138,11 +138,18 @@ class Decoder(ABC):
 
     def _mlp(self, graph: GraphBuilder, prefix: str, x: ir.Value) -> ir.Value:
         """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)), gate and up in one product."""
-        both = graph.linear(x, f"{prefix}gate_up_proj", [f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"])
+        both = graph.linear(
+            x,
+            f"{prefix}gate_up_proj",
+            graph.weights.recipe.layer.gate_up,
+            [f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"],
+        )
         gate, up = graph.ops("Split", [both], 2, axis=-1, num_outputs=2)
         # QuickGelu with alpha 1 is SiLU: x * sigmoid(x), in one pass.
         active = graph.op("Mul", [graph.op("QuickGelu", [gate], contrib=True, alpha=1.0), up])
-        return graph.linear(active, f"{prefix}down_proj", [f"{prefix}down_proj.weight"])
+        return graph.linear(
+            active, f"{prefix}down_proj", graph.weights.recipe.layer.down, [f"{prefix}down_proj.weight"]
+        )
 
     def _head(self, graph: GraphBuilder, x: ir.Value, embedding: Matrix) -> int:
         """Logits of the positions asked for: the head is a quarter of a small model's work.

@@ -28,8 +28,12 @@ class Qwen2(Decoder):
         prefix = f"{layer_prefix(layer)}self_attn."
         parts = [f"{prefix}{part}_proj" for part in "qkv"]
         qkv = graph.linear(
-            x, f"{prefix}qkv_proj", [f"{part}.weight" for part in parts], [f"{part}.bias" for part in parts]
+            x,
+            f"{prefix}qkv_proj",
+            graph.weights.recipe.layer.qkv,
+            [f"{part}.weight" for part in parts],
+            [f"{part}.bias" for part in parts],
         )
         heads = {"num_heads": self.num_heads, "kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
         attended = graph.attention(layer, (qkv, None, None), rotary, **heads)
-        return graph.linear(attended, f"{prefix}o_proj", [f"{prefix}o_proj.weight"])
+        return graph.linear(attended, f"{prefix}o_proj", graph.weights.recipe.layer.out, [f"{prefix}o_proj.weight"])

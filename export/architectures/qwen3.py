@@ -25,7 +25,9 @@ class Qwen3(Decoder):
     def attention(self, graph: GraphBuilder, layer: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]) -> ir.Value:
         """Attention with query, key and value from one product."""
         prefix = f"{layer_prefix(layer)}self_attn."
-        packed = graph.linear(x, f"{prefix}qkv_proj", [f"{prefix}{part}_proj.weight" for part in "qkv"])
+        packed = graph.linear(
+            x, f"{prefix}qkv_proj", graph.weights.recipe.layer.qkv, [f"{prefix}{part}_proj.weight" for part in "qkv"]
+        )
         sizes = graph.constant("qkv_sizes", [self.q_size, self.kv_size, self.kv_size])
         query, key, value = graph.ops("Split", [packed, sizes], 3, axis=-1)
         # GroupQueryAttention takes the norms itself on CUDA only; on CPU they stand before it.
@@ -33,7 +35,7 @@ class Qwen3(Decoder):
         key = self._head_norm(graph, key, f"{prefix}k_norm.weight", self.kv_size)
         heads = {"num_heads": self.num_heads, "kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
         attended = graph.attention(layer, (query, key, value), rotary, **heads)
-        return graph.linear(attended, f"{prefix}o_proj", [f"{prefix}o_proj.weight"])
+        return graph.linear(attended, f"{prefix}o_proj", graph.weights.recipe.layer.out, [f"{prefix}o_proj.weight"])
 
     def _head_norm(self, graph: GraphBuilder, x: ir.Value, weight: str, size: int) -> ir.Value:
         """Normalize each head of ``x`` [batch, sequence, size] by itself."""

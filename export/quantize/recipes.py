@@ -1,13 +1,13 @@
 """Recipes: which number format each class of tensor gets.
 
-A recipe is a table, not a program: ``linear`` is for the projections of the layers, ``table`` for the embedding and the
-output head (one table where they are tied), ``head`` for how logits come out of that table. ``docs/lab-notes.md`` has
+A recipe is a table, not a program: ``layer`` has the projections of every layer, ``table`` is the embedding and the
+output head (one table where they are tied), ``head`` says how logits come out of that table. ``docs/lab-notes.md`` has
 the measurements behind the choices.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from edge.errors import ConfigError
@@ -51,11 +51,26 @@ class TwoStage:
 
 
 @dataclass(frozen=True)
+class Projections:
+    """Formats of the matrices of a layer: products that share an input share a matrix."""
+
+    qkv: Format
+    out: Format
+    gate_up: Format
+    down: Format
+
+    @classmethod
+    def all(cls, form: Format) -> Projections:
+        """One format for all of them."""
+        return cls(form, form, form, form)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Formats by tensor class, and how the kernels compute with them."""
 
     name: str
-    linear: Format
+    layer: Projections
     table: Format
     head: TwoStage | None = None
     """None: every logit comes out of the table itself."""
@@ -68,7 +83,7 @@ class Recipe:
         """The table as it stands in the manifest."""
         return {
             "name": self.name,
-            "linear": _describe(self.linear),
+            "layer": {part.name: _describe(getattr(self.layer, part.name)) for part in fields(self.layer)},
             "table": _describe(self.table),
             "head": _describe_head(self.head),
             "accuracy_level": self.accuracy_level,
@@ -84,12 +99,12 @@ RECIPES = {
         # the candidates are sampled too, and diverge twenty times as much with it.
         Recipe(
             "int4",
-            linear=Blockwise(bits=4, block=32),
+            layer=Projections.all(Blockwise(bits=4, block=32)),
             table=Blockwise(bits=8, block=128),
             head=TwoStage(Blockwise(bits=4, block=128), candidates=128),
         ),
-        Recipe("int8", linear=Blockwise(bits=8, block=32), table=Blockwise(bits=8, block=128)),
-        Recipe("fp32", linear=Float32(), table=Float32()),
+        Recipe("int8", layer=Projections.all(Blockwise(bits=8, block=32)), table=Blockwise(bits=8, block=128)),
+        Recipe("fp32", layer=Projections.all(Float32()), table=Float32()),
     )
 }
 

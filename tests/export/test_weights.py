@@ -18,7 +18,7 @@ from edge.bundle import WEIGHTS
 from edge.errors import ExportError
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.quantize.blockwise import dequantize_rows, quantize_rows
-from export.quantize.recipes import RECIPES, Blockwise, Float32, Recipe
+from export.quantize.recipes import RECIPES, Blockwise, Float32, Projections, Recipe
 from export.weights import DataFile, Weights
 from tests.export import tiny
 
@@ -37,7 +37,7 @@ def quantize(checkpoint: Checkpoint, folder: Path, recipe: Recipe, sources: list
     """The data file with one matrix."""
     folder.mkdir()
     with DataFile(folder) as file:
-        Weights(checkpoint, recipe, file, lambda _: None).matrix("m", sources, recipe.linear)
+        Weights(checkpoint, recipe, file, lambda _: None).matrix("m", sources, recipe.layer.gate_up)
     return (folder / WEIGHTS).read_bytes()
 
 
@@ -75,7 +75,7 @@ def test_a_row_longer_than_a_chunk_is_a_chunk(
 def test_stacked_sources_keep_their_order(checkpoint: Checkpoint, tmp_path: Path) -> None:
     form = Blockwise(4, 32)
     with DataFile(tmp_path) as file:
-        weights = Weights(checkpoint, Recipe("x", form, form), file, lambda _: None)
+        weights = Weights(checkpoint, Recipe("x", Projections.all(form), form), file, lambda _: None)
         matrix = weights.matrix("m", [UP, GATE], form)
     assert (matrix.rows, matrix.columns) == (192, 64)
     expected = quantize_rows(np.concatenate([checkpoint.rows(UP), checkpoint.rows(GATE)]), form)
@@ -87,7 +87,7 @@ def test_stacked_sources_keep_their_order(checkpoint: Checkpoint, tmp_path: Path
 
 def test_a_dequantizing_recipe_stores_what_the_codes_stand_for(checkpoint: Checkpoint, tmp_path: Path) -> None:
     form = Blockwise(4, 32)
-    recipe = Recipe("x", form, form, dequantize=True)
+    recipe = Recipe("x", Projections.all(form), form, dequantize=True)
     content = quantize(checkpoint, tmp_path / "dequantized", recipe, [GATE])
     expected = dequantize_rows(quantize_rows(checkpoint.rows(GATE), form), form, 64)
     np.testing.assert_array_equal(np.frombuffer(content, np.float32).reshape(96, 64), expected)
