@@ -121,6 +121,8 @@ class Manifest(_Model):
     kv: KVLayout
     weight_bytes_per_token: Annotated[int, Field(gt=0)]
     """Bytes of weights that one decode step reads from disk layout (codes, scales, zero points)."""
+    row_multiple: Annotated[int, Field(ge=1, le=8)] = 1
+    """Rows that a product must have a multiple of, for a row to be rounded alike in every one."""
     source: Source
     files: list[FileEntry]
     adapters: list[AdapterEntry] = Field(default_factory=list)

@@ -346,7 +346,10 @@ class Scheduler:
         assert sequence is not None
         past = sequence.num_computed_tokens
         scorer = sequence.prompt_scorer
-        chunk = sequence.prompt_ids[past : past + self._chunk_length(len(sequence.prompt_ids) - past, scorer)]
+        most = self._engine.prefill_chunk if scorer is None else self._engine.score_chunk
+        if self._running:
+            most = max(1, most // 2)
+        chunk = sequence.prompt_ids[past : past + most]
         if scorer is None:
             last = self._engine.prefill(sequence.slot, chunk, past)
         else:
@@ -363,18 +366,6 @@ class Scheduler:
                 self._finish(sequence, "length")
             elif not sequence.output_ids:  # else they were generated before the slot was taken away
                 self._next_token(sequence, last)
-
-    def _chunk_length(self, remaining: int, scorer: object | None) -> int:
-        """Tokens of the next chunk; never one that leaves a single token for the last.
-
-        The kernels give the same bits for a token in every chunk of two or more, but others for a token by itself
-        (docs/lab-notes.md). So how a prompt is cut, and how much of it an earlier prompt had, changes no bit.
-        """
-        most = self._engine.prefill_chunk if scorer is None else self._engine.score_chunk
-        if self._running:
-            most = max(2, most // 2)
-        length = min(remaining, most)
-        return length - 1 if remaining - length == 1 else length
 
     def _decode(self) -> None:
         """At least one token for every running sequence."""

@@ -131,6 +131,7 @@ def export_bundle(
             manifest = Manifest(
                 name=model_name,
                 recipe=recipe.describe(),
+                row_multiple=recipe.row_multiple,
                 source=source,
                 files=files,
                 adapters=entries,

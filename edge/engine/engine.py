@@ -6,7 +6,7 @@ It knows token ids, slots and lengths; what a sequence is, who waits and when to
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -63,11 +63,13 @@ class Engine:
         self.threads = threads or physical_cores()
         self._bundle = bundle
         self._spin_us = spin_us
-        self._pool = KVPool(manifest.kv, slots=slots, context=self.context_length, rows=self.rows)
+        self._row_multiple = manifest.row_multiple
+        # One slot more than sequences get, for the rows that only fill a step up; one token more, for the same reason.
+        self._pool = KVPool(manifest.kv, slots=slots + 1, context=self.context_length + 1, rows=self._padded(self.rows))
         session = self._session()
         self.places = Places(session.input_shapes())
         """Where the graph takes LoRA adapters."""
-        self._adapters = ActiveAdapters(self.places, slots)
+        self._adapters = ActiveAdapters(self.places, slots + 1)
         self._loaded: _Loaded | None = self._bind(session)
 
     def prefill(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
@@ -106,6 +108,8 @@ class Engine:
         """
         assert 0 < len(ids) <= self.rows
         assert max(past) < self.context_length
+        num_fillers = self._padded(len(ids)) - len(ids)
+        slots = [*slots, *[self.slots] * num_fillers]
         return self._awake.decode(len(ids)).run(self._pool.show(slots), slots, ids, past)
 
     def use_adapter(self, slot: int, adapter: Adapter | None) -> None:
@@ -152,6 +156,10 @@ class Engine:
             verify_bundle(self._bundle)
             self._loaded = self._bind(self._session())
 
+    def _padded(self, rows: int) -> int:
+        """Rows that a decode step of so many tokens takes."""
+        return _round_up(rows, self._row_multiple)
+
     def _session(self) -> Session:
         return Session(self._bundle, threads=self.threads, spin_us=self._spin_us)
 
@@ -159,7 +167,7 @@ class Engine:
         # One for all steps, as logits are valid until the next step only.
         logits = np.zeros((max(self.rows, self.score_chunk), self.manifest.padded_vocab_size), np.float32)
         binder = _Binder(session, self._pool, self._adapters, logits)
-        return _Loaded(binder, self.prefill_chunk, self.score_chunk)
+        return _Loaded(binder, self.prefill_chunk, self.score_chunk, self._padded)
 
     @property
     def _awake(self) -> _Loaded:
@@ -193,15 +201,19 @@ class _Binder:
 class _Loaded:
     """The steps bound to a session, made when they are first wanted."""
 
-    def __init__(self, binder: _Binder, prefill_chunk: int, score_chunk: int) -> None:
+    def __init__(self, binder: _Binder, prefill_chunk: int, score_chunk: int, padded: Callable[[int], int]) -> None:
         self.prefill = cache(lambda slot: _Append(binder, slot, most=prefill_chunk, every=False))
         self.score = cache(lambda slot: _Append(binder, slot, most=score_chunk, every=True))
-        self.decode = cache(lambda rows: _Decode(binder, rows))
+        self.decode = cache(lambda num_tokens: _Decode(binder, num_tokens, padded(num_tokens)))
         self.drop_mapped = binder.session.drop_mapped
 
 
 class _Append:
     """Several tokens for one slot: shapes follow the number of tokens, the cache stays bound.
+
+    An odd number of tokens is followed by one that nobody needs, which the next append overwrites: the last row of an
+    odd number of rows, and a token by itself, would be rounded in another way than all others (docs/lab-notes.md). So
+    a token of a prompt has the same bits however the prompt is cut.
 
     Args:
         most: most tokens of a step.
@@ -211,12 +223,12 @@ class _Append:
     def __init__(self, binder: _Binder, slot: int, *, most: int, every: bool) -> None:
         self._every = every
         self._slots = np.array([slot])
-        self._ids = np.zeros((1, most), np.int64)
+        self._ids = np.zeros((1, _round_up(most, 2)), np.int64)
         self._seqlens = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         self._indices = np.arange(most if every else 1, dtype=np.int64)
         self._logits = binder.logits[: len(self._indices)]
-        self._bound = most
+        self._bound = 0
         inputs: Inputs = {
             "input_ids": self._ids,
             "seqlens_k": self._seqlens,
@@ -231,9 +243,11 @@ class _Append:
         n = len(ids)
         if n != self._bound:
             self._rebind(n)
+        padded = _round_up(n, 2)
         self._ids[0, :n] = ids
-        self._seqlens[0] = past + n - 1
-        self._total[()] = past + n
+        self._ids[0, n:padded] = 0
+        self._seqlens[0] = past + padded - 1
+        self._total[()] = past + padded
         if not self._every:
             self._indices[0] = n - 1
         self._adapters.update(self._slots)
@@ -241,7 +255,7 @@ class _Append:
         return self._logits[:n]
 
     def _rebind(self, n: int) -> None:
-        self._step.bind_input("input_ids", self._ids[:, :n])
+        self._step.bind_input("input_ids", self._ids[:, : _round_up(n, 2)])
         if self._every:
             self._step.bind_input("logits_indices", self._indices[:n])
             self._step.bind_output("logits", self._logits[:n])
@@ -249,15 +263,22 @@ class _Append:
 
 
 class _Decode:
-    """Decode of the window's first rows: every shape is fixed, only other adapters are ever bound again."""
+    """Decode of the window's first rows: every shape is fixed, only other adapters are ever bound again.
 
-    def __init__(self, binder: _Binder, rows: int) -> None:
+    Args:
+        num_tokens: rows with a token.
+        rows: all rows; those beyond only fill the step up, since kernels round the last one of an odd number of rows in
+            a way of its own.
+    """
+
+    def __init__(self, binder: _Binder, num_tokens: int, rows: int) -> None:
+        self._num_tokens = num_tokens
         self._slots = np.zeros(rows, np.int64)
         self._ids = np.zeros((rows, 1), np.int64)
         self._seqlens = np.zeros(rows, np.int32)
         self._total = np.zeros((), np.int32)
-        self._logits = binder.logits[:rows]
-        self._indices = np.zeros(rows, np.int64)
+        self._logits = binder.logits[:num_tokens]
+        self._indices = np.zeros(num_tokens, np.int64)
         inputs: Inputs = {
             "input_ids": self._ids,
             "seqlens_k": self._seqlens,
@@ -271,14 +292,20 @@ class _Decode:
         self, places: Sequence[int], slots: Sequence[int], ids: Sequence[int], past: Sequence[int]
     ) -> NDArray[np.float32]:
         """Token i goes to row ``places[i]``, which shows ``slots[i]``; its logits come back as row i."""
+        wanted, fillers = places[: self._num_tokens], places[self._num_tokens :]
         self._slots[places] = slots
-        self._ids[places, 0] = ids
-        self._seqlens[places] = past
+        self._ids[wanted, 0] = ids
+        self._seqlens[wanted] = past
+        self._seqlens[fillers] = 0
         self._total[()] = max(past) + 1
-        self._indices[:] = places
+        self._indices[:] = wanted
         self._adapters.update(self._slots)
         self._step.run()
         return self._logits
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def physical_cores() -> int:

@@ -67,10 +67,9 @@ def common_length(a: Ids, b: Ids) -> int:
 def reusable_length(known: Ids, ids: Ids) -> int:
     """How many tokens of the prompt ``ids`` [n] an entry with the tokens ``known`` can stand for; 0 if not worth it.
 
-    The last two tokens are never taken from an entry: the model has to see one to say what follows, and a token by
-    itself would be rounded differently than without the cache.
+    The last token is never taken from an entry: the model has to see it to say what follows.
     """
-    length = min(common_length(known, ids), len(ids) - 2)
+    length = min(common_length(known, ids), len(ids) - 1)
     return length if length >= MIN_TOKENS else 0
 
 
@@ -89,7 +88,7 @@ def longest_match(candidates: Iterable[tuple[Key, Ids]], ids: Ids) -> tuple[Key,
     length = MIN_TOKENS - 1
     for key, known in candidates:
         # Only a candidate that goes on rightly where the best one so far ends can be longer.
-        if length < min(len(known), len(ids) - 2) and known[length] == ids[length]:
+        if length < min(len(known), len(ids) - 1) and known[length] == ids[length]:
             reusable = reusable_length(known, ids)
             if reusable > length:
                 best, length = (key, reusable), reusable

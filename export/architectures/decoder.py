@@ -121,8 +121,8 @@ class Decoder(ABC):
             Bytes of weights that one decode step reads: all matrices but the embedding, of which it reads one row.
         """
         table = graph.weights.matrix("embed", [_EMBEDDING], graph.weights.recipe.table)
-        # GroupQueryAttention wants a multiple of 8 rows in its tables.
-        rotary = graph.rotary_tables(self.head_dim, self.rope_theta, -(-context_length // 8) * 8)
+        # One position more, for the token that fills a step up; and GroupQueryAttention wants a multiple of 8.
+        rotary = graph.rotary_tables(self.head_dim, self.rope_theta, -(-(context_length + 1) // 8) * 8)
         shape: list[int | str] = ["batch", "sequence", self.hidden_size]
         x = graph.cut(graph.rows(graph.input_ids, table), f"{HIDDEN}.0", shape)
         for layer in range(self.num_layers):

@@ -12,6 +12,9 @@ from typing import Any
 
 from edge.errors import ConfigError
 
+_EXACT_BLOCKS = {4: 32, 8: 64}
+"""By bits, the largest blocks with which a row has the same bits in every product (docs/lab-notes.md)."""
+
 
 @dataclass(frozen=True)
 class Blockwise:
@@ -78,6 +81,16 @@ class Recipe:
     """MatMulNBits: 4 = int8 activations (fast), 0 = float32 activations (for verification)."""
     dequantize: bool = False
     """Store each weight's quantized value as float32: the exact reference of the quantized graph."""
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows that a product must have a multiple of, for a row to be rounded alike in every one.
+
+        With larger blocks MatMulNBits sums the last of an odd number of rows in another order than all others, on x86;
+        and so does a float product with a single row.
+        """
+        forms = (self.layer.qkv, self.layer.out, self.layer.gate_up, self.layer.down)
+        return 1 if all(isinstance(form, Blockwise) and form.block <= _EXACT_BLOCKS[form.bits] for form in forms) else 2
 
     def describe(self) -> dict[str, Any]:
         """The table as it stands in the manifest."""

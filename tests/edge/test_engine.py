@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,24 @@ from edge.errors import BundleError, ConfigError
 from export.checkpoint import open_checkpoint
 from export.pipeline import export_bundle
 from export.progress import Silent
-from export.quantize.recipes import RECIPES
+from export.quantize.recipes import RECIPES, Blockwise, Projections, Recipe
 from tests.export import tiny
 
 CONTEXT = 96
+INT4 = Blockwise(bits=4, block=128)
+EXACT = {
+    "blocks of 128": Recipe("x", replace(Projections.all(INT4), out=Blockwise(bits=8, block=64)), INT4),
+    "blocks of 32": Recipe("x", Projections.all(Blockwise(bits=4, block=32)), INT4),
+    "int8": RECIPES["int8"],
+}
+"""Recipes whose sums onnxruntime orders differently, or not, by the number of rows."""
+
+
+def export_for_bits(folder: Path, recipe: str, kv: CacheType = "float32") -> Manifest:
+    """A bundle wide enough for blocks of 128 to be two in a row."""
+    config = tiny.qwen2_config(hidden_size=256, intermediate_size=384)
+    with open_checkpoint(tiny.write_folder(folder / "checkpoint", config)) as checkpoint:
+        return export_bundle(checkpoint, folder / "bundle", EXACT[recipe], kv=kv, progress=Silent()).manifest
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])
@@ -113,11 +128,10 @@ def rows_of(owners: dict[int, list[int]], past: dict[int, int], rng: np.random.G
     return [rows[i] for i in rng.permutation(len(rows))]
 
 
-@pytest.mark.parametrize(("recipe", "kv"), [("int4", "float32"), ("int8", "float32"), ("int4", "int8")])
+@pytest.mark.parametrize(("recipe", "kv"), [*((recipe, "float32") for recipe in EXACT), ("blocks of 128", "int8")])
 def test_several_tokens_of_a_sequence_in_one_step_change_no_bit(recipe: str, kv: CacheType, tmp_path: Path) -> None:
     """What makes speculation exact: int8 activations would turn the last bit of a sum into a visible difference."""
-    with open_checkpoint(tiny.write_folder(tmp_path / "checkpoint", tiny.qwen2_config())) as checkpoint:
-        manifest = export_bundle(checkpoint, tmp_path / "bundle", RECIPES[recipe], kv=kv, progress=Silent()).manifest
+    manifest = export_for_bits(tmp_path, recipe, kv)
     engine = Engine(tmp_path / "bundle", manifest, slots=3, context=64, draft_tokens=6, threads=2, prefill_chunk=32)
     texts = {slot: prompt(48, slot).tolist() for slot in range(3)}
     start = {0: 20, 1: 9, 2: 30}
@@ -250,16 +264,26 @@ def test_a_pool_that_cannot_be_had_is_refused() -> None:
         KVPool(KVLayout(layers=4096, kv_heads=4096, head_dim=4096), slots=4096, context=1 << 30, rows=4096)
 
 
-@pytest.mark.parametrize("recipe", ["int4", "int8"])
+@pytest.mark.parametrize("recipe", EXACT)
 def test_how_a_prompt_is_cut_does_not_change_one_bit(recipe: str, tmp_path: Path) -> None:
-    with open_checkpoint(tiny.write_folder(tmp_path / "checkpoint", tiny.qwen2_config())) as checkpoint:
-        manifest = export_bundle(checkpoint, tmp_path / "bundle", RECIPES[recipe], progress=Silent()).manifest
+    manifest = export_for_bits(tmp_path, recipe)
     engine = Engine(tmp_path / "bundle", manifest, slots=1, context=64, threads=1, prefill_chunk=64)
-    ids = prompt(24)
-    whole = feed(engine, 0, ids, [24])
-    # Chunks of two tokens and more; a single token goes through other kernels.
-    for sizes in ([12, 12], [22, 2], [2] * 12, [3, 7, 14]):
+    ids = prompt(25)
+    whole = feed(engine, 0, ids, [25])
+    keys_and_values = engine.read_slot(0, 25)
+    for sizes in ([12, 13], [22, 3], [24, 1], [1] * 25, [3, 7, 14, 1]):
         np.testing.assert_array_equal(feed(engine, 0, ids, sizes), whole)
+        np.testing.assert_array_equal(engine.read_slot(0, 25), keys_and_values)
+
+
+def test_a_prompt_that_fills_the_context_has_room_for_what_fills_a_step_up(tmp_path: Path) -> None:
+    manifest = export_for_bits(tmp_path, "blocks of 128")
+    engine = Engine(tmp_path / "bundle", manifest, slots=2, context=256, threads=1, prefill_chunk=64)
+    assert engine.context_length == manifest.context_length == 256
+    ids = prompt(256)
+    whole = feed(engine, 0, ids, [64] * 4)
+    np.testing.assert_array_equal(feed(engine, 1, ids, [64, 64, 64, 63, 1]), whole)
+    np.testing.assert_array_equal(feed(engine, 0, ids, [64, 64, 63, 62, 3]), whole)
 
 
 def test_score_gives_the_logits_of_every_position(engine: Engine) -> None:

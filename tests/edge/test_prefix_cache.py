@@ -41,12 +41,12 @@ def test_the_longest_common_beginning_is_found() -> None:
     assert (bytes(found[0].ids.astype(np.uint8)), found[1]) == (b"s" * 40 + b"two, and more", 49)
 
 
-def test_the_last_two_prompt_tokens_are_always_computed() -> None:
+def test_the_last_prompt_token_is_always_computed() -> None:
     cache = PrefixCache(1 << 20)
     cache.put(prefix("s" * 50))
     found = cache.find("", ids("s" * 50))
     assert found is not None
-    assert found[1] == 48
+    assert found[1] == 49
 
 
 def test_short_or_foreign_beginnings_are_no_hits() -> None:
@@ -102,7 +102,7 @@ def test_a_growing_conversation_is_prefilled_once(service: Service) -> None:
 def test_another_identity_gets_no_hit(service: Service) -> None:
     Client(service, "s" * 100, identity="alice").end()
     assert Client(service, "s" * 100, identity="bob").end().timings.num_cached_tokens == 0
-    assert Client(service, "s" * 100, identity="alice").end().timings.num_cached_tokens == 98
+    assert Client(service, "s" * 100, identity="alice").end().timings.num_cached_tokens == 99
 
 
 def test_a_cancelled_request_leaves_its_prefix(service: Service) -> None:

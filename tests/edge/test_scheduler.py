@@ -318,7 +318,7 @@ def test_a_prompt_that_is_running_already_is_not_read_again() -> None:
         first = Client(service, "s" * 100)
         first.wait_for(Delta)
         again, other = Client(service, "s" * 100), Client(service, "s" * 100, identity="bob")
-        assert again.end().timings.num_cached_tokens == 98
+        assert again.end().timings.num_cached_tokens == 99
         assert other.end().timings.num_cached_tokens == 0
         assert again.text == first.text + "x" * (300 - len(first.text)), "whatever had come by then"
         first.end()
