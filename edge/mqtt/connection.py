@@ -45,6 +45,8 @@ _STABLE_S: Final = 5.0
 _SILENT_ATTEMPTS: Final = 3
 """Connections closed before any answer after which the other protocol version is tried."""
 _UNSUPPORTED_VERSION: Final = 0x84
+_NO_MATCHING_SUBSCRIBERS: Final = 0x10
+_DO_NOT_SEND: Final = SubscribeOptions.RETAIN_DO_NOT_SEND
 _CLOSED: Final = "closed by the other side"
 _VERSION_NAMES: Final = {MQTTProtocolVersion.MQTTv5: "5", MQTTProtocolVersion.MQTTv311: "3.1.1"}
 
@@ -94,11 +96,15 @@ class Connection:
         address: the broker.
         identity: client id and credentials.
         keepalive_s: a dead link is noticed within twice as long; at least 2.
-        will: published by the broker when the link is lost.
-        filters: what to subscribe to, at QoS 1.
+        filters: what to subscribe to at first, at QoS 1.
         max_payload: bytes; the payload of a larger message is dropped at once.
-        on_ready: called on the network thread whenever the broker has confirmed the subscriptions.
         on_message: called on the network thread; must only enqueue.
+        on_ready: called on the network thread whenever a link is made and the broker has confirmed the subscriptions.
+        on_unheard: called on the network thread with the number (:meth:`post`) of a message that nobody is subscribed
+            to; only MQTT 5 tells.
+        will: published by the broker when the link is lost.
+        keep_session: the broker keeps messages for us while the link is down.
+        retained: subscriptions bring the retained messages. MQTT 3.1.1 brings them in any case.
     """
 
     def __init__(
@@ -107,20 +113,26 @@ class Connection:
         identity: Identity,
         *,
         keepalive_s: int,
-        will: Outgoing,
         filters: Sequence[str],
         max_payload: int,
-        on_ready: Callable[[], None],
         on_message: Callable[[Incoming], None],
+        on_ready: Callable[[], None] = lambda: None,
+        on_unheard: Callable[[int], None] = lambda _number: None,
+        will: Outgoing | None = None,
+        keep_session: bool = True,
+        retained: bool = False,
     ) -> None:
         self._address = address
         self._identity = identity
         self._keepalive_s = keepalive_s
-        self._will = will
         self._filters = tuple(filters)
         self._max_payload = max_payload
-        self._on_ready = on_ready
         self._on_message = on_message
+        self._on_ready = on_ready
+        self._on_unheard = on_unheard
+        self._will = will
+        self._keep_session = keep_session
+        self._retained = retained
         self._client = self._make_client(MQTTProtocolVersion.MQTTv5)
         self._ready = threading.Event()
         self._stopping = threading.Event()
@@ -133,6 +145,7 @@ class Connection:
         self._ever_answered = False
         self._silent_attempts = 0
         self._last_report = ""
+        self._last_reason = ""
 
     @property
     def ready(self) -> bool:
@@ -144,6 +157,15 @@ class Connection:
         """The MQTT version in use: ``5`` or ``3.1.1``."""
         return _VERSION_NAMES[self._client.protocol]
 
+    @property
+    def reason(self) -> str:
+        """Why there is no link; empty before the first attempt has failed."""
+        return self._last_reason
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait for :attr:`ready`; returns whether it is so."""
+        return self._ready.wait(timeout_s)
+
     def socket(self) -> socket.socket | None:
         """The TCP socket of the present link."""
         link = self._client.socket()
@@ -154,10 +176,10 @@ class Connection:
         self._thread = threading.Thread(target=self._run, name="mqtt-network", daemon=True)
         self._thread.start()
 
-    def stop(self, last: Outgoing, flush_s: float) -> None:
+    def stop(self, last: Outgoing | None = None, flush_s: float = 0.0) -> None:
         """Publish ``last`` after everything that waits, give that ``flush_s`` seconds, and disconnect."""
         self._stopping.set()
-        if self.ready:
+        if self.ready and last is not None:
             info = self._publish(last)
             # The broker confirms in order: once this one is through, all are.
             if info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
@@ -173,6 +195,21 @@ class Connection:
         """Send a message, or queue it while the link is down; returns False where it was dropped."""
         return self._publish(message).rc not in {MQTTErrorCode.MQTT_ERR_QUEUE_SIZE, _dropped_rc(message)}
 
+    def post(self, message: Outgoing) -> int | None:
+        """Like :meth:`publish` at QoS 1; returns the message's number, or None where it was dropped."""
+        info = self._publish(message)
+        return None if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE else info.mid
+
+    def listen(self, filters: Sequence[str]) -> None:
+        """Be subscribed to these filters from now on, over new links too, and to no others."""
+        added, removed = set(filters) - set(self._filters), set(self._filters) - set(filters)
+        self._filters = tuple(filters)
+        # Without a link neither does anything; the next one begins with the new filters.
+        if added:
+            self._subscribe(self._client, sorted(added))
+        if removed:
+            self._client.unsubscribe(sorted(removed))
+
     def _publish(self, message: Outgoing) -> paho.MQTTMessageInfo:
         client = self._client
         properties = _publish_properties(message) if client.protocol == MQTTProtocolVersion.MQTTv5 else None
@@ -187,6 +224,7 @@ class Connection:
             self._answered, self._reason = False, ""
             self._one_link()
             was_ready = self.ready
+            self._last_reason = self._reason
             self._ready.clear()
             if self._stopping.is_set():
                 return
@@ -254,7 +292,7 @@ class Connection:
         is_5 = version == MQTTProtocolVersion.MQTTv5
         client = paho.Client(
             CallbackAPIVersion.VERSION2, self._identity.client_id, protocol=version,
-            clean_session=None if is_5 else False, reconnect_on_failure=False,
+            clean_session=None if is_5 else not self._keep_session, reconnect_on_failure=False,
         )  # fmt: skip
         client.max_queued_messages_set(MAX_PENDING)
         client.max_inflight_messages_set(MAX_INFLIGHT)
@@ -262,7 +300,8 @@ class Connection:
             client.username_pw_set(self._identity.username, self._identity.password)
         if self._address.tls:
             client.tls_set()
-        client.will_set(self._will.topic, self._will.payload, self._will.qos, self._will.retain)
+        if self._will is not None:
+            client.will_set(self._will.topic, self._will.payload, self._will.qos, self._will.retain)
         client.on_socket_open = _set_nodelay
         # With this callback set, paho leaves all writing to the thread that runs loop(): other threads only wake it.
         client.on_socket_register_write = _leave_to_loop
@@ -271,7 +310,11 @@ class Connection:
         client.on_disconnect = self._disconnected
         client.on_publish = self._published
         client.on_message = self._received
-        options: dict[str, Any] = {"clean_start": False, "properties": _connect_properties()} if is_5 else {}
+        options: dict[str, Any] = {}
+        if is_5:
+            expiry = SESSION_EXPIRY_S if self._keep_session else 0
+            properties = _properties(PacketTypes.CONNECT, SessionExpiryInterval=expiry)
+            options = {"clean_start": not self._keep_session, "properties": properties}
         # paho waits one keepalive before it pings and another for the reply, and looks at its clock once in _LOOP_S.
         keepalive_s = self._keepalive_s - int(_LOOP_S)
         client.connect_async(self._address.host, self._address.port, keepalive_s, **options)
@@ -285,21 +328,31 @@ class Connection:
             self._reason = f"refused by the broker: {reason}"
             return
         self._ever_answered = True
+        if self._filters:
+            self._subscribe(client, self._filters)
+        else:
+            self._linked()
+
+    def _subscribe(self, client: paho.Client, filters: Sequence[str]) -> None:
         if client.protocol == MQTTProtocolVersion.MQTTv5:
             # Retained requests are not sent on subscription, and live ones keep their flag, so that they can be told.
-            options = SubscribeOptions(
-                qos=1, retainAsPublished=True, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND
-            )
-            client.subscribe([(topic, options) for topic in self._filters])
+            handling = SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE if self._retained else _DO_NOT_SEND
+            options = SubscribeOptions(qos=1, retainAsPublished=True, retainHandling=handling)
+            client.subscribe([(topic, options) for topic in filters])
         else:
-            client.subscribe([(topic, 1) for topic in self._filters])
+            client.subscribe([(topic, 1) for topic in filters])
 
     def _subscribed(
         self, _client: paho.Client, _data: Any, _mid: int, reasons: list[ReasonCode], _properties: Properties | None
     ) -> None:
         if any(reason.is_failure for reason in reasons):
-            log.error("the broker does not let %s subscribe to its requests", self._identity.client_id)
+            self._last_reason = "the broker does not allow the subscriptions"
+            log.error("the broker does not let %s subscribe to its topics", self._identity.client_id)
             return
+        if not self.ready:
+            self._linked()
+
+    def _linked(self) -> None:
         log.info("connected to the MQTT broker %s (MQTT %s)", self._place, self.protocol)
         self._last_report = ""
         self._ready.set()
@@ -312,10 +365,12 @@ class Connection:
             self._reason = f"closed by the broker: {reason}"
 
     def _published(
-        self, _client: paho.Client, _data: Any, _mid: int, reason: ReasonCode, _properties: Properties | None
+        self, _client: paho.Client, _data: Any, mid: int, reason: ReasonCode, _properties: Properties | None
     ) -> None:
         if reason.is_failure:
             log.warning("the broker refused a message: %s", reason)
+        if reason.is_failure or reason.value == _NO_MATCHING_SUBSCRIBERS:
+            self._on_unheard(mid)
 
     def _received(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
         # An exception would end the link before the message is acknowledged, and so bring it back for ever.
@@ -349,10 +404,6 @@ def _set_nodelay(_client: paho.Client, _data: Any, link: Any) -> None:
 
 def _leave_to_loop(_client: paho.Client, _data: Any, _link: Any) -> None:
     """The loop asks paho itself whether there is something to write."""
-
-
-def _connect_properties() -> Properties:
-    return _properties(PacketTypes.CONNECT, SessionExpiryInterval=SESSION_EXPIRY_S)
 
 
 def _publish_properties(message: Outgoing) -> Properties:
