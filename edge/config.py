@@ -12,7 +12,7 @@ import difflib
 import re
 import socket
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from edge.errors import ConfigError
+from edge.rule_settings import MAX_RULES, RuleSettings
 
 ENV_PREFIX = "QWEDGE_"
 FOREIGN_ENV = frozenset({"QWEDGE_CACHE"})
@@ -35,7 +36,13 @@ FLAGS = {
     "log.level": "--log-level",
 }
 """The settings that have a flag."""
+FILE_ONLY = frozenset({"mqtt.rule"})
+"""Settings that are tables: no flag or variable can hold them."""
 MAX_CONFIG_BYTES = 1 << 20
+DISCOVERY_PREFIX = "homeassistant"
+"""Where Home Assistant looks for devices, unless it is told otherwise."""
+DISCOVERY_OFF = "off"
+"""Value of ``mqtt.home_assistant`` that takes the announcement back."""
 _TOPIC = re.compile(r"[^\s+#$/\0]+(/[^\s+#$/\0]+)*")
 _BROKER = re.compile(r"(?P<scheme>mqtts?)://(?P<host>\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+)(:(?P<port>\d{1,5}))?/?")
 
@@ -48,7 +55,7 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_booleans(cls, value: Any) -> Any:
-        # pydantic would read `port = true` as 1; no setting is a boolean.
+        # pydantic would read `port = true` as 1; no setting stays a boolean.
         if isinstance(value, bool):
             raise ValueError("must not be true or false")  # noqa: TRY004 - pydantic reports ValueErrors only
         return value
@@ -199,6 +206,30 @@ class MqttSettings(_Section):
     keepalive_s: int = Field(
         10, ge=2, le=3600, description="MQTT keepalive in seconds; a dead link is noticed within twice as long."
     )
+    home_assistant: str | None = Field(
+        None,
+        max_length=128,
+        description="`true` announces this device to Home Assistant below `homeassistant`, another word below that;"
+        " `false` takes the announcement below `homeassistant` back. Without it, neither.",
+    )
+    rule: tuple[RuleSettings, ...] = Field(
+        (),
+        max_length=MAX_RULES,
+        description="Answers to messages that are no requests, one table `[[mqtt.rule]]` for each rule.",
+    )
+
+    @field_validator("home_assistant", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        word = str(value).lower() if isinstance(value, bool | str) else ""
+        return {"true": DISCOVERY_PREFIX, "false": DISCOVERY_OFF}.get(word, value)
+
+    @field_validator("rule")
+    @classmethod
+    def _own_names(cls, value: tuple[RuleSettings, ...]) -> tuple[RuleSettings, ...]:
+        if len({rule.name for rule in value}) < len(value):
+            raise ValueError("must have a name of its own for each rule")
+        return value
 
     @field_validator("broker")
     @classmethod
@@ -210,10 +241,10 @@ class MqttSettings(_Section):
             raise ValueError("must name a port from 1 to 65535")
         return value
 
-    @field_validator("root")
+    @field_validator("root", "home_assistant")
     @classmethod
-    def _plain_topic(cls, value: str) -> str:
-        if _TOPIC.fullmatch(value) is None:
+    def _plain_topic(cls, value: str | None) -> str | None:
+        if value is not None and _TOPIC.fullmatch(value) is None:
             raise ValueError("must be topic levels without spaces, '+', '#' and '$', and without empty levels")
         return value
 
@@ -338,7 +369,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _from_environment(env: Mapping[str, str]) -> dict[str, _Given]:
-    known = {environment_name(s, f): f"{s}.{f}" for s, section in SECTIONS.items() for f in section.model_fields}
+    keys = {f"{s}.{f}": environment_name(s, f) for s, section in SECTIONS.items() for f in section.model_fields}
+    known = {name: key for key, name in keys.items() if key not in FILE_ONLY}
     given: dict[str, _Given] = {}
     for name, value in env.items():
         if not name.startswith(ENV_PREFIX) or name in FOREIGN_ENV:
@@ -353,10 +385,26 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, _Given]:
 def _explain(error: ValidationError, given: Mapping[str, _Given]) -> ConfigError:
     """The first violation as one line; the rest show up when it is repaired."""
     first = error.errors(include_url=False)[0]
-    section, field = str(first["loc"][0]), str(first["loc"][1])
+    section, field, *inner = map(str, first["loc"])
     reason = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "must").split(", unable")[0]
+    if (section, field) == ("mqtt", "rule") and inner:
+        return _explain_rule(given["mqtt.rule"], first["type"], reason, inner)
     description = SECTIONS[section].model_fields[field].description
     return ConfigError(f"{given[f'{section}.{field}'].place} {reason}", hint=f"{section}.{field}: {description}")
+
+
+def _explain_rule(given: _Given, kind: str, reason: str, path: Sequence[str]) -> ConfigError:
+    """What is wrong with a rule; ``path`` is its number and then, where there is one, the key."""
+    number, *keys = path
+    fields = {info.alias or name: info for name, info in RuleSettings.model_fields.items()}
+    place = f"{given.place.removesuffix(' [mqtt] rule')} [[mqtt.rule]] number {int(number) + 1}"
+    if not keys:
+        return ConfigError(f"{place} {reason}", hint="see docs/mqtt-rules.md")
+    if kind == "extra_forbidden":
+        return ConfigError(f"{place} has no key {keys[0]!r}", hint=_did_you_mean(keys[0], fields))
+    if kind == "missing":
+        reason = "is missing"
+    return ConfigError(f"{place}: {keys[0]} {reason}", hint=f"{keys[0]}: {fields[keys[0]].description}")
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

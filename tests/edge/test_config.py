@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.config import FLAGS, SECTIONS, BrokerAddress, Settings, environment_name, load_settings, sanitize_device
+from edge.config import (
+    DISCOVERY_OFF,
+    FILE_ONLY,
+    FLAGS,
+    SECTIONS,
+    BrokerAddress,
+    Settings,
+    environment_name,
+    load_settings,
+    sanitize_device,
+)
 from edge.errors import ConfigError
 
 
@@ -69,18 +79,18 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
             "username": "u",
             "password_file": tmp_path / "password",
             "keepalive_s": 5,
+            "home_assistant": "ha/discovery",
         },
         "log": {"level": "debug"},
     }
-    assert {name: set(section.model_fields) for name, section in SECTIONS.items()} == {
-        n: set(v) for n, v in values.items()
-    }
+    fields = {f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields}
+    assert fields - FILE_ONLY == {f"{name}.{field}" for name, given in values.items() for field in given}
     env = {
         environment_name(section, field): ", ".join(value) if isinstance(value, tuple) else str(value)
         for section, fields in values.items()
         for field, value in fields.items()
     }
-    assert load_settings(None, env).model_dump() == values
+    assert load_settings(None, env).model_dump(exclude={"mqtt": {"rule"}}) == values
 
 
 def test_an_empty_variable_and_the_exporters_variable_count_as_not_given() -> None:
@@ -133,6 +143,7 @@ def test_a_wrong_variable_is_named_with_its_reason(env: dict[str, str], message:
         ("server = 1\n", "server is not a section", "[server]"),
         ("[server\n", "is not valid TOML", "docs/configuration.md"),
         ("[server]\nallowed_hosts = []\n", "[server] allowed_hosts", "server.allowed_hosts"),
+        ("[mqtt]\nhome_assistant = 1\n", "[mqtt] home_assistant must be a valid string", "mqtt.home_assistant"),
         ("[server]\nallowed_hosts = [1]\n", "[server] allowed_hosts must be a valid string", "server.allowed_hosts"),
     ],
 )
@@ -141,6 +152,20 @@ def test_a_wrong_file_is_named_with_key_and_reason(tmp_path: Path, text: str, me
         load_settings(write(tmp_path, text))
     assert message in caught.value.message
     assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("value", "prefix"),
+    [
+        ("true", "homeassistant"),
+        ("false", DISCOVERY_OFF),
+        ("'ha/discovery'", "ha/discovery"),
+        ("'True'", "homeassistant"),
+    ],
+)
+def test_home_assistant_is_a_switch_or_a_prefix(tmp_path: Path, value: str, prefix: str) -> None:
+    assert load_settings(write(tmp_path, f"[mqtt]\nhome_assistant = {value}\n")).mqtt.home_assistant == prefix
+    assert load_settings().mqtt.home_assistant is None
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
