@@ -20,7 +20,21 @@ The way of a message: ``connection`` (the network thread) puts it into a bounded
 tokenizes and submits it; the service's events pass through ``answers`` (a thread), which publishes.
 """
 
-from edge.mqtt.bridge import BridgeStats, MqttBridge
-from edge.mqtt.broker import EmbeddedBroker
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge.mqtt.bridge import BridgeStats, MqttBridge
+    from edge.mqtt.broker import EmbeddedBroker
 
 __all__ = ["BridgeStats", "EmbeddedBroker", "MqttBridge"]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: programs that only ask use `connection` and `topics`, without the engine behind the bridge.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "edge.mqtt.broker" if name == "EmbeddedBroker" else "edge.mqtt.bridge"
+    return getattr(import_module(home), name)

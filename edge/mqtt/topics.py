@@ -7,6 +7,7 @@
     {root}/v1/dev/{device}/load                    retained: slots, queue, speed
     {root}/v1/dev/{device}/req/{client}/{id}       a request for this device
     {root}/v1/dev/{device}/cancel/{client}/{id}    ends that request
+    {root}/v1/pool/{model}/req/{client}/{id}       a request for any device that serves the model and has room
     {root}/v1/res/{client}/{id}/evt|tok|done       progress, tokens, the one outcome
 """
 
@@ -21,7 +22,10 @@ from edge.errors import ConfigError, RequestError
 PROTOCOL_VERSION: Final = 1
 MAX_TOPIC_BYTES: Final = 1024
 """Longest response topic that is honoured; MQTT itself allows 65,535 bytes."""
+SHARE_GROUP: Final = "qwedge"
+"""The pool's subscriptions share their messages under this name."""
 _SEGMENT = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_MODEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,95}")
 _LEVEL = re.compile(r"[^+#$/\x00-\x20\x7f]+")
 
 
@@ -45,7 +49,7 @@ class RequestId:
 
 @dataclass(frozen=True)
 class RequestTopic:
-    """Parsed from ``.../req/{client}/{id}``."""
+    """Parsed from ``.../req/{client}/{id}``, of the device or of a pool."""
 
     request: RequestId
 
@@ -135,7 +139,7 @@ class Layout:
         Raises:
             RequestError: the topic is not of this device, or its client or id is not allowed.
         """
-        verb, _, rest = topic.removeprefix(f"{self._device}/").partition("/")
+        verb, _, rest = self._below(topic).partition("/")
         client, _, request_id = rest.partition("/")
         match verb:
             case "req":
@@ -152,7 +156,7 @@ class Layout:
             RequestError: the response topic is outside the client's own branch. Otherwise a client could make the
                 device publish anywhere.
         """
-        branch = f"{self.root}/v{PROTOCOL_VERSION}/res/{request.client}"
+        branch = f"{_base(self.root)}/res/{request.client}"
         if response_topic is None:
             return ReplyTopics(done=f"{branch}/{request.id}/done", base=f"{branch}/{request.id}")
         levels = response_topic.removeprefix(f"{branch}/")
@@ -162,6 +166,43 @@ class Layout:
             raise RequestError("the response topic is not allowed", hint=hint, param="response_topic")
         return ReplyTopics(done=response_topic, base=response_topic)
 
+    def _below(self, topic: str) -> str:
+        """What follows the device, or the model of a pool."""
+        pools = f"{_base(self.root)}/pool/"
+        if topic.startswith(pools):
+            return topic.removeprefix(pools).partition("/")[2]
+        return topic.removeprefix(f"{self._device}/")
+
     @property
     def _device(self) -> str:
-        return f"{self.root}/v{PROTOCOL_VERSION}/dev/{self.device}"
+        return f"{_base(self.root)}/dev/{self.device}"
+
+
+def pool_filter(root: str, model: str) -> str:
+    """The subscription by which the members of a model's pool share its requests."""
+    return f"$share/{SHARE_GROUP}/{_pool(root, model)}/req/+/+"
+
+
+def pool_request(root: str, model: str, request: RequestId) -> str:
+    """Where a client publishes a request that any member of the model's pool may answer."""
+    return f"{_pool(root, model)}/req/{request.client}/{request.id}"
+
+
+def answers_filter(root: str, client: str) -> str:
+    """The subscription by which a client gets all its answers."""
+    return f"{_base(root)}/res/{client}/#"
+
+
+def status_filter(root: str, device: str = "+") -> str:
+    """The subscription by which a client learns which devices are there."""
+    return f"{_base(root)}/dev/{device}/status"
+
+
+def _pool(root: str, model: str) -> str:
+    if _MODEL.fullmatch(model) is None:
+        raise ConfigError(f"the model name {model!r} is not allowed", hint="the name in the device's `info`")
+    return f"{_base(root)}/pool/{model}"
+
+
+def _base(root: str) -> str:
+    return f"{root}/v{PROTOCOL_VERSION}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edge.errors import ConfigError, RequestError
-from edge.mqtt.topics import MAX_TOPIC_BYTES, CancelTopic, Layout, RequestId, RequestTopic
+from edge.mqtt.topics import MAX_TOPIC_BYTES, CancelTopic, Layout, RequestId, RequestTopic, pool_filter, pool_request
 
 LAYOUT = Layout("plant7/llm", "press-3")
 
@@ -85,3 +85,17 @@ def test_a_response_topic_elsewhere_is_refused(topic: str) -> None:
 def test_a_root_or_device_that_is_no_topic_is_a_config_error(root: str, device: str) -> None:
     with pytest.raises(ConfigError):
         Layout(root, device)
+
+
+def test_a_pool_has_topics_of_its_own() -> None:
+    request = RequestId("hmi", "1")
+    topic = pool_request("plant7/llm", "qwen3-0.6b", request)
+    assert topic == "plant7/llm/v1/pool/qwen3-0.6b/req/hmi/1"
+    assert pool_filter("plant7/llm", "qwen3-0.6b") == "$share/qwedge/plant7/llm/v1/pool/qwen3-0.6b/req/+/+"
+    assert LAYOUT.parse(topic) == RequestTopic(request)
+
+
+@pytest.mark.parametrize("model", ["", "+", "a/b", "Model", "$share"])
+def test_a_model_that_is_no_topic_level_has_no_pool(model: str) -> None:
+    with pytest.raises(ConfigError):
+        pool_filter("plant7/llm", model)
