@@ -52,6 +52,10 @@ class Metrics:
         self._preemptions = Counter(
             "qwedge_preemptions", "Requests that gave their slot back for a while", registry=self._registry
         )
+        self._rule_messages = Counter(
+            "qwedge_rule_messages", "Messages that MQTT rules took, by outcome", ["rule", "outcome"],
+            registry=self._registry,
+        )  # fmt: skip
         self._rendering = threading.Lock()
         self._rendered: SchedulerStats | None = None  # guarded by _rendering
 
@@ -75,6 +79,10 @@ class Metrics:
     def refused(self, error: QwedgeError) -> None:
         """Count a request that was not accepted."""
         self._requests.labels(error.code).inc()
+
+    def rule(self, name: str, outcome: str) -> None:
+        """Count a message of a rule: answered, failed, unchanged, superseded or dropped."""
+        self._rule_messages.labels(name, outcome).inc()
 
     def render(self, stats: SchedulerStats) -> bytes:
         """The text exposition, with the gauges set from ``stats``."""

@@ -180,6 +180,24 @@ class Load(_Message):
     accepting: bool
     tokens_per_s: float
     """Decode speed of the latest answer over MQTT: what one stream can expect; 0 before the first."""
+    temperature_c: float | None = None
+    """Of the machine's hottest sensor, where it has one; told anew when it moved by 2 °C."""
+
+
+class RuleFailure(_Message):
+    """On a rule's ``error`` topic: a message got no answer."""
+
+    rule: str
+    topic: str
+    """The message's topic."""
+    status: Annotated[int, Field(ge=400, le=599)]
+    error: dict[str, Any]
+    """OpenAI's error object, as in the body of a failed ``done``."""
+
+    @classmethod
+    def of(cls, rule: str, topic: str, error: QwedgeError) -> RuleFailure:
+        """Why a rule gave no answer to a message on ``topic``."""
+        return cls(rule=rule, topic=topic, status=error.status, error=error_body(error)["error"])
 
 
 def parse_request(payload: bytes) -> Request:

@@ -7,6 +7,8 @@
     {root}/v1/dev/{device}/load                    retained: slots, queue, speed
     {root}/v1/dev/{device}/req/{client}/{id}       a request for this device
     {root}/v1/dev/{device}/cancel/{client}/{id}    ends that request
+    {root}/v1/dev/{device}/prompt                  a prompt from Home Assistant
+    {root}/v1/dev/{device}/rule/{name}/error       why a rule gave no answer
     {root}/v1/pool/{model}/req/{client}/{id}       a request for any device that serves the model and has room
     {root}/v1/res/{client}/{id}/evt|tok|done       progress, tokens, the one outcome
 """
@@ -119,6 +121,20 @@ class Layout:
     def load(self) -> str:
         """Retained load of the device."""
         return f"{self._device}/load"
+
+    @property
+    def prompt(self) -> str:
+        """Bare prompts of a client that can name no id: Home Assistant."""
+        return f"{self._device}/prompt"
+
+    @property
+    def branch(self) -> str:
+        """Parent of all topics of the protocol; what lies elsewhere is other people's."""
+        return _base(self.root)
+
+    def rule_error(self, name: str) -> str:
+        """Where a rule tells why it gave no answer."""
+        return f"{self._device}/rule/{name}/error"
 
     @property
     def filters(self) -> tuple[str, str]:

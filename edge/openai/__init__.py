@@ -14,7 +14,7 @@ into one :class:`Answer`, which gives the chunks of a stream and the complete bo
 """
 
 from edge.openai.answer import Answer, error_body
-from edge.openai.body import parse_body
+from edge.openai.body import parse_body, parse_json
 from edge.openai.prepare import prepare
 from edge.openai.schemas import ChatRequest, CompletionRequest, parse_chat, parse_completion
 
@@ -26,5 +26,6 @@ __all__ = [
     "parse_body",
     "parse_chat",
     "parse_completion",
+    "parse_json",
     "prepare",
 ]

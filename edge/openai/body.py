@@ -21,8 +21,20 @@ def parse_body(payload: bytes) -> dict[str, Any]:
     """Read a request's body.
 
     Raises:
-        RequestError: it is not UTF-8, not JSON, no object, nested too deeply, or holds a number or a string that JSON
-            cannot express (NaN, infinity, a lone surrogate).
+        RequestError: what :func:`parse_json` raises; or it is no object.
+    """
+    value = parse_json(payload)
+    if not isinstance(value, dict):
+        raise RequestError("the body is not a JSON object", hint=_HINT)
+    return value
+
+
+def parse_json(payload: bytes) -> Any:
+    """Read any JSON value.
+
+    Raises:
+        RequestError: it is not UTF-8, not JSON, nested too deeply, or holds a number or a string that JSON cannot
+            express (NaN, infinity, a lone surrogate).
     """
     try:
         text = payload.decode("utf-8")
@@ -34,8 +46,6 @@ def parse_body(payload: bytes) -> dict[str, Any]:
     except ValueError as error:
         where = f" at byte {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise RequestError(f"the body is not valid JSON{where}", hint=_HINT) from None
-    if not isinstance(value, dict):
-        raise RequestError("the body is not a JSON object", hint=_HINT)
     _check_tree(value, surrogates="\\u" in text)
     return value
 
@@ -50,10 +60,10 @@ def _finite(literal: str) -> float:
     return value
 
 
-def _check_tree(root: dict[str, Any], *, surrogates: bool) -> None:
+def _check_tree(root: Any, *, surrogates: bool) -> None:
     """Check the depth, level by level; look for lone surrogates only where an escape could have made one."""
-    level: list[Any] = [root]
-    for _ in range(MAX_DEPTH):
+    level: list[Any] = [[root]]
+    for _ in range(1 + MAX_DEPTH):
         if surrogates:
             _check_strings(level)
         level = [child for node in level for child in _children(node) if isinstance(child, _INNER)]

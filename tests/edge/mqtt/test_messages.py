@@ -19,6 +19,7 @@ from edge.mqtt.messages import (
     ModelInfo,
     Queued,
     Request,
+    RuleFailure,
     Started,
     Tokens,
     Usage,
@@ -42,7 +43,8 @@ SAMPLES = [
         limits=Limits(slots=4, max_queue=64, max_payload_bytes=1 << 20),
         versions=Versions(qwedge="0.1.0", protocol=1, mqtt="5"),
     ),
-    Load(slots=4, busy=1, queue=0, accepting=True, tokens_per_s=45.1),
+    Load(slots=4, busy=1, queue=0, accepting=True, tokens_per_s=45.1, temperature_c=61.0),
+    RuleFailure.of("advice", "plant/7/alarm", RequestError("no", hint="see there", param="prompt")),
 ]
 
 

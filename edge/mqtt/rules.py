@@ -1,0 +1,306 @@
+"""Rules: from a message that knows nothing of prompts to a chat request, and to the topic of its answer.
+
+A :class:`Rule` is what a ``[[mqtt.rule]]`` table says, checked and compiled. It holds no state: ``rules_gate`` decides
+which messages count, ``rules_runner`` runs them. Prompts come from the configuration alone; a message fills in values,
+within limits, and no text of it can become a special token (:mod:`edge.chat`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import minijinja
+
+from edge.config import MqttSettings
+from edge.errors import ConfigError, RequestError, TooLargeError
+from edge.model import Model
+from edge.mqtt.topics import MAX_TOPIC_BYTES, Layout
+from edge.openai import parse_chat, parse_json, prepare
+from edge.rule_settings import RuleSettings
+
+FUEL: Final = 200_000
+"""Template instructions for one rendering."""
+MAX_PROMPT_BYTES: Final = 1 << 20
+"""Longest rendered prompt: as large as the largest request."""
+MAX_SCHEMA_BYTES: Final = 1 << 20
+_VARIABLES: Final = ("payload", "json", "topic", "levels", "captures")
+_PLACEHOLDER = re.compile(r"\{(\d)\}")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_LEVEL = re.compile(r"[^+#\x00-\x1f\x7f-\x9f]+")
+
+
+@dataclass(frozen=True)
+class RuleMessage:
+    """A message that a rule takes."""
+
+    topic: str
+    payload: bytes | None
+    """None where it was too large to be kept."""
+
+
+class Rule:
+    """A checked and compiled rule.
+
+    Args:
+        settings: its table.
+        branch: where the protocol's own topics lie, which no rule publishes to.
+
+    Raises:
+        ConfigError: the template is malformed or uses unknown variables, the schema's file cannot be read, or the
+            answers would go to the protocol's own topics.
+    """
+
+    def __init__(self, settings: RuleSettings, branch: str) -> None:
+        self.settings = settings
+        self.schema = _read_schema(settings)
+        """The answer's JSON schema; None for free text and for choices."""
+        self.publish_filter = _publish_filter(settings)
+        """Matches every topic that the rule can publish to; here ``#`` may stand anywhere."""
+        self._branch = f"{branch}/"
+        self._environment = _environment(settings)
+        if overlap(self.publish_filter, f"{branch}/#"):
+            hint = "publish to topics of your own"
+            raise ConfigError(f"the rule {settings.name!r} could publish below {branch}", hint=hint)
+
+    @property
+    def name(self) -> str:
+        """The rule's name."""
+        return self.settings.name
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether answers have a given form: half of one is worth nothing."""
+        return self.schema is not None or self.settings.choices is not None
+
+    def takes(self, topic: str) -> bool:
+        """Whether messages on a topic are for this rule."""
+        return match(self.settings.subscribe, topic) is not None and not topic.startswith(self._branch)
+
+    def request(self, prompt: str) -> dict[str, Any]:
+        """The chat request for a rendered prompt."""
+        settings = self.settings
+        opening = [{"role": "system", "content": settings.system}] if settings.system else []
+        return {
+            "messages": [*opening, {"role": "user", "content": prompt}],
+            "max_tokens": settings.max_tokens,
+            # A machine waits for the answer; thoughts would use up its tokens.
+            "enable_thinking": False,
+            **({"model": settings.model} if settings.model is not None else {}),
+            **settings.sampling,
+            **self._form(),
+        }
+
+    def render(self, message: RuleMessage) -> str:
+        """The prompt for a message.
+
+        Raises:
+            TooLargeError: the payload or the prompt is larger than allowed.
+            RequestError: the payload is no text, or the template needs something that it lacks.
+        """
+        text = _text(message.payload, self.settings.max_payload_bytes)
+        captures = match(self.settings.subscribe, message.topic) or ()
+        variables: dict[str, Any] = {
+            "payload": text,
+            "topic": message.topic,
+            "levels": message.topic.split("/"),
+            "captures": captures,
+        }
+        with contextlib.suppress(RequestError):  # left undefined then: a template that needs it fails
+            variables["json"] = parse_json(text.encode())
+        try:
+            prompt = self._environment.render_template(self.name, **variables)
+        except minijinja.TemplateError as error:
+            # The kind alone: a detail may quote the payload.
+            hint = "the payload lacks what the template needs, or takes it too much work"
+            raise RequestError(f"the template failed ({error.kind})", hint=hint, param="prompt") from None
+        if len(prompt.encode()) > MAX_PROMPT_BYTES:
+            raise TooLargeError(f"the prompt is larger than {MAX_PROMPT_BYTES} bytes", hint="see the rule's template")
+        if not prompt.strip():
+            raise RequestError("the prompt is empty", hint="see the rule's template", param="prompt")
+        return prompt
+
+    def output_topic(self, topic: str) -> str:
+        """Where the answer to a message on ``topic`` goes.
+
+        Raises:
+            RequestError: the topic that comes out is not allowed, or would come back to this rule.
+        """
+        captures = match(self.settings.subscribe, topic) or ()
+        output = _PLACEHOLDER.sub(lambda found: captures[int(found[1]) - 1], self.settings.publish)
+        fits = len(output.encode("utf-8", errors="replace")) <= MAX_TOPIC_BYTES and not output.startswith("$")
+        if not fits or not all(_LEVEL.fullmatch(level) for level in output.split("/")):
+            hint = "a capture is empty, too long, or holds what no topic may"
+            raise RequestError("the answer's topic is not allowed", hint=hint, param="publish")
+        if output.startswith(self._branch) or self.takes(output):
+            hint = "publish to a topic that the rule's filter does not match"
+            raise RequestError("the answer would come back to the rule", hint=hint, param="publish")
+        return output
+
+    def _form(self) -> dict[str, Any]:
+        """The request's fields for the form of the answer."""
+        if self.settings.choices is not None:
+            return {"structured_outputs": {"choice": list(self.settings.choices)}}
+        if self.schema is None:
+            return {}
+        return {"response_format": {"type": "json_schema", "json_schema": {"name": self.name, "schema": self.schema}}}
+
+
+def load_rules(settings: MqttSettings) -> tuple[Rule, ...]:
+    """The configured rules.
+
+    Raises:
+        ConfigError: one of them is not usable (see :class:`Rule`), or answers could lead back to the rule they are of.
+    """
+    branch = Layout(settings.root, settings.device).branch
+    rules = tuple(Rule(rule, branch) for rule in settings.rule)
+    for rule in rules:
+        _refuse_circle(rule, rules)
+    return rules
+
+
+def check_with(model: Model, rules: Sequence[Rule]) -> None:
+    """Check what only the model knows: its name and adapters, the ranges of sampling, the grammars.
+
+    Raises:
+        ConfigError: a rule asks for what this model does not do.
+    """
+    for rule in rules:
+        if model.template is None:
+            raise ConfigError(f"the rule {rule.name!r} needs a chat model", hint="serve an instruct model")
+        try:
+            prepare(model, parse_chat(rule.request("?")))
+        except RequestError as error:
+            raise ConfigError(f"the rule {rule.name!r} cannot run: {error.message}", hint=error.hint) from None
+
+
+def subscriptions(rules: Sequence[Rule]) -> tuple[str, ...]:
+    """The rules' filters without those that another one covers: some brokers send a message once for each filter."""
+    filters = dict.fromkeys(rule.settings.subscribe for rule in rules)
+    return tuple(each for each in filters if not any(other != each and _covers(other, each) for other in filters))
+
+
+def match(topic_filter: str, topic: str) -> tuple[str, ...] | None:
+    """What the wildcards of a filter stand for in a topic; None where it does not match."""
+    parts, levels = topic_filter.split("/"), topic.split("/")
+    if topic.startswith("$"):
+        return None  # no wildcard matches the broker's own topics, and no filter names them
+    captures: list[str] = []
+    for index, part in enumerate(parts):
+        if part == "#":
+            return (*captures, "/".join(levels[index:]))
+        if index >= len(levels) or part not in {"+", levels[index]}:
+            return None
+        if part == "+":
+            captures.append(levels[index])
+    return tuple(captures) if len(parts) == len(levels) else None
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether any topic matches both filters; ``#`` may stand anywhere and for any number of levels."""
+    return _overlap(one.split("/"), other.split("/"))
+
+
+def _overlap(one: list[str], other: list[str]) -> bool:
+    if not one or not other:
+        return set(one) | set(other) <= {"#"}
+    if one[0] == "#" or other[0] == "#":
+        return _overlap(one[1:], other) or _overlap(one, other[1:])
+    return (one[0] == other[0] or "+" in {one[0], other[0]}) and _overlap(one[1:], other[1:])
+
+
+def _covers(wide: str, narrow: str) -> bool:
+    """Whether every topic that matches ``narrow`` matches ``wide``, read as a topic: wildcards take wildcards only."""
+    levels = wide.split("/")
+    if len(levels) > len(narrow.split("/")) or (narrow.endswith("#") and not wide.endswith("#")):
+        return False
+    return match(wide, narrow) is not None
+
+
+def _publish_filter(settings: RuleSettings) -> str:
+    """The topics that a rule's pattern can become, as a filter."""
+    wildcards = re.findall(r"[+#]", settings.subscribe)
+
+    def stand_in(level: str) -> str:
+        used = {wildcards[int(number) - 1] for number in _PLACEHOLDER.findall(level)}
+        return "#" if "#" in used else "+" if used else level
+
+    return "/".join(map(stand_in, settings.publish.split("/")))
+
+
+def _refuse_circle(rule: Rule, rules: Sequence[Rule]) -> None:
+    """Follow the answers from rule to rule.
+
+    Raises:
+        ConfigError: they lead back to where they began.
+    """
+    reached: set[str] = set()
+    heads = [rule]
+    while heads:
+        head = heads.pop()
+        for follower in rules:
+            if not overlap(head.publish_filter, follower.settings.subscribe):
+                continue
+            if follower is rule:
+                hint = f"change publish or subscribe: {head.settings.publish} can match {rule.settings.subscribe}"
+                raise ConfigError(f"the rule {rule.name!r} could react to its own answers", hint=hint)
+            if follower.name not in reached:
+                reached.add(follower.name)
+                heads.append(follower)
+
+
+def _environment(settings: RuleSettings) -> minijinja.Environment:
+    """The compiled template, as the only one of an environment of its own."""
+    hint = f"the template may use {', '.join(_VARIABLES)}"
+    environment = minijinja.Environment(
+        fuel=FUEL, debug=False, undefined_behavior="strict", filters={"tojson": _to_json}, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    try:
+        environment.add_template(settings.name, settings.prompt)
+    except minijinja.TemplateError as error:
+        raise ConfigError(f"the rule {settings.name!r} has a malformed prompt: {error.message}", hint=hint) from None
+    known = {*_VARIABLES, *environment.globals}
+    if unknown := environment.undeclared_variables_in_template(settings.name) - known:
+        raise ConfigError(f"the rule {settings.name!r} has no variable {min(unknown)!r}", hint=hint)
+    return environment
+
+
+def _to_json(value: Any) -> str:
+    """Jinja's own ``tojson`` escapes HTML, which confuses models."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _read_schema(settings: RuleSettings) -> dict[str, Any] | None:
+    if not isinstance(settings.definition, str):
+        return settings.definition
+    path = Path(settings.definition)
+    hint = f"schema of the rule {settings.name!r} names a file with a JSON schema"
+    try:
+        with path.open("rb") as file:
+            schema = parse_json(file.read(MAX_SCHEMA_BYTES))
+    except OSError as error:
+        raise ConfigError(f"the schema {path} cannot be read: {error.strerror}", hint=hint) from None
+    except RequestError:
+        raise ConfigError(f"the schema {path} is not valid JSON", hint=hint) from None
+    if not isinstance(schema, dict):
+        raise ConfigError(f"the schema {path} is no JSON object", hint=hint)
+    return schema
+
+
+def _text(payload: bytes | None, limit: int) -> str:
+    """A payload as text; zeros at its end pad the fixed-length strings of PLCs."""
+    if payload is None or len(payload) > limit:
+        raise TooLargeError(f"the payload is larger than {limit} bytes", hint="raise the rule's max_payload_bytes")
+    try:
+        text = payload.rstrip(b"\0").decode("utf-8")
+    except UnicodeDecodeError:
+        raise RequestError("the payload is not valid UTF-8", hint="send text or JSON in UTF-8") from None
+    if _CONTROL.search(text):
+        raise RequestError("the payload holds control characters", hint="send text or JSON in UTF-8")
+    return text
