@@ -2,7 +2,8 @@
 
 A thread of its own connects, reads and writes, and connects again with growing, jittered pauses whenever the link is
 lost. It speaks MQTT 5, and MQTT 3.1.1 to a broker that does not know MQTT 5. Incoming messages are handed to a callback
-on that thread, which must only enqueue them.
+on that thread, which must only enqueue them. Whoever took one calls its ``ack`` when it is safe: until then the broker
+keeps it and sends it again over the next link.
 
 What is published while the link is down: QoS 1 messages wait in a bounded queue, QoS 0 messages are dropped.
 """
@@ -15,8 +16,10 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import paho.mqtt.client as paho
@@ -65,6 +68,10 @@ class Outgoing:
     """MQTT 5 only: echoed from the request."""
 
 
+def _nothing() -> None:
+    """What an acknowledgement does where none is due."""
+
+
 @dataclass(frozen=True)
 class Incoming:
     """A message that arrived."""
@@ -77,7 +84,20 @@ class Incoming:
     correlation: bytes | None = None
     expiry_s: int | None = None
     """What is left of the message's life in seconds."""
+    redelivered: bool = False
+    """The broker has sent it before and was not told that it arrived."""
     received_at: float = field(default_factory=time.monotonic)
+    ack: Callable[[], None] = field(default=_nothing, compare=False, repr=False)
+    """Tell the broker that the message need not be sent again; from any thread, once. PUBACKs go out in the order of
+    the messages, so one that is never called holds back those behind it."""
+
+
+@dataclass(eq=False)
+class _Unacked:
+    """A message that the broker still keeps for us."""
+
+    mid: int
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +158,8 @@ class Connection:
         self._stopping = threading.Event()
         self._abandoned = threading.Event()
         self._thread: threading.Thread | None = None
+        self._ack_lock = threading.Lock()
+        self._unacked: deque[_Unacked] = deque()  # of the present link; guarded by _ack_lock
         # Of the present attempt; the network thread only.
         self._answered = False
         self._reason = ""
@@ -200,6 +222,11 @@ class Connection:
         info = self._publish(message)
         return None if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE else info.mid
 
+    def track(self, message: Outgoing) -> Callable[[], bool] | None:
+        """Like :meth:`publish` at QoS 1; gives what tells whether the broker has it, or None where it was dropped."""
+        info = self._publish(message)
+        return None if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE else info.is_published
+
     def listen(self, filters: Sequence[str]) -> None:
         """Be subscribed to these filters from now on, over new links too, and to no others."""
         added, removed = set(filters) - set(self._filters), set(self._filters) - set(filters)
@@ -239,6 +266,8 @@ class Connection:
 
     def _one_link(self) -> None:
         """Connect and serve the link until it ends."""
+        with self._ack_lock:
+            self._unacked.clear()  # the broker sends them again
         try:
             self._client.reconnect()
             rc = MQTTErrorCode.MQTT_ERR_SUCCESS
@@ -373,13 +402,15 @@ class Connection:
             self._on_unheard(mid)
 
     def _received(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
+        ack = self._expect_ack(message.mid) if message.qos else _nothing
         # An exception would end the link before the message is acknowledged, and so bring it back for ever.
         try:
-            self._on_message(self._incoming(message))
+            self._on_message(self._incoming(message, ack))
         except Exception:
             log.exception("a message could not be taken")
+            ack()
 
-    def _incoming(self, message: paho.MQTTMessage) -> Incoming:
+    def _incoming(self, message: paho.MQTTMessage, ack: Callable[[], None]) -> Incoming:
         properties = message.properties
         return Incoming(
             topic=message.topic,
@@ -388,7 +419,22 @@ class Connection:
             response_topic=getattr(properties, "ResponseTopic", None),
             correlation=getattr(properties, "CorrelationData", None),
             expiry_s=getattr(properties, "MessageExpiryInterval", None),
+            redelivered=message.dup,
+            ack=ack,
         )
+
+    def _expect_ack(self, mid: int) -> Callable[[], None]:
+        unacked = _Unacked(mid)
+        with self._ack_lock:
+            self._unacked.append(unacked)
+        return partial(self._ack, unacked)
+
+    def _ack(self, unacked: _Unacked) -> None:
+        """Send the PUBACKs that are due; none for a message of an earlier link: its number may be another's now."""
+        with self._ack_lock:
+            unacked.done = True
+            while self._unacked and self._unacked[0].done:
+                self._client.ack(self._unacked.popleft().mid, 1)
 
 
 def backoff_s(attempt: int) -> float:

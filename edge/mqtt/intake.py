@@ -110,6 +110,7 @@ class Intake:
             topic = self._layout.parse(message.topic)
         except RequestError as error:
             log.warning("ignored a message on %.200r: %s", message.topic, error.message)
+            message.ack()
             return
         if message.retain:
             log.warning("ignored a retained message on %s", message.topic)
@@ -117,6 +118,7 @@ class Intake:
             self._cancel(topic.request)
         else:
             self._request(topic, message, on_request)
+        message.ack()
 
     def _request(
         self, topic: RequestTopic, message: Incoming, on_request: Callable[[RequestId, Reply, Incoming], None]
