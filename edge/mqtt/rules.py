@@ -104,7 +104,7 @@ class Rule:
             RequestError: the payload is no text, or the template needs something that it lacks.
         """
         text = _text(message.payload, self.settings.max_payload_bytes)
-        captures = match(self.settings.subscribe, message.topic) or ()
+        captures = self._captures(message.topic)
         variables: dict[str, Any] = {
             "payload": text,
             "topic": message.topic,
@@ -131,7 +131,7 @@ class Rule:
         Raises:
             RequestError: the topic that comes out is not allowed, or would come back to this rule.
         """
-        captures = match(self.settings.subscribe, topic) or ()
+        captures = self._captures(topic)
         output = _PLACEHOLDER.sub(lambda found: captures[int(found[1]) - 1], self.settings.publish)
         fits = len(output.encode("utf-8", errors="replace")) <= MAX_TOPIC_BYTES and not output.startswith("$")
         if not fits or not all(_LEVEL.fullmatch(level) for level in output.split("/")):
@@ -141,6 +141,11 @@ class Rule:
             hint = "publish to a topic that the rule's filter does not match"
             raise RequestError("the answer would come back to the rule", hint=hint, param="publish")
         return output
+
+    def _captures(self, topic: str) -> tuple[str, ...]:
+        captures = match(self.settings.subscribe, topic)
+        assert captures is not None
+        return captures
 
     def _form(self) -> dict[str, Any]:
         """The request's fields for the form of the answer."""
