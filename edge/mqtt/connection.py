@@ -66,6 +66,8 @@ class Outgoing:
     """MQTT 5 only."""
     correlation: bytes | None = None
     """MQTT 5 only: echoed from the request."""
+    expiry_s: int | None = None
+    """MQTT 5 only: how long the broker may keep the message for somebody who is away."""
 
 
 def _nothing() -> None:
@@ -453,8 +455,9 @@ def _leave_to_loop(_client: paho.Client, _data: Any, _link: Any) -> None:
 
 
 def _publish_properties(message: Outgoing) -> Properties:
-    echoed = {} if message.correlation is None else {"CorrelationData": message.correlation}
-    return _properties(PacketTypes.PUBLISH, PayloadFormatIndicator=1, ContentType=message.content_type, **echoed)
+    given = {"CorrelationData": message.correlation, "MessageExpiryInterval": message.expiry_s}
+    values = {name: value for name, value in given.items() if value is not None}
+    return _properties(PacketTypes.PUBLISH, PayloadFormatIndicator=1, ContentType=message.content_type, **values)
 
 
 def _properties(packet_type: int, **values: Any) -> Properties:
