@@ -15,6 +15,8 @@ from edge.mqtt.intake import Intake
 from edge.mqtt.ledger import Ledger
 from edge.mqtt.messages import MAX_PAYLOAD_BYTES
 from edge.mqtt.presence import LoadReporter, make_info, make_load, status_message
+from edge.mqtt.rules import check_with, load_rules, match, subscriptions
+from edge.mqtt.rules_runner import RuleRunner
 from edge.mqtt.topics import Layout
 from edge.service import Service
 
@@ -47,23 +49,26 @@ class MqttBridge:
 
     Args:
         service: runs the requests; it must be started when the bridge is.
-        settings: root, device and credentials.
+        settings: root, device, credentials and rules.
         address: the broker.
 
     Raises:
-        ConfigError: the root or the device cannot stand in a topic, or the password file cannot be read.
+        ConfigError: the root or the device cannot stand in a topic, the password file cannot be read, or a rule cannot
+            be used with this model.
     """
 
     def __init__(self, service: Service, settings: MqttSettings, address: BrokerAddress) -> None:
         self._service = service
         self.layout = Layout(settings.root, settings.device)
         """Our topics."""
+        rules = load_rules(settings)
+        check_with(service.model, rules)
         self._connection = Connection(
             address,
             _identity(settings),
             keepalive_s=settings.keepalive_s,
             will=status_message(self.layout, "offline"),
-            filters=self.layout.filters,
+            filters=(*self.layout.filters, *subscriptions(rules)),
             max_payload=MAX_PAYLOAD_BYTES,
             on_ready=self._announce,
             on_message=self._receive,
@@ -71,6 +76,7 @@ class MqttBridge:
         self._ledger = Ledger()
         self._answers = Answers(self._connection, self._ledger, settings.device)
         self._intake = Intake(service, self.layout, self._ledger, self._answers)
+        self._rules = RuleRunner(service, self.layout, rules, self._connection.publish)
         self._load = LoadReporter(
             self._connection, self.layout.load, lambda: make_load(service, self._answers.tokens_per_s)
         )
@@ -94,6 +100,7 @@ class MqttBridge:
         """Connect in the background, for as long as it takes, and answer."""
         self._answers.start()
         self._intake.start()
+        self._rules.start()
         self._load.start()
         self._connection.start()
 
@@ -106,6 +113,7 @@ class MqttBridge:
         if not self._ledger.wait_idle(drain_s):
             self._end_running()
         self._intake.stop()
+        self._rules.stop()
         self._answers.stop()
         self._load.stop()
         self._connection.stop(status_message(self.layout, "offline"), FLUSH_S)
@@ -128,7 +136,14 @@ class MqttBridge:
         self._load.refresh()
 
     def _receive(self, message: Incoming) -> None:
-        self._intake.put(message)
+        """Tell our protocol's messages from those of the rules; on the network thread."""
+        if any(match(each, message.topic) is not None for each in self.layout.filters):
+            self._intake.put(message)
+            return
+        # MQTT 3.1.1 brings what is retained with every new link: old news, which must not be answered each time.
+        if not (message.retain and self._connection.protocol == "3.1.1"):
+            self._rules.put(message)
+        message.ack()
 
 
 def _identity(settings: MqttSettings) -> Identity:
