@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -53,16 +54,20 @@ MakeDevice = Callable[..., Device]
 
 @pytest.fixture
 def make_device(broker: EmbeddedBroker) -> Iterator[MakeDevice]:
-    """Start a device of a name of its own on the broker; everything ends with the test."""
+    """Start a device of a name of its own on the broker; everything ends with the test. More are settings of MQTT."""
     with ExitStack() as stack:
 
         def make(
-            engine: FakeEngine | None = None, *, max_queue: int = 8, address: BrokerAddress = broker.address
+            engine: FakeEngine | None = None,
+            *,
+            max_queue: int = 8,
+            address: BrokerAddress = broker.address,
+            **settings: Any,
         ) -> Device:
             engine = engine or FakeEngine()
             service = make_service(engine, max_queue=max_queue)
             name = f"device-{next(_names)}"
-            bridge = MqttBridge(service, MqttSettings(device=name, keepalive_s=5), address)
+            bridge = MqttBridge(service, MqttSettings(device=name, keepalive_s=5, **settings), address)
             service.start()
             bridge.start()
             stack.callback(lambda: (engine.gate.set(), service.stop(), bridge.stop()))
