@@ -29,7 +29,6 @@ LONG_CONTEXT = 8192
 LONG_PROMPT = 7500
 PROMPT_TOKENS = 512
 OUTPUT_TOKENS = 128
-CLIENT_TOKENS = 48
 SYSTEM_TOKENS = 1000
 
 _ASSISTANT = "You are the assistant of a bottling plant. Answer in plain sentences."
@@ -94,7 +93,7 @@ def plain(stage: Stage) -> Figures:
 
 
 def clients(stage: Stage) -> Figures:
-    """Eight clients at once, every second one with a long prompt."""
+    """Eight clients at once, every second one with a prompt of 300 tokens; 128 tokens for each."""
     short = "Tell me at length about the history of {}, beginning in antiquity."
     long = "These are rules of our plant.\n{}\n\nExplain at length why such rules are needed, with examples."
     subjects = ("the water pump", "the glass bottle", "the steam engine", "the conveyor belt")
@@ -104,7 +103,7 @@ def clients(stage: Stage) -> Figures:
         text = prompts.manual(10 + number, 20)
         asks.append(chat(role, short.format(subject)))
         asks.append(stage.reader.fit(lambda part, role=role: chat(role, long.format(part)), text, 300))  # type: ignore[misc]
-    answers, wall_s = stage.server.ask_all([Ask(messages, CLIENT_TOKENS, fixed=True) for messages in asks])
+    answers, wall_s = stage.server.ask_all([Ask(messages, OUTPUT_TOKENS, fixed=True) for messages in asks])
     return {"clients_tokens_per_second": sum(answer.output_tokens for answer in answers) / wall_s}
 
 
