@@ -36,10 +36,13 @@ LAYERS = (
         "edge.chat",
         "edge.text_stream",
         "edge.metrics",
+        "edge.journal",
+        "edge.journal_file",
     },
     {"edge.model", "edge.service", "edge.loader"},
     {"edge.openai"},
     {"edge.http", "edge.mqtt"},
+    {"edge.client"},
     {"edge.commands"},
     {"edge.cli"},
 )
@@ -140,6 +143,12 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
     loaded = {name.split(".")[0] for name in import_in_a_fresh_process("edge.cli")["modules"]}
     assert not loaded & {"onnxruntime", "numpy", "fastapi", "starlette", "uvicorn", "paho", "tokenizers", "rich"}
     assert "psutil" not in loaded
+
+
+def test_the_client_comes_without_the_engine() -> None:
+    modules = import_in_a_fresh_process("edge.client")["modules"]
+    assert not {name.split(".")[0] for name in modules} & {"onnxruntime", "numpy", "tokenizers", "fastapi", "starlette"}
+    assert not {name for name in modules if name.startswith(("edge.engine", "edge.service", "edge.openai"))}
 
 
 def test_the_server_starts_without_what_only_describes_it() -> None:
