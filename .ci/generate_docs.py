@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import typer.main
 from pydantic.fields import FieldInfo
+from typer.main import get_command
 
 from edge.cli import build_app
 from edge.config import FILE_ONLY, FLAGS, SECTIONS, environment_name
@@ -79,10 +79,18 @@ def main() -> None:
 
 def cli_page() -> str:
     """docs/cli.md: the help of every command."""
-    commands = sorted(typer.main.get_command(build_app()).commands)  # type: ignore[attr-defined]
     parts = [CLI_INTRO, GENERATED, _help_block([])]
-    parts += [f"## {name}\n\n{_help_block([name])}" for name in commands]
+    parts += [f"## {' '.join(path)}\n\n{_help_block(path)}" for path in _command_paths(get_command(build_app()))]
     return "\n".join(parts)
+
+
+def _command_paths(group: Any) -> list[list[str]]:
+    """Every command by its words, a group before its members."""
+    paths = []
+    for name, command in sorted(group.commands.items()):
+        inner = _command_paths(command) if hasattr(command, "commands") else []
+        paths += [[name], *([name, *path] for path in inner)]
+    return paths
 
 
 def configuration_page() -> str:

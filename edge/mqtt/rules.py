@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +18,7 @@ from typing import Any, Final
 import minijinja
 
 from edge.config import MqttSettings
-from edge.errors import ConfigError, RequestError, TooLargeError
+from edge.errors import ConfigError, EngineError, RequestError, TooLargeError
 from edge.model import Model
 from edge.mqtt.topics import MAX_TOPIC_BYTES, Layout
 from edge.openai import parse_chat, parse_json, prepare
@@ -73,14 +73,9 @@ class Rule:
         """The rule's name."""
         return self.settings.name
 
-    @property
-    def is_constrained(self) -> bool:
-        """Whether answers have a given form: half of one is worth nothing."""
-        return self.schema is not None or self.settings.choices is not None
-
-    def takes(self, topic: str) -> bool:
-        """Whether messages on a topic are for this rule."""
-        return match(self.settings.subscribe, topic) is not None and not topic.startswith(self._branch)
+    def captures(self, topic: str) -> tuple[str, ...] | None:
+        """What the filter's wildcards stand for in a topic; None where its messages are not for this rule."""
+        return None if topic.startswith(self._branch) else match(self.settings.subscribe, topic)
 
     def request(self, prompt: str) -> dict[str, Any]:
         """The chat request for a rendered prompt."""
@@ -97,19 +92,18 @@ class Rule:
         }
 
     def render(self, message: RuleMessage) -> str:
-        """The prompt for a message.
+        """The prompt for a message on a topic that the rule takes.
 
         Raises:
             TooLargeError: the payload or the prompt is larger than allowed.
             RequestError: the payload is no text, or the template needs something that it lacks.
         """
         text = _text(message.payload, self.settings.max_payload_bytes)
-        captures = self._captures(message.topic)
         variables: dict[str, Any] = {
             "payload": text,
             "topic": message.topic,
             "levels": message.topic.split("/"),
-            "captures": captures,
+            "captures": self.captures(message.topic),
         }
         with contextlib.suppress(RequestError):  # left undefined then: a template that needs it fails
             variables["json"] = parse_json(text.encode())
@@ -126,26 +120,38 @@ class Rule:
         return prompt
 
     def output_topic(self, topic: str) -> str:
-        """Where the answer to a message on ``topic`` goes.
+        """Where the answer to a message on ``topic`` goes, which the rule takes.
 
         Raises:
             RequestError: the topic that comes out is not allowed, or would come back to this rule.
         """
-        captures = self._captures(topic)
+        captures = self.captures(topic)
+        assert captures is not None
         output = _PLACEHOLDER.sub(lambda found: captures[int(found[1]) - 1], self.settings.publish)
         fits = len(output.encode("utf-8", errors="replace")) <= MAX_TOPIC_BYTES and not output.startswith("$")
         if not fits or not all(_LEVEL.fullmatch(level) for level in output.split("/")):
             hint = "a capture is empty, too long, or holds what no topic may"
             raise RequestError("the answer's topic is not allowed", hint=hint, param="publish")
-        if output.startswith(self._branch) or self.takes(output):
+        if output.startswith(self._branch) or self.captures(output) is not None:
             hint = "publish to a topic that the rule's filter does not match"
             raise RequestError("the answer would come back to the rule", hint=hint, param="publish")
         return output
 
-    def _captures(self, topic: str) -> tuple[str, ...]:
-        captures = match(self.settings.subscribe, topic)
-        assert captures is not None
-        return captures
+    def read(self, body: Mapping[str, Any]) -> str:
+        """The text to publish, of the response to :meth:`request`.
+
+        Raises:
+            EngineError: the answer is empty, or was cut off before its form was complete.
+        """
+        choice = body["choices"][0]
+        text = str(choice["message"]["content"] or "")
+        constrained = self.schema is not None or self.settings.choices is not None
+        if constrained and choice["finish_reason"] != "stop":
+            raise EngineError("the answer was cut off before its form was complete", hint="raise the rule's max_tokens")
+        if not text.strip():
+            # An empty payload would also remove what a retained topic holds.
+            raise EngineError("the answer is empty", hint="change the rule's prompt")
+        return text
 
     def _form(self) -> dict[str, Any]:
         """The request's fields for the form of the answer."""

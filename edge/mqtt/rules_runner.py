@@ -92,7 +92,7 @@ class RuleRunner:
 
     def put(self, message: Incoming) -> bool:
         """Take a message off the network thread; returns whether it is for any rule."""
-        lanes = [lane for lane in self._lanes if lane.rule.takes(message.topic)]
+        lanes = [lane for lane in self._lanes if lane.rule.captures(message.topic) is not None]
         if not lanes:
             return False
         with self._changed:
@@ -185,7 +185,9 @@ class RuleRunner:
             QwedgeError: there is none.
         """
         rule = run.lane.rule
-        payload = _text(run).encode("utf-8", errors="replace")
+        for index, event in run.events:
+            run.answer.chunks(index, event)
+        payload = rule.read(run.answer.body()).encode("utf-8", errors="replace")
         kind = "application/json" if rule.schema is not None else "text/plain"
         if not self._publish(Outgoing(run.topic, payload, rule.settings.qos, rule.settings.retain, kind)):
             raise UnavailableError("the broker cannot be reached", hint="see the device's log")
@@ -219,21 +221,3 @@ class RuleRunner:
         with self._changed:
             for lane in self._lanes:
                 self._count(lane, ["dropped"] * lane.gate.clear())
-
-
-def _text(run: _Run) -> str:
-    """The answer's text.
-
-    Raises:
-        QwedgeError: the request failed, or the answer is nothing that may be published.
-    """
-    for index, event in run.events:
-        run.answer.chunks(index, event)
-    choice = run.answer.body()["choices"][0]
-    text = str(choice["message"]["content"] or "")
-    if run.lane.rule.is_constrained and choice["finish_reason"] != "stop":
-        raise EngineError("the answer was cut off before its form was complete", hint="raise the rule's max_tokens")
-    if not text.strip():
-        # An empty payload would also remove what a retained topic holds.
-        raise EngineError("the answer is empty", hint="change the rule's prompt")
-    return text
