@@ -206,6 +206,18 @@ class MqttSettings(_Section):
     keepalive_s: int = Field(
         10, ge=2, le=3600, description="MQTT keepalive in seconds; a dead link is noticed within twice as long."
     )
+    pool: Literal["on", "off"] = Field(
+        "off",
+        description="`on` takes requests from the pool of all devices at the broker that serve the same model, over a"
+        " second connection.",
+    )
+    pool_slots: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="Requests, running and waiting and however they came, at which this device leaves the pool until"
+        " some have ended; without it, `engine.slots`.",
+    )
     home_assistant: str | None = Field(
         None,
         max_length=128,
@@ -217,6 +229,11 @@ class MqttSettings(_Section):
         max_length=MAX_RULES,
         description="Answers to messages that are no requests, one table `[[mqtt.rule]]` for each rule.",
     )
+
+    @field_validator("pool", mode="before")
+    @classmethod
+    def _on_off(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @field_validator("home_assistant", mode="before")
     @classmethod

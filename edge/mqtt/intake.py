@@ -98,7 +98,11 @@ class Intake:
     def put(self, message: Incoming) -> None:
         """Take a message; called on the network thread."""
         if not self._inbox.put(message):
-            self._dispatch(message, self._refuse_full)
+            self.refuse(message)
+
+    def refuse(self, message: Incoming) -> None:
+        """Answer a request with 429; called on a network thread."""
+        self._dispatch(message, self._refuse_full)
 
     def _run(self) -> None:
         while (message := self._inbox.get()) is not None:
