@@ -1,0 +1,196 @@
+"""The MQTT front end as a whole: one device on one broker."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from edge.config import BrokerAddress, MqttSettings
+from edge.errors import ConfigError, UnavailableError
+from edge.mqtt.answers import Answers
+from edge.mqtt.connection import Connection, Identity, Incoming, Outgoing
+from edge.mqtt.intake import Intake
+from edge.mqtt.ledger import Ledger
+from edge.mqtt.messages import MAX_PAYLOAD_BYTES
+from edge.mqtt.pool import Pool
+from edge.mqtt.presence import LoadReporter, make_info, make_load, status_message
+from edge.mqtt.rules import check_with, load_rules, match, subscriptions
+from edge.mqtt.rules_runner import RuleRunner
+from edge.mqtt.topics import Layout, pool_filter
+from edge.service import Service
+
+log = logging.getLogger(__name__)
+
+CANCEL_TIMEOUT_S: Final = 5.0
+"""How long cancelled requests may take to end when the bridge stops."""
+FLUSH_S: Final = 5.0
+"""How long the last answers may take to reach the broker when the bridge stops."""
+MAX_PASSWORD_BYTES: Final = 1024
+POOL_SUFFIX: Final = "-pool"
+"""Last part of the client id of the pool's connection."""
+
+
+@dataclass(frozen=True)
+class BridgeStats:
+    """A snapshot for health and metrics."""
+
+    connected: bool
+    protocol: str
+    """MQTT version in use: ``5`` or ``3.1.1``."""
+    num_running: int
+    """Requests that came over MQTT and have no outcome yet."""
+    num_requests: int
+    """Requests taken, copies and refused ones included."""
+    num_outcomes: int
+    """Outcomes published; one for each request, and one for each copy of an answered one."""
+
+
+class MqttBridge:
+    """Answers requests that arrive over a broker.
+
+    Args:
+        service: runs the requests; it must be started when the bridge is.
+        settings: root, device, credentials and rules.
+        address: the broker.
+
+    Raises:
+        ConfigError: the root or the device cannot stand in a topic, the password file cannot be read, or a rule cannot
+            be used with this model.
+    """
+
+    def __init__(self, service: Service, settings: MqttSettings, address: BrokerAddress) -> None:
+        self._service = service
+        self.layout = Layout(settings.root, settings.device)
+        """Our topics."""
+        rules = load_rules(settings)
+        check_with(service.model, rules)
+        self._connection = Connection(
+            address,
+            _identity(settings),
+            keepalive_s=settings.keepalive_s,
+            will=status_message(self.layout, "offline"),
+            filters=(*self.layout.filters, *subscriptions(rules)),
+            max_payload=MAX_PAYLOAD_BYTES,
+            on_ready=self._announce,
+            on_message=self._receive,
+        )
+        self._ledger = Ledger()
+        self._answers = Answers(self._connection, self._ledger, settings.device)
+        self._intake = Intake(service, self.layout, self._ledger, self._answers)
+        self._rules = RuleRunner(service, self.layout, rules, self._connection.publish)
+        self._pool = (
+            Pool(
+                service,
+                address,
+                _identity(settings, POOL_SUFFIX),
+                pool_filter(settings.root, service.model.manifest.name),
+                keepalive_s=settings.keepalive_s,
+                slots=settings.pool_slots,
+                take=self._intake.put,
+                refuse=self._intake.refuse,
+            )
+            if settings.pool == "on"
+            else None
+        )
+        self._load = LoadReporter(
+            self._connection, self.layout.load, lambda: make_load(service, self._answers.tokens_per_s)
+        )
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker has accepted us and our subscriptions: requests arrive."""
+        return self._connection.ready
+
+    @property
+    def pool_member(self) -> bool:
+        """Whether requests of the pool arrive."""
+        return self._pool is not None and self._pool.member
+
+    def stats(self) -> BridgeStats:
+        """What the bridge did and does."""
+        return BridgeStats(
+            connected=self.connected,
+            protocol=self._connection.protocol,
+            num_running=len(self._ledger.running()),
+            num_requests=self._intake.num_requests,
+            num_outcomes=self._answers.num_outcomes,
+        )
+
+    def start(self) -> None:
+        """Connect in the background, for as long as it takes, and answer."""
+        self._answers.start()
+        self._intake.start()
+        self._rules.start()
+        self._load.start()
+        self._connection.start()
+        if self._pool is not None:
+            self._pool.start()
+
+    def stop(self, drain_s: float = 0.0) -> None:
+        """Refuse new requests, give the running ones ``drain_s`` seconds, answer the rest with 503, disconnect.
+
+        Where the service has been stopped before, nothing runs any more and only the last answers are sent.
+        """
+        if self._pool is not None:
+            self._pool.stop()
+        self._answers.stopping = True
+        if not self._ledger.wait_idle(drain_s):
+            self._end_running()
+        self._intake.stop()
+        self._rules.stop()
+        self._answers.stop()
+        self._load.stop()
+        self._connection.stop(status_message(self.layout, "offline"), FLUSH_S)
+
+    def _end_running(self) -> None:
+        for job in self._ledger.running():
+            if job.ticket is not None:
+                job.ticket.cancel()
+        if not self._ledger.wait_idle(CANCEL_TIMEOUT_S):
+            log.error("%d requests did not end in time", len(self._ledger.running()))
+            stuck = UnavailableError("the device is stopping", hint="send the request again", retry_after_s=5)
+            for job in self._ledger.running():
+                self._answers.refuse(job.reply, stuck)
+
+    def _announce(self) -> None:
+        """Say who we are, whenever a connection is made; on the network thread."""
+        info = make_info(self._service, self.layout.device, self._connection.protocol)
+        self._connection.publish(Outgoing(self.layout.info, info.encode(), qos=1, retain=True))
+        self._connection.publish(status_message(self.layout, "online"))
+        self._load.refresh()
+
+    def _receive(self, message: Incoming) -> None:
+        """Tell our protocol's messages from those of the rules; on the network thread."""
+        if any(match(each, message.topic) is not None for each in self.layout.filters):
+            self._intake.put(message)
+            return
+        # MQTT 3.1.1 brings what is retained with every new link: old news, which must not be answered each time.
+        if not (message.retain and self._connection.protocol == "3.1.1"):
+            self._rules.put(message)
+        message.ack()
+
+
+def _identity(settings: MqttSettings, suffix: str = "") -> Identity:
+    client_id = f"{settings.client_id}-{settings.device}{suffix}"
+    password = None if settings.password_file is None else _password(settings.password_file)
+    return Identity(client_id, settings.username, password)
+
+
+def _password(path: Path) -> str:
+    """The first line of a password file.
+
+    Raises:
+        ConfigError: it cannot be read, is empty, or is no password file.
+    """
+    hint = "mqtt.password_file names a file whose first line is the password"
+    try:
+        with path.open(encoding="utf-8") as file:
+            password = file.readline(MAX_PASSWORD_BYTES).rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"the password file {path} cannot be read: {reason}", hint=hint) from None
+    if not password:
+        raise ConfigError(f"the password file {path} is empty", hint=hint)
+    return password
