@@ -9,13 +9,14 @@ from typing import Final
 
 from edge.config import BrokerAddress, MqttSettings
 from edge.errors import ConfigError, UnavailableError
+from edge.mqtt import homeassistant
 from edge.mqtt.answers import Answers
 from edge.mqtt.connection import Connection, Identity, Incoming, Outgoing
 from edge.mqtt.intake import Intake
 from edge.mqtt.ledger import Ledger
 from edge.mqtt.messages import MAX_PAYLOAD_BYTES
 from edge.mqtt.pool import Pool
-from edge.mqtt.presence import LoadReporter, make_info, make_load, status_message
+from edge.mqtt.presence import LoadReporter, Thermometer, make_info, make_load, status_message
 from edge.mqtt.rules import check_with, load_rules, match, subscriptions
 from edge.mqtt.rules_runner import RuleRunner
 from edge.mqtt.topics import Layout, pool_filter
@@ -62,6 +63,8 @@ class MqttBridge:
 
     def __init__(self, service: Service, settings: MqttSettings, address: BrokerAddress) -> None:
         self._service = service
+        self._settings = settings
+        self._thermometer = Thermometer()
         self.layout = Layout(settings.root, settings.device)
         """Our topics."""
         rules = load_rules(settings)
@@ -71,7 +74,11 @@ class MqttBridge:
             _identity(settings),
             keepalive_s=settings.keepalive_s,
             will=status_message(self.layout, "offline"),
-            filters=(*self.layout.filters, *subscriptions(rules)),
+            filters=(
+                *self.layout.filters,
+                *homeassistant.subscriptions(settings, self.layout),
+                *subscriptions(rules),
+            ),
             max_payload=MAX_PAYLOAD_BYTES,
             on_ready=self._announce,
             on_message=self._receive,
@@ -95,7 +102,9 @@ class MqttBridge:
             else None
         )
         self._load = LoadReporter(
-            self._connection, self.layout.load, lambda: make_load(service, self._answers.tokens_per_s)
+            self._connection,
+            self.layout.load,
+            lambda: make_load(service, self._answers.tokens_per_s, self._thermometer.read()),
         )
 
     @property
@@ -159,12 +168,18 @@ class MqttBridge:
         info = make_info(self._service, self.layout.device, self._connection.protocol)
         self._connection.publish(Outgoing(self.layout.info, info.encode(), qos=1, retain=True))
         self._connection.publish(status_message(self.layout, "online"))
+        model, has_temperature = self._service.model.manifest.name, self._thermometer.read() is not None
+        if card := homeassistant.discovery(self._settings, self.layout, model, has_temperature=has_temperature):
+            self._connection.publish(card)
         self._load.refresh()
 
     def _receive(self, message: Incoming) -> None:
         """Tell our protocol's messages from those of the rules; on the network thread."""
         if any(match(each, message.topic) is not None for each in self.layout.filters):
             self._intake.put(message)
+            return
+        if message.topic == self.layout.prompt:
+            self._intake.put(homeassistant.as_request(message, self.layout))
             return
         # MQTT 3.1.1 brings what is retained with every new link: old news, which must not be answered each time.
         if not (message.retain and self._connection.protocol == "3.1.1"):
