@@ -2,6 +2,9 @@
 
 One thread takes the messages in their order, so that a cancel never overtakes its request. It does what takes time:
 reading JSON, rendering the template, tokenizing. Whatever a message holds, it gets one outcome or is ignored.
+
+A new request goes to the engine and to the journal at the same time. When it is in the journal the broker is told that
+it arrived, and its progress may be published; where the journal cannot take it, it is cancelled and refused.
 """
 
 from __future__ import annotations
@@ -25,11 +28,14 @@ from edge.errors import (
     TooLargeError,
     UnavailableError,
 )
+from edge.journal import Journal
 from edge.mqtt.answers import Answers
 from edge.mqtt.connection import Incoming
 from edge.mqtt.inbox import Inbox
-from edge.mqtt.ledger import Job, Ledger, Outcome, Reply
-from edge.mqtt.messages import MAX_PAYLOAD_BYTES, parse_request
+from edge.mqtt.ledger import Job, Ledger, Reply
+from edge.mqtt.messages import MAX_PAYLOAD_BYTES, Done, parse_request
+from edge.mqtt.resume import Resumer
+from edge.mqtt.stored import pack, pack_reply
 from edge.mqtt.topics import CancelTopic, Layout, RequestId, RequestTopic
 from edge.openai import Answer, ChatRequest, CompletionRequest, parse_chat, parse_completion, prepare
 from edge.service import Service
@@ -69,24 +75,32 @@ class Intake:
     Args:
         service: runs the jobs.
         layout: our topics.
+        journal: makes requests durable; it is opened and closed by others.
         ledger: knows the jobs.
         answers: publishes what becomes of them.
     """
 
-    def __init__(self, service: Service, layout: Layout, ledger: Ledger, answers: Answers) -> None:
+    def __init__(self, service: Service, layout: Layout, journal: Journal, ledger: Ledger, answers: Answers) -> None:
         self._service = service
         self._layout = layout
+        self._journal = journal
         self._ledger = ledger
         self._answers = answers
+        self._resumer = Resumer(layout, journal, ledger, answers, run=self._run_again, has_room=self._has_room)
         self._inbox = Inbox()
         self._thread: threading.Thread | None = None
         self.num_requests = 0
         """Requests taken, copies and refused ones included."""
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread = threading.Thread(target=self._run, name="mqtt-intake", daemon=True)
+        """Take up what was not answered before the restart, and start the thread."""
+        self._resumer.start()
+        self._thread = threading.Thread(target=self._take_all, name="mqtt-intake", daemon=True)
         self._thread.start()
+
+    def leave_stored(self) -> None:
+        """Begin no stored request any more: the next start will."""
+        self._resumer.stop()
 
     def stop(self) -> None:
         """Look at what has arrived and end the thread."""
@@ -96,15 +110,19 @@ class Intake:
             self._thread = None
 
     def put(self, message: Incoming) -> None:
-        """Take a message; called on the network thread."""
+        """Take a message, of whatever connection; its ``ack`` is called when it is safe. On the network thread."""
         if not self._inbox.put(message):
             self.refuse(message)
 
-    def refuse(self, message: Incoming) -> None:
+    def refuse(self, message: Incoming, retry_after_s: float = FULL_RETRY_S) -> None:
         """Answer a request with 429; called on a network thread."""
-        self._dispatch(message, self._refuse_full)
 
-    def _run(self) -> None:
+        def full(*_request: object) -> None:
+            raise OverloadedError("too many requests at once", hint="try again later", retry_after_s=retry_after_s)
+
+        self._dispatch(message, full)
+
+    def _take_all(self) -> None:
         while (message := self._inbox.get()) is not None:
             self._dispatch(message, self._submit)
 
@@ -122,6 +140,7 @@ class Intake:
             self._cancel(topic.request)
         else:
             self._request(topic, message, on_request)
+            return
         message.ack()
 
     def _request(
@@ -136,50 +155,102 @@ class Intake:
             self._check_open()
             on_request(request, reply, message)
         except QwedgeError as error:
-            self._answers.refuse(reply, error)
+            self._refuse(reply, message, error)
         except Exception:  # whatever a payload does to us, the next one is served
             log.exception("a request could not be taken")
-            self._answers.refuse(reply, EngineError("the request could not be taken", hint="see the device's log"))
+            hint = "see the device's log"
+            self._refuse(reply, message, EngineError("the request could not be taken", hint=hint))
+
+    def _refuse(self, reply: Reply, message: Incoming, error: QwedgeError) -> None:
+        self._answers.refuse(reply, error)
+        message.ack()
 
     def _check_open(self) -> None:
         if self._answers.stopping:
             raise UnavailableError("the device is stopping", hint="try again when it is back", retry_after_s=5)
 
-    def _refuse_full(self, _request: RequestId, _reply: Reply, _message: Incoming) -> None:
-        raise OverloadedError("too many requests at once", hint="try again later", retry_after_s=FULL_RETRY_S)
-
     def _submit(self, request: RequestId, reply: Reply, message: Incoming) -> None:
         """Run a request, share the job of its copy, or give the remembered outcome back."""
-        wanted = read(message, chat=self._service.model.template is not None)
+        wanted = self._read(message)
         job = Job(request, wanted.fingerprint, reply, wanted.stream)
         known = self._ledger.open(job)
-        if isinstance(known, Outcome):
-            replayed = replace(known, done=known.done.model_copy(update={"replayed": True}))
-            self._answers.outcome(reply, replayed)
+        if isinstance(known, Done):
+            self._answers.outcome(reply, known.model_copy(update={"replayed": True}), job.key)
+            message.ack()
         elif known is not None:
-            self._answers.attached(known)
+            self._journal.redirect(job.key, pack_reply(reply), partial(self._attached, known, message, reply))
         else:
-            self._start(job, wanted, message.received_at)
+            self._start(job, wanted, message)
 
-    def _start(self, job: Job, wanted: Wanted, received_at: float) -> None:
+    def _read(self, message: Incoming) -> Wanted:
+        return read(message, chat=self._service.model.template is not None)
+
+    def _attached(self, job: Job, message: Incoming, reply: Reply, error: QwedgeError | None) -> None:
+        """A copy shares a job, and the journal knows where the answer is wanted now; on the journal's thread."""
+        if error is not None:
+            self._answers.refuse(reply, error)
+        elif self._ledger.runs(job):
+            self._answers.attached(job)
+        message.ack()
+
+    def _start(self, job: Job, wanted: Wanted, message: Incoming) -> None:
         try:
-            request = wanted.parse()
-            choices = prepare(self._service.model, request)
-            deadline_s = _remaining_s(wanted.deadline_s, received_at)
-            identity = f"mqtt:{job.request.client}"
-            generations = [replace(choice, deadline_s=deadline_s, identity=identity) for choice in choices]
-            job.answer = Answer(self._service.model, request, generations)
-            job.ticket = self._service.submit_all(generations, partial(self._answers.put, job))
+            self._journal.check()
+            if message.redelivered:  # it may have ended the process before: it is stored before it runs
+                entry = replace(pack(job, message), starts=0)
+                self._journal.accept(entry, partial(self._stored_first, job, message))
+            else:
+                self._run(job, wanted, message)
+                self._journal.accept(pack(job, message), partial(self._stored, job, message))
         except BaseException:
-            self._ledger.close(job, None)
+            self._ledger.close(job)
             raise
+
+    def _stored(self, job: Job, message: Incoming, error: QwedgeError | None) -> None:
+        """A job that runs is durable, or has to end; on the journal's thread."""
+        self._answers.stored(job, ok=error is None)
+        if error is not None:
+            if job.ticket is not None:
+                job.ticket.cancel()
+            self._answers.refuse(self._ledger.close(job), error)
+        message.ack()
+
+    def _stored_first(self, job: Job, message: Incoming, error: QwedgeError | None) -> None:
+        """A job that does not run yet is durable, or has to end; on the journal's thread."""
+        self._answers.stored(job, ok=error is None)
+        if error is None:
+            self._resumer.put(job, message)
+        else:
+            self._answers.refuse(self._ledger.close(job), error)
+        message.ack()
+
+    def _has_room(self) -> bool:
+        stats = self._service.stats()
+        return stats.accepting and stats.num_waiting < stats.max_queue
+
+    def _run_again(self, job: Job, message: Incoming) -> None:
+        """Submit a stored request; on the resumer's thread."""
+        wanted = self._read(message)
+        job.stream = wanted.stream
+        self._run(job, wanted, message)
+
+    def _run(self, job: Job, wanted: Wanted, message: Incoming) -> None:
+        request = wanted.parse()
+        choices = prepare(self._service.model, request)
+        deadline_s = _remaining_s(wanted.deadline_s, message.received_at)
+        identity = f"mqtt:{job.request.client}"
+        generations = [replace(choice, deadline_s=deadline_s, identity=identity) for choice in choices]
+        job.answer = Answer(self._service.model, request, generations)
+        job.ticket = self._service.submit_all(generations, partial(self._answers.put, job))
+        if job.cancelled:  # meanwhile
+            job.ticket.cancel()
 
     def _cancel(self, request: RequestId) -> None:
         """End a running request; its outcome is 499. One that has ended, or never was, stays as it is."""
-        job = self._ledger.find(request)
-        if job is not None and job.ticket is not None:
+        if job := self._ledger.find(request):
             job.cancelled = True
-            job.ticket.cancel()
+            if job.ticket is not None:
+                job.ticket.cancel()
 
 
 def read(message: Incoming, *, chat: bool) -> Wanted:

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 FULL_POLL_S: Final = 0.05
 """How often a full device looks whether it has room again."""
+RETRY_S: Final = 0.2
+"""When to try again after a request reached a device that was just full: another one may have room."""
 FREE_POLL_S: Final = 1.0
 """How often a device with room looks whether other work has filled it."""
 
@@ -41,7 +43,7 @@ class Pool:
         keepalive_s: as for the device's connection.
         slots: requests, running and waiting, at which the device is full; None = the engine's slots.
         take: gets the requests that there is room for; called on the network thread, must only enqueue.
-        refuse: answers those that there is no room for with 429.
+        refuse: answers those that there is no room for with 429, and the seconds until the next attempt.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Pool:
         keepalive_s: int,
         slots: int | None,
         take: Callable[[Incoming], None],
-        refuse: Callable[[Incoming], None],
+        refuse: Callable[[Incoming, float], None],
     ) -> None:
         self._service = service
         self._topics = topics
@@ -108,7 +110,7 @@ class Pool:
         if has_room:
             self._take(replace(message, ack=lambda: self._arrived(message)))
         else:
-            self._refuse(message)
+            self._refuse(message, RETRY_S)
         self._adjust()
 
     def _arrived(self, message: Incoming) -> None:
