@@ -66,7 +66,7 @@ def make_device(broker: EmbeddedBroker) -> Iterator[MakeDevice]:
         ) -> Device:
             engine = engine or FakeEngine()
             service = make_service(engine, max_queue=max_queue)
-            name = f"device-{next(_names)}"
+            name = settings.pop("device", f"device-{next(_names)}")
             bridge = MqttBridge(service, MqttSettings(device=name, keepalive_s=5, **settings), address)
             service.start()
             bridge.start()
