@@ -10,6 +10,7 @@
     ├── AdapterError                 a LoRA adapter is damaged, of an unsupported kind, or made for another model
     ├── UnavailableError             503: starting, draining, or the broker/port cannot be had
     ├── EngineError                  500: the engine failed while working on a request
+    │   └── CrashedError             500: the process ended more than once while it worked on a request
     └── RequestError                 400: the request itself is wrong; names the parameter
         ├── ContextOverflowError     400: the prompt does not fit into the context
         ├── ModelNotFoundError       404
@@ -101,6 +102,13 @@ class EngineError(QwedgeError):
     code = "engine_failed"
     status = 500
     retryable = True
+
+
+class CrashedError(EngineError):
+    """The process ended more than once while it worked on this request: it is not run again."""
+
+    code = "crashed"
+    retryable = False
 
 
 class RequestError(QwedgeError):

@@ -195,12 +195,12 @@ class Journal:
             self._put(_Change((insert, values), lambda: None, self._undoing(entry.key, then), waits=False))
 
     def redirect(self, key: Key, reply: bytes, then: Then) -> None:
-        """Send a request's outcome elsewhere, now and after a restart."""
-        self._update(key, "UPDATE requests SET reply = ? WHERE seq = ?", (reply,), lambda: None, then)
+        """Send a request's outcome elsewhere, after a restart too."""
+        self._update(key, "UPDATE requests SET reply = ? WHERE seq = ?", (reply,), lambda: None, then, waits=False)
 
-    def start(self, key: Key, then: Then) -> None:
-        """Count that a request begins to run once more."""
-        self._update(key, "UPDATE requests SET starts = starts + 1 WHERE seq = ?", (), lambda: None, then)
+    def start(self, key: Key, starts: int, then: Then) -> None:
+        """Note that a request begins to run for the ``starts``-th time. Waits until the disk takes it."""
+        self._update(key, "UPDATE requests SET starts = ? WHERE seq = ?", (starts,), lambda: None, then)
 
     def settle(self, key: Key, reply: bytes, outcome: bytes | None, then: Then) -> None:
         """Enter a request's outcome, or None to forget the request. Waits until the disk takes it, however long."""
@@ -256,11 +256,20 @@ class Journal:
 
     # --- the index, under _changed ----------------------------------------------------------------------------------
 
-    def _update(self, key: Key, sql: str, values: tuple[object, ...], apply: Callable[[], None], then: Then) -> None:
+    def _update(
+        self,
+        key: Key,
+        sql: str,
+        values: tuple[object, ...],
+        apply: Callable[[], None],
+        then: Then,
+        *,
+        waits: bool = True,
+    ) -> None:
         with self._changed:
             row = self._index.get(key)
             seq = 0 if row is None else row.seq  # forgotten with a damaged file: nothing to update
-            self._put(_Change((sql, (*values, seq)), apply, then, waits=True))
+            self._put(_Change((sql, (*values, seq)), apply, then, waits))
 
     def _put(self, change: _Change) -> None:
         self._changes.append(change)

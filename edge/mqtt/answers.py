@@ -1,7 +1,8 @@
 """From the service's events to published messages.
 
 One thread takes the events of all jobs in their order, so that a job's state needs no lock. The first token is
-published at once; those that follow within :data:`BATCH_S` go out together.
+published at once; those that follow within :data:`BATCH_S` go out together. Nothing of a job is published before its
+request is in the journal, and its outcome not before that is.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from edge.errors import CancelledError, EngineError, QwedgeError, TooLargeError, UnavailableError
+from edge.journal import Journal, Key
 from edge.mqtt.connection import Connection, Outgoing
-from edge.mqtt.ledger import Job, Ledger, Outcome, Reply
+from edge.mqtt.ledger import Job, Ledger, Reply
 from edge.mqtt.messages import MAX_OUTCOME_BYTES, Accepted, Done, Queued, Started, Tokens
+from edge.mqtt.stored import pack_reply
 from edge.service import Delta, Event, Failed, Finished, PromptScored
 from edge.service import Queued as QueuedEvent
 from edge.service import Started as StartedEvent
@@ -29,21 +35,36 @@ POSITION_INTERVAL_S: Final = 1.0
 """Shortest time between two positions of one waiting request."""
 
 
+MAX_UNCONFIRMED: Final = 1000
+"""Outcomes that the broker has not confirmed and that are watched; after a restart the others are sent once more."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A job's request is in the journal, or could not be entered and the job has ended."""
+
+    ok: bool
+
+
 class Answers:
     """Publishes what happens to jobs.
 
     Args:
         connection: where to.
-        ledger: learns how jobs end.
+        ledger: learns which jobs end.
+        journal: learns how.
         device: our name, for ``accepted``.
     """
 
-    def __init__(self, connection: Connection, ledger: Ledger, device: str) -> None:
+    def __init__(self, connection: Connection, ledger: Ledger, journal: Journal, device: str) -> None:
         self._connection = connection
         self._ledger = ledger
+        self._journal = journal
         self._device = device
         # Bounded by the requests themselves: one event for each token and for each movement in the queue.
-        self._events: queue.SimpleQueue[tuple[Job, int, Event] | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[Job, int, Event | Stored] | None] = queue.SimpleQueue()
+        self._unconfirmed: deque[tuple[Key, Callable[[], bool]]] = deque(maxlen=MAX_UNCONFIRMED)
+        self._confirming = threading.Lock()  # who holds it takes from the queue's front
         self._unflushed: set[Job] = set()
         self._thread: threading.Thread | None = None
         self.stopping = False
@@ -69,28 +90,55 @@ class Answers:
         """Take an event of one of a job's choices; called on the engine's thread."""
         self._events.put((job, index, event))
 
+    def stored(self, job: Job, *, ok: bool) -> None:
+        """Tell what happened to a job up to now and from now on, or nothing of it; from any thread."""
+        self._events.put((job, 0, Stored(ok)))
+
     def attached(self, job: Job) -> None:
         """Tell the client that its copy shares a running job."""
         evt = Accepted(id=job.request.id, device=self._device, duplicate=True)
         self._progress(job.reply, evt)
 
-    def outcome(self, reply: Reply, outcome: Outcome) -> None:
-        """Publish the one outcome of a request; from any thread."""
-        plain = outcome.text.encode("utf-8", errors="replace")
-        topic = reply.topics.text if outcome.done.status == 200 else reply.topics.error
-        messages = [Outgoing(reply.topics.done, outcome.done.encode(), qos=1, correlation=reply.correlation)]
+    def outcome(self, reply: Reply, done: Done, key: Key | None = None) -> None:
+        """Publish the one outcome of a request; from any thread.
+
+        Args:
+            reply: where to.
+            done: the outcome.
+            key: of the request, where the journal keeps its outcome and should know that it arrived.
+        """
+        messages = [Outgoing(reply.topics.done, done.encode(), qos=1, correlation=reply.correlation)]
         if reply.plain:
-            messages.append(
-                Outgoing(topic, plain, qos=1, content_type="text/plain", correlation=reply.correlation),
-            )
+            topic = reply.topics.text if done.status == 200 else reply.topics.error
+            plain = plain_text(done).encode("utf-8", errors="replace")
+            messages.append(Outgoing(topic, plain, qos=1, content_type="text/plain", correlation=reply.correlation))
+        confirmed = None
         for message in messages:
-            if not self._connection.publish(message):
+            confirmed = self._connection.track(message)
+            if confirmed is None:
                 log.error("too many answers wait for the broker; dropped the one to %s", message.topic)
+        if key is not None and confirmed is not None:
+            self._unconfirmed.append((key, confirmed))
         self.num_outcomes += 1
 
     def refuse(self, reply: Reply, error: QwedgeError) -> None:
-        """Publish that a request failed; from any thread."""
-        self.outcome(reply, failure(reply.id, error))
+        """Publish that a request failed and is forgotten; from any thread."""
+        self.outcome(reply, Done.failure(reply.id, error))
+
+    def confirm(self) -> None:
+        """Tell the journal which outcomes the broker has; from any thread."""
+        with self._confirming:
+            for _ in range(len(self._unconfirmed)):
+                key, confirmed = self._unconfirmed.popleft()
+                if confirmed():
+                    self._journal.delivered(key)
+                else:
+                    self._unconfirmed.append((key, confirmed))
+
+    def end(self, job: Job, error: QwedgeError) -> None:
+        """A job has failed; its own thread, or any before it was submitted."""
+        # A failure that may pass is forgotten: the client's next attempt runs.
+        self._settle(job, Done.failure(job.request.id, error), keep=not error.retryable)
 
     # --- the answers thread -----------------------------------------------------------------------------------------
 
@@ -117,14 +165,25 @@ class Answers:
         for job in [job for job in self._unflushed if now - job.flushed_at >= BATCH_S]:
             self._flush(job)
 
-    def _guarded(self, job: Job, index: int, event: Event) -> None:
-        if job.ended:
-            return
+    def _guarded(self, job: Job, index: int, event: Event | Stored) -> None:
         try:
-            self._take(job, index, event)
+            if isinstance(event, Stored):
+                self._release(job, ok=event.ok)
+            elif job.held is not None:
+                job.held.append((index, event))
+            elif not job.ended:
+                self._take(job, index, event)
         except Exception:  # one broken answer must not end those of all others
             log.exception("an event could not be published")
             self._abort(job)
+
+    def _release(self, job: Job, *, ok: bool) -> None:
+        """Go through what was held back."""
+        held, job.held = job.held or [], None
+        job.ended = not ok
+        for index, event in held:
+            if not job.ended:
+                self._take(job, index, event)
 
     def _abort(self, job: Job) -> None:
         """End a job that we failed to answer."""
@@ -132,7 +191,7 @@ class Answers:
         if job.ticket is not None:
             job.ticket.cancel()
         if not job.ended:
-            self._end(job, EngineError("the answer could not be published", hint="see the device's log"))
+            self.end(job, EngineError("the answer could not be published", hint="see the device's log"))
 
     def _take(self, job: Job, index: int, event: Event) -> None:
         match event:
@@ -146,7 +205,7 @@ class Answers:
                 self._finished(job, index, event)
             case Failed():
                 self._flush(job)
-                self._end(job, self._reason(job, event.error))
+                self.end(job, self._reason(job, event.error))
 
     def _queued(self, job: Job, event: QueuedEvent) -> None:
         now = time.monotonic()
@@ -197,19 +256,22 @@ class Answers:
             self._answered(job, job.answer.body())
 
     def _answered(self, job: Job, body: dict[str, Any]) -> None:
-        outcome = Outcome(Done.success(job.request.id, body), _answer_text(body))
-        if outcome.size > MAX_OUTCOME_BYTES:
+        done = Done.success(job.request.id, body)
+        if len(done.encode()) > MAX_OUTCOME_BYTES:
             hint = "ask for fewer log-probabilities, choices or tokens"
-            self._end(job, TooLargeError(f"the answer is larger than {MAX_OUTCOME_BYTES} bytes", hint=hint))
+            self.end(job, TooLargeError(f"the answer is larger than {MAX_OUTCOME_BYTES} bytes", hint=hint))
             return
-        job.ended = True
-        self.outcome(self._ledger.close(job, outcome), outcome)
+        self._settle(job, done, keep=True)
 
-    def _end(self, job: Job, error: QwedgeError) -> None:
-        outcome = failure(job.request.id, error)
+    def _settle(self, job: Job, done: Done, *, keep: bool) -> None:
+        """Enter the outcome, then publish it."""
         job.ended = True
-        # A failure that may pass is forgotten: the client's next attempt runs.
-        self.outcome(self._ledger.close(job, None if error.retryable else outcome), outcome)
+        self.confirm()
+        outcome = done.encode() if keep else None
+        self._journal.settle(job.key, pack_reply(job.reply), outcome, partial(self._settled, job, done, keep))
+
+    def _settled(self, job: Job, done: Done, keep: bool, _error: QwedgeError | None) -> None:
+        self.outcome(self._ledger.close(job), done, job.key if keep else None)
 
     def _reason(self, job: Job, error: QwedgeError) -> QwedgeError:
         """Why a job failed, as its client should see it."""
@@ -224,11 +286,6 @@ class Answers:
             self._connection.publish(message)
 
 
-def failure(request_id: str, error: QwedgeError) -> Outcome:
-    """The outcome of a request that failed."""
-    return Outcome(Done.failure(request_id, error), f"{error.status} {error}")
-
-
 def _deltas(chunks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The new text of chat chunks and of text chunks."""
     for chunk in chunks:
@@ -236,7 +293,11 @@ def _deltas(chunks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield choice.get("delta", choice)
 
 
-def _answer_text(body: dict[str, Any]) -> str:
-    """The text of an OpenAI response."""
-    choice = body["choices"][0]
+def plain_text(done: Done) -> str:
+    """The bare answer of an outcome, or one line about the failure."""
+    if done.status != 200:
+        error = done.body["error"]
+        hint = f" (hint: {error['hint']})" if error["hint"] else ""
+        return f"{done.status} {error['message']}{hint}"
+    choice = done.body["choices"][0]
     return str(choice["message"]["content"] or "") if "message" in choice else str(choice["text"])

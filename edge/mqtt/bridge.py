@@ -9,6 +9,7 @@ from typing import Final
 
 from edge.config import BrokerAddress, MqttSettings
 from edge.errors import ConfigError, UnavailableError
+from edge.journal import Journal, Limits
 from edge.mqtt import homeassistant
 from edge.mqtt.answers import Answers
 from edge.mqtt.connection import Connection, Identity, Incoming, Outgoing
@@ -29,6 +30,8 @@ CANCEL_TIMEOUT_S: Final = 5.0
 FLUSH_S: Final = 5.0
 """How long the last answers may take to reach the broker when the bridge stops."""
 MAX_PASSWORD_BYTES: Final = 1024
+IN_MEMORY: Final = Limits(rows=1024, bytes=8 << 20)
+"""What is remembered where there is no journal on disk."""
 POOL_SUFFIX: Final = "-pool"
 """Last part of the client id of the pool's connection."""
 
@@ -55,13 +58,16 @@ class MqttBridge:
         service: runs the requests; it must be started when the bridge is.
         settings: root, device, credentials and rules.
         address: the broker.
+        journal: makes requests durable; opened and closed with the bridge. None: one in memory.
 
     Raises:
         ConfigError: the root or the device cannot stand in a topic, the password file cannot be read, or a rule cannot
             be used with this model.
     """
 
-    def __init__(self, service: Service, settings: MqttSettings, address: BrokerAddress) -> None:
+    def __init__(
+        self, service: Service, settings: MqttSettings, address: BrokerAddress, journal: Journal | None = None
+    ) -> None:
         self._service = service
         self._settings = settings
         self._thermometer = Thermometer()
@@ -83,9 +89,10 @@ class MqttBridge:
             on_ready=self._announce,
             on_message=self._receive,
         )
-        self._ledger = Ledger()
-        self._answers = Answers(self._connection, self._ledger, settings.device)
-        self._intake = Intake(service, self.layout, self._ledger, self._answers)
+        self._journal = journal or Journal(limits=IN_MEMORY)
+        self._ledger = Ledger(self._journal)
+        self._answers = Answers(self._connection, self._ledger, self._journal, settings.device)
+        self._intake = Intake(service, self.layout, self._journal, self._ledger, self._answers)
         self._rules = RuleRunner(service, self.layout, rules, self._connection.publish)
         self._pool = (
             Pool(
@@ -128,7 +135,13 @@ class MqttBridge:
         )
 
     def start(self) -> None:
-        """Connect in the background, for as long as it takes, and answer."""
+        """Take up what was not answered before, connect in the background for as long as it takes, and answer.
+
+        Raises:
+            ConfigError: the journal's folder belongs to another user, or others may look into it.
+            UnavailableError: another process uses the journal.
+        """
+        self._journal.open()
         self._answers.start()
         self._intake.start()
         self._rules.start()
@@ -145,6 +158,7 @@ class MqttBridge:
         if self._pool is not None:
             self._pool.stop()
         self._answers.stopping = True
+        self._intake.leave_stored()
         if not self._ledger.wait_idle(drain_s):
             self._end_running()
         self._intake.stop()
@@ -152,6 +166,8 @@ class MqttBridge:
         self._answers.stop()
         self._load.stop()
         self._connection.stop(status_message(self.layout, "offline"), FLUSH_S)
+        self._answers.confirm()
+        self._journal.close()
 
     def _end_running(self) -> None:
         for job in self._ledger.running():

@@ -227,7 +227,11 @@ class Connection:
     def track(self, message: Outgoing) -> Callable[[], bool] | None:
         """Like :meth:`publish` at QoS 1; gives what tells whether the broker has it, or None where it was dropped."""
         info = self._publish(message)
-        return None if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE else info.is_published
+        if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+            return None
+        # Without a link it waits for the next one. paho would go on calling that a failure, even once it is through.
+        info.rc = MQTTErrorCode.MQTT_ERR_SUCCESS
+        return info.is_published
 
     def listen(self, filters: Sequence[str]) -> None:
         """Be subscribed to these filters from now on, over new links too, and to no others."""

@@ -1,25 +1,25 @@
-"""Which requests run and which were answered: what makes a repeated request safe.
+"""Which requests run, and through the journal which were answered: what makes a repeated request safe.
 
 A client that hears nothing sends its request again under the same id. The ledger lets the copy share the running job,
-or gives the remembered answer back; the same id with another payload is a conflict. It lives in memory and is bounded:
-an answer that was pushed out, or a restart, means that a repeated request runs again.
+or gives the journal's answer back, also after a restart; the same id with another payload is a conflict.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
 
-from edge.errors import ConflictError
+from edge.errors import ConflictError, UnavailableError
+from edge.journal import Journal, Key, Known
 from edge.mqtt.messages import Done
 from edge.mqtt.topics import ReplyTopics, RequestId
 from edge.openai import Answer
-from edge.service import Ticket
+from edge.service import Event, Ticket
 
-MAX_REMEMBERED: Final = 1024
-MAX_REMEMBERED_BYTES: Final = 8 << 20
+OWNER = "mqtt:"
+"""What the journal's owners of MQTT requests begin with; the client follows."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,6 @@ class Reply:
     """MQTT 5 Correlation Data to echo."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a request ended."""
-
-    done: Done
-    text: str
-    """The bare answer, or one line about the failure."""
-
-    @property
-    def size(self) -> int:
-        """Approximate bytes in memory."""
-        return len(self.done.encode()) + len(self.text)
-
-
 @dataclass
 class Batch:
     """Text of one choice that is not published yet."""
@@ -58,7 +44,7 @@ class Batch:
 
 @dataclass(eq=False)
 class Job:
-    """A request that runs."""
+    """A request without an outcome."""
 
     request: RequestId
     fingerprint: bytes
@@ -76,22 +62,33 @@ class Job:
     """When the last batch was published; the answers thread only."""
     queued_at: float | None = None
     """When its position was published last; None before ``accepted``. The answers thread only."""
+    held: list[tuple[int, Event]] | None = field(default_factory=list)
+    """What happened before the request was durable, and is not told before; None from then on. The answers thread
+    only."""
     ended: bool = False
-    """Its outcome was published; the answers thread only."""
+    """Its outcome is known; the answers thread only."""
     cancelled: bool = False
     """The client asked for the end."""
 
+    @property
+    def key(self) -> Key:
+        """Its name in the journal, where other front ends have theirs."""
+        return Key(OWNER + self.request.client, self.request.id)
+
 
 class Ledger:
-    """The jobs by request; safe to use from any thread."""
+    """The jobs by request; safe to use from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        journal: holds the outcomes.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
         self._changed = threading.Condition()
         self._running: dict[RequestId, Job] = {}
-        self._outcomes: OrderedDict[RequestId, tuple[bytes, Outcome]] = OrderedDict()
-        self._bytes = 0
 
-    def open(self, job: Job) -> Job | Outcome | None:
+    def open(self, job: Job) -> Job | Done | None:
         """Enter a request.
 
         Returns:
@@ -99,29 +96,32 @@ class Ledger:
 
         Raises:
             ConflictError: the id stands for another payload.
+            UnavailableError: it is stored and will be run again, or it cannot be told whether it has ended.
         """
         with self._changed:
             if running := self._running.get(job.request):
                 _check_same(running.fingerprint, job.fingerprint)
                 running.reply = job.reply
                 return running
-            if known := self._outcomes.get(job.request):
-                _check_same(known[0], job.fingerprint)
-                self._outcomes.move_to_end(job.request)
-                return known[1]
+            if known := self._journal.find(job.key):
+                _check_same(known.fingerprint, job.fingerprint)
+                return _outcome(known)
             self._running[job.request] = job
             return None
 
-    def close(self, job: Job, outcome: Outcome | None) -> Reply:
-        """A job has ended; with an outcome, that is remembered.
+    def adopt(self, job: Job) -> bool:
+        """Enter a request that the journal held over a restart; returns whether it does not run yet."""
+        with self._changed:
+            return self._running.setdefault(job.request, job) is job
+
+    def close(self, job: Job) -> Reply:
+        """A job has ended, and its outcome is in the journal if copies that come later are to get it.
 
         Returns:
-            Where to publish: copies that come later get the remembered outcome.
+            Where its newest copy wants the outcome.
         """
         with self._changed:
-            del self._running[job.request]
-            if outcome is not None:
-                self._remember(job, outcome)
+            self._running.pop(job.request, None)
             self._changed.notify_all()
             return job.reply
 
@@ -130,6 +130,11 @@ class Ledger:
         with self._changed:
             return self._running.get(request)
 
+    def runs(self, job: Job) -> bool:
+        """Whether a job has no outcome yet."""
+        with self._changed:
+            return self._running.get(job.request) is job
+
     def running(self) -> list[Job]:
         """All running jobs."""
         with self._changed:
@@ -137,15 +142,23 @@ class Ledger:
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no job runs; returns whether that is so."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._running, timeout_s)
+        return self.wait(lambda: not self._running, timeout_s)
 
-    def _remember(self, job: Job, outcome: Outcome) -> None:
-        self._outcomes[job.request] = (job.fingerprint, outcome)
-        self._bytes += outcome.size
-        while len(self._outcomes) > MAX_REMEMBERED or self._bytes > MAX_REMEMBERED_BYTES:
-            _, (_, oldest) = self._outcomes.popitem(last=False)
-            self._bytes -= oldest.size
+    def wait(self, condition: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Wait until something is so, looking again whenever a job ends or :meth:`wake` is called."""
+        with self._changed:
+            return self._changed.wait_for(condition, timeout_s)
+
+    def wake(self) -> None:
+        """Let those who wait look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+
+def _outcome(known: Known) -> Done:
+    if known.outcome is None:
+        raise UnavailableError("the request waits to be run again", hint="the answer will come", retry_after_s=1)
+    return Done.model_validate_json(known.outcome)
 
 
 def _check_same(known: bytes, fingerprint: bytes) -> None:
