@@ -21,8 +21,6 @@ from edge.client.answer import Assembler, error_of, text_of
 from edge.client.wire import Call, Ended, Event, Lost, Progress, Text
 from edge.errors import DeadlineError, QwedgeError, UnavailableError
 
-FIRST_WORD_S: Final = (3.0, 30.0)
-"""How long a copy may stay without any word before it is sent again: the first one, and the longest of all."""
 SILENCE_S: Final = 20.0
 """How long a request that somebody works on may say nothing before it is asked after."""
 BACKOFF_S: Final = (0.1, 1.0)
@@ -111,7 +109,7 @@ class Exchange:
                 yield text
 
     def _send(self, now: float) -> None:
-        first, longest = FIRST_WORD_S
+        first, longest = self._call.first_word_s
         self._resend_at = now + min(first * 2.0 ** min(self._num_unanswered, 16), longest)
         self._attempt += 1
         self._num_unanswered += 1

@@ -40,7 +40,8 @@ class HttpTransport:
 
     def __init__(self, url: SplitResult, *, connect_timeout_s: float) -> None:
         self._url = url
-        self._timeout_s = connect_timeout_s
+        self.timeout_s = connect_timeout_s
+        """How long a connection may take."""
         self._calls: set[_Call] = set()
         self._reached = False
 
@@ -97,7 +98,7 @@ class HttpTransport:
             OSError: there is none to be had.
         """
         kind = HTTPSConnection if self._url.scheme == "https" else HTTPConnection
-        connection = kind(self._url.hostname or "", self._url.port, timeout=self._timeout_s)
+        connection = kind(self._url.hostname or "", self._url.port, timeout=self.timeout_s)
         connection.connect()
         _tune(connection.sock)
         return connection
@@ -114,6 +115,7 @@ class _Call:
         self._connection: HTTPConnection | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+        self.first_word_s = (transport.timeout_s, transport.timeout_s)
 
     def send(self, attempt: int, remaining_s: float | None) -> None:  # noqa: ARG002 - HTTP has no words for them
         # A copy that is being answered needs no other: its connection tells when that is over.

@@ -29,6 +29,10 @@ KEEPALIVE_S: Final = 10
 MAX_ANSWER_BYTES: Final = 16 << 20
 STATUS_S: Final = 1.0
 """How long a broker may take to say which devices are there."""
+FIRST_WORD_S: Final = (3.0, 30.0)
+"""How long a device may take to accept a request before a copy is sent: at first, and at most."""
+POOL_FIRST_WORD_S: Final = (1.0, 3.0)
+"""The same for a pool. Over MQTT 3.1.1 a request that nobody has room for is lost without a word."""
 MAX_ABANDONED: Final = 256
 _LOOK_S: Final = 0.1
 
@@ -245,6 +249,7 @@ class _Call:
         """Everybody who accepted it."""
         self._asked = False
         """Whether the device was sent a copy and has not said a word since."""
+        self.first_word_s = FIRST_WORD_S if transport.pool is None else POOL_FIRST_WORD_S
 
     def send(self, attempt: int, remaining_s: float | None) -> None:
         if self._asked:

@@ -70,6 +70,10 @@ Tell = Callable[[Event], None]
 class Call(Protocol):
     """One request's way to whoever answers it."""
 
+    @property
+    def first_word_s(self) -> tuple[float, float]:
+        """How long a copy may stay without any word before it is sent again: the first one, and the longest of all."""
+
     def send(self, attempt: int, remaining_s: float | None) -> None:
         """Send a copy, or ask after the one that is being answered.
 

@@ -76,7 +76,8 @@ class Pool:
         self._num_in_transit = 0
         """Requests that were taken and that the service does not know yet."""
         self._member = False
-        self._stopping = threading.Event()
+        self._stopping = False
+        self._wake = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
@@ -93,14 +94,17 @@ class Pool:
 
     def stop(self) -> None:
         """Leave for good."""
-        self._stopping.set()
+        self._stopping = True
+        self._wake.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self._connection.stop()
 
     def _run(self) -> None:
-        while not self._stopping.wait(FREE_POLL_S if self._member else FULL_POLL_S):
+        while not self._stopping:
+            self._wake.wait(FREE_POLL_S if self._member else FULL_POLL_S)
+            self._wake.clear()
             self._adjust()
 
     def _receive(self, message: Incoming) -> None:
@@ -112,6 +116,7 @@ class Pool:
         else:
             self._refuse(message, RETRY_S)
         self._adjust()
+        self._wake.set()  # from now on look more often
 
     def _arrived(self, message: Incoming) -> None:
         """The service, or its requester, knows what becomes of a message."""

@@ -1,0 +1,83 @@
+"""Devices of a pool, each a process of its own with the fake engine: ``python -m tests.edge.mqtt.fleet --help``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge.config import BrokerAddress, MqttSettings
+from edge.mqtt import MqttBridge
+from tests.fakes import FakeEngine, make_service
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a device is."""
+
+    step_s: float
+    """Seconds of a token."""
+    slots: int = 1
+
+
+def answer(prompt: str) -> str:
+    """As many characters, and so tokens, as the prompt's last word says."""
+    return "x" * int(prompt.rsplit("<|im_end|>", 1)[0].rsplit(maxsplit=1)[-1])
+
+
+def make_bridge(address: BrokerAddress, name: str, speed: Speed, *, root: str = "qwedge") -> MqttBridge:
+    """A device that is in the pool; service and bridge are started."""
+    service = make_service(FakeEngine(answer, step_s=speed.step_s, slots=speed.slots), max_queue=8)
+    service.start()
+    bridge = MqttBridge(service, MqttSettings(root=root, device=name, keepalive_s=5, pool="on"), address)
+    bridge.start()
+    return bridge
+
+
+@contextmanager
+def fleet(address: BrokerAddress, speeds: Sequence[Speed]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes of devices ``worker-0``, ``worker-1``, ..., ready for requests."""
+    line = [sys.executable, "-m", "tests.edge.mqtt.fleet", str(address.port)]
+    workers = [
+        subprocess.Popen([*line, f"worker-{i}", str(each.step_s), str(each.slots)],
+                         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for i, each in enumerate(speeds)
+    ]  # fmt: skip
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            assert worker.stdout.readline() == "ready\n"
+        yield workers
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+
+
+def main() -> None:
+    """One device, until its stdin ends."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("port", type=int)
+    parser.add_argument("name")
+    parser.add_argument("step_s", type=float)
+    parser.add_argument("slots", type=int)
+    args = parser.parse_args()
+    bridge = make_bridge(BrokerAddress("127.0.0.1", args.port), args.name, Speed(args.step_s, args.slots))
+    ready = threading.Event()
+    while not (bridge.connected and bridge.pool_member):
+        ready.wait(0.02)
+    print("ready", flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
