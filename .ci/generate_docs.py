@@ -1,18 +1,28 @@
-"""Generate docs/cli.md (from ``--help``) and docs/configuration.md (from the settings); ``--check`` compares only."""
+"""Generate docs/cli.md, docs/configuration.md and docs/schemas; ``--check`` compares only.
+
+They come from ``--help``, from the settings' classes and from the MQTT messages' classes.
+"""
 
 from __future__ import annotations
 
+import ast
+import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.main import get_command
 
 from edge.cli import build_app
 from edge.config import FILE_ONLY, FLAGS, SECTIONS, environment_name
+from edge.mqtt import messages
 from edge.rule_settings import RuleSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,10 +76,11 @@ against the system's certificates; `SSL_CERT_FILE` names others.
 def main() -> None:
     """Write the files, or report which differ."""
     stale = []
-    for name, text in {"cli.md": cli_page(), "configuration.md": configuration_page()}.items():
+    pages = {"cli.md": cli_page(), "configuration.md": configuration_page(), **schema_files()}
+    for name, text in pages.items():
         path = ROOT / "docs" / name
         if "--check" not in sys.argv[1:]:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True, parents=True)
             path.write_text(text, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(f"docs/{name}")
@@ -112,6 +123,43 @@ def _rule_section() -> str:
         f"| `{info.alias or name}` | {'required' if info.is_required() else _default(info)} | {info.description} |\n"
         for name, info in RuleSettings.model_fields.items()
     )
+
+
+def schema_files() -> dict[str, str]:
+    """docs/schemas/mqtt: the JSON schema of every message of the MQTT protocol."""
+    comments = _field_comments(Path(messages.__file__))
+    return {
+        f"schemas/mqtt/{schema_name(cls)}.json": json.dumps(message_schema(cls, comments), indent=2) + "\n"
+        for cls in messages.Message.__subclasses__()
+    }
+
+
+def schema_name(cls: type[BaseModel]) -> str:
+    """The file of a message's schema: ``RuleFailure`` -> ``rule-failure``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
+
+
+def message_schema(cls: type[BaseModel], comments: Mapping[tuple[str, str], str]) -> dict[str, Any]:
+    """A message's schema, with what the source says about each field."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
+    for part in (schema, *schema.get("$defs", {}).values()):
+        for name, field in part["properties"].items():
+            field.pop("title", None)
+            if comment := comments.get((part["title"], name)) or comments.get((messages.Message.__name__, name)):
+                field["description"] = comment
+    return schema
+
+
+def _field_comments(source: Path) -> dict[tuple[str, str], str]:
+    """The string below each field of each class."""
+    return {
+        (cls.name, field.target.id): " ".join(note.value.value.split())
+        for cls in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
+        if isinstance(cls, ast.ClassDef)
+        for field, note in pairwise(cls.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant) and isinstance(note.value.value, str)
+    }
 
 
 def _help_block(command: list[str]) -> str:

@@ -24,18 +24,20 @@ Status = Literal["online", "offline"]
 """Payload of the status topic: the bare word."""
 
 
-class _Message(BaseModel):
+class Message(BaseModel):
+    """What all messages share; docs/schemas/mqtt has one JSON schema for each subclass."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    v: Literal[1] = 1
-    """Protocol version."""
+    v: Annotated[int, Field(ge=1, le=1)] = 1
+    """Protocol version: 1."""
 
     def encode(self) -> bytes:
         """The payload: JSON in UTF-8, without the fields that are None."""
         return self.model_dump_json(exclude_none=True).encode()
 
 
-class Request(_Message):
+class Request(Message):
     """Client to device: generate an answer."""
 
     body: dict[str, Any]
@@ -48,7 +50,7 @@ class Request(_Message):
     """How often the client sent this request, this time included; for its logs and ours."""
 
 
-class Accepted(_Message):
+class Accepted(Message):
     """Device to client, on ``evt``: the request will be answered."""
 
     id: str
@@ -59,7 +61,7 @@ class Accepted(_Message):
     """True where the same request runs already: this copy shares its answer."""
 
 
-class Queued(_Message):
+class Queued(Message):
     """Device to client, on ``evt``: the request waits; sent again when it moves up."""
 
     id: str
@@ -70,14 +72,14 @@ class Queued(_Message):
     """Estimated time until it starts."""
 
 
-class Started(_Message):
+class Started(Message):
     """Device to client, on ``evt``: the model reads the prompt."""
 
     id: str
     event: Literal["started"] = "started"
 
 
-class Tokens(_Message):
+class Tokens(Message):
     """Device to client, on ``tok``: the next piece of the answer."""
 
     id: str
@@ -100,7 +102,7 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class Done(_Message):
+class Done(Message):
     """Device to client, on ``done``: the one outcome of a request."""
 
     id: str
@@ -160,7 +162,7 @@ class Versions(BaseModel):
     """The version that the device itself speaks: ``5`` or ``3.1.1``. Clients may use either."""
 
 
-class Info(_Message):
+class Info(Message):
     """Retained, on ``info``: what the device is."""
 
     device: str
@@ -169,7 +171,7 @@ class Info(_Message):
     versions: Versions
 
 
-class Load(_Message):
+class Load(Message):
     """Retained, on ``load``: how busy the device is; at most once a second and only when it changed."""
 
     slots: int
@@ -184,7 +186,7 @@ class Load(_Message):
     """Of the machine's hottest sensor, where it has one; told anew when it moved by 2 °C."""
 
 
-class RuleFailure(_Message):
+class RuleFailure(Message):
     """On a rule's ``error`` topic: a message got no answer."""
 
     rule: str

@@ -1,11 +1,17 @@
-"""A requester for tests: an ordinary paho client that checks every message it gets against the product's classes."""
+"""A requester for tests: an ordinary paho client that checks every message it gets.
+
+It is held against the product's classes and against the schemas in docs/schemas.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,12 +21,14 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from edge.config import BrokerAddress
-from edge.mqtt.messages import Accepted, Done, Info, Load, Queued, Started, Tokens
+from edge.mqtt.messages import Accepted, Done, Info, Load, Message, Queued, RuleFailure, Started, Tokens
+from tests.json_schema import validate
 
 TIMEOUT_S = 20.0
 PROTOCOLS = {"5": MQTTProtocolVersion.MQTTv5, "3.1.1": MQTTProtocolVersion.MQTTv311}
-EVENTS = {"accepted": Accepted, "queued": Queued, "started": Started}
-KINDS = {"tok": Tokens, "done": Done, "info": Info, "load": Load}
+EVENTS: dict[str, type[Message]] = {"accepted": Accepted, "queued": Queued, "started": Started}
+KINDS: dict[str, type[Message]] = {"tok": Tokens, "done": Done, "info": Info, "load": Load}
+SCHEMAS = Path(__file__).parents[3] / "docs" / "schemas" / "mqtt"
 
 
 @dataclass(frozen=True)
@@ -128,11 +136,29 @@ class Client:
 
 
 def check(topic: str, payload: bytes) -> Any:
-    """The message as its class; the bytes where it is none of ours."""
-    kind = topic.rsplit("/", 1)[-1]
-    if kind == "evt":
-        return EVENTS[json.loads(payload)["event"]].model_validate_json(payload)
-    return KINDS[kind].model_validate_json(payload) if kind in KINDS else payload
+    """The message as its class, which follows its schema; the bytes where it is none of ours."""
+    cls = _class_of(topic, payload)
+    if cls is None:
+        return payload
+    validate(json.loads(payload), _schema(cls))
+    return cls.model_validate_json(payload)
+
+
+def schema_of(cls: type[Message]) -> Path:
+    """The file with a message's schema."""
+    return SCHEMAS / f"{re.sub(r'(?<=[a-z])(?=[A-Z])', '-', cls.__name__).lower()}.json"
+
+
+@cache
+def _schema(cls: type[Message]) -> Any:
+    return json.loads(schema_of(cls).read_text(encoding="utf-8"))
+
+
+def _class_of(topic: str, payload: bytes) -> type[Message] | None:
+    levels = topic.split("/")
+    if levels[-3:-2] == ["rule"]:
+        return RuleFailure
+    return EVENTS[json.loads(payload)["event"]] if levels[-1] == "evt" else KINDS.get(levels[-1])
 
 
 def chat(content: str, **envelope: Any) -> dict[str, Any]:

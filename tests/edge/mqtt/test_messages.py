@@ -49,7 +49,7 @@ SAMPLES = [
 
 
 def _message_classes() -> set[type]:
-    return set(messages._Message.__subclasses__())
+    return set(messages.Message.__subclasses__())
 
 
 def test_every_message_class_has_a_sample() -> None:
@@ -57,7 +57,7 @@ def test_every_message_class_has_a_sample() -> None:
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: type(sample).__name__)
-def test_a_message_reads_back_as_itself(sample: messages._Message) -> None:
+def test_a_message_reads_back_as_itself(sample: messages.Message) -> None:
     encoded = sample.encode()
     assert json.loads(encoded)["v"] == 1
     assert type(sample).model_validate_json(encoded) == sample
