@@ -17,11 +17,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-_NGRAMS = (4, 3, 2)
+_NGRAMS = (4, 3, 2, 1)
 """Lengths of the beginnings that are looked up, the most telling first."""
 _NEXT = 0
 """The rate of guesses that go on where the one before was right; others are rates of the n-gram that was found."""
-_START_RATES = {_NEXT: 0.85, 4: 0.7, 3: 0.5, 2: 0.3}
+_START_RATES = {_NEXT: 0.85, 4: 0.7, 3: 0.5, 2: 0.3, 1: 0.2}
 """How often a guess is right, before anything is known of a sequence."""
 _FORCED_RATE = 0.97
 """How often the model takes the very tokens that its grammar prescribes, and not others for the same characters."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import psutil
 
@@ -13,6 +16,7 @@ MOST_OTHERS = 0.1
 """Share of the machine that others may take in a run that counts."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _LOOK_S = 1.0
+_LOOK_AGAIN_S = 0.2
 _SHORTEST_S = 0.1
 """The kernel counts in ticks of 10 ms: less time says nothing."""
 
@@ -47,6 +51,35 @@ def memory_mb(pid: int) -> dict[str, float]:
     names = {"VmHWM:": "peak", "RssAnon:": "anonymous"}
     lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text("ascii").splitlines())
     return {names[key]: int(rest[0]) * 1024 / 1e6 for key, *rest in lines if key in names}
+
+
+class ProportionalMemory:
+    """Looks at what a process takes while the block runs, a page that it maps several times counted once.
+
+    The kernel's RSS counts such a page each time. MB are 10^6 bytes.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.peak_mb = 0.0
+        self._path = Path(f"/proc/{pid}/smaps_rollup")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_LOOK_AGAIN_S):
+            lines = (line.split() for line in self._path.read_text("ascii").splitlines())
+            found = next(int(kilobytes) for name, kilobytes, *_ in lines if name == "Pss:")
+            self.peak_mb = max(self.peak_mb, found * 1024 / 1e6)
 
 
 def warm_page_cache(path: Path) -> None:

@@ -71,6 +71,12 @@ _ALARMS = (
 )
 EVENTS = tuple(event for event, _ in _ALARMS)
 """What the extraction should find."""
+GREETING_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"greeting": {"type": "string", "maxLength": 12}},
+    "required": ["greeting"],
+    "additionalProperties": False,
+}
 EVENTS_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {

@@ -50,6 +50,7 @@ METRICS = (
     Metric("restart_cached_tokens", "restart", "tokens reported as cached", None, digits=0),
     Metric("peak_mb", "memory", "peak RSS, MB", "less", 1.0, digits=0),
     Metric("anonymous_mb", "memory", "anonymous memory, MB", "less", digits=0),
+    Metric("proportional_mb", "memory", "PSS while editing, MB", "less", digits=0),
     Metric("start_s", "start", "cold start to first token, s", "less", 1.5, digits=2, absolute=True),
     Metric("long_s", "long", "prompt of 7,500 tokens, TTFT, s", "less"),
     Metric("long_decode_tokens_per_second", "long", "decode after it, tokens/s", "more"),

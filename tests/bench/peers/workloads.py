@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.bench.peers import prompts
 from tests.bench.peers.contestants import Contestant, Serving
-from tests.bench.peers.meters import memory_mb, warm_page_cache
+from tests.bench.peers.meters import ProportionalMemory, memory_mb, warm_page_cache
 from tests.bench.peers.prompts import Reader, chat
 from tests.bench.peers.running import Ask, Running
 
@@ -113,6 +113,8 @@ def extraction(stage: Stage) -> Figures:
         "List the six events of this log in their order as JSON. The message of an event is the text behind its code,"
         " to the end of that line; leave out the remarks below it.\n\n"
     )
+    # The first grammar of a process costs extra, once: 0.4 s here.
+    stage.server.ask(Ask(chat("You are friendly.", "Greet me as JSON."), 8, schema=prompts.GREETING_SCHEMA))
     messages = chat("You extract events from logs of machines.", task + prompts.alarm_log())
     answer = stage.server.ask(Ask(messages, 640, schema=prompts.EVENTS_SCHEMA))
     return {
@@ -124,16 +126,19 @@ def extraction(stage: Stage) -> Figures:
 
 def edit(stage: Stage) -> Figures:
     """A method of a Python module renamed, which copies most of it."""
-    task = (
-        "Rename the method calc to mean_pressure everywhere. Answer with the whole changed file and nothing else.\n\n"
-    )
-    messages = chat("You edit Python code.", f"{task}```python\n{prompts.CODE}```")
-    answer = stage.server.ask(Ask(messages, 512))
+    answer = stage.server.ask(_edit())
     return {
         "edit_tokens_per_second": answer.output_tokens / answer.total_s,
         "edit_s": answer.total_s,
         "edit_likeness": likeness(answer.text),
     }
+
+
+def _edit() -> Ask:
+    task = (
+        "Rename the method calc to mean_pressure everywhere. Answer with the whole changed file and nothing else.\n\n"
+    )
+    return Ask(chat("You edit Python code.", f"{task}```python\n{prompts.CODE}```"), 512)
 
 
 def prefix(stage: Stage) -> Figures:
@@ -153,8 +158,13 @@ def prefix(stage: Stage) -> Figures:
 
 
 def memory(stage: Stage) -> Figures:
-    """The process after all of the above."""
-    return {f"{name}_mb": value for name, value in memory_mb(stage.server.pid).items()}
+    """The process after all of the above; and what it really takes, while the edit is made once more."""
+    with ProportionalMemory(stage.server.pid) as proportional:
+        stage.server.ask(_edit())
+    return {
+        "proportional_mb": proportional.peak_mb,
+        **{f"{name}_mb": value for name, value in memory_mb(stage.server.pid).items()},
+    }
 
 
 def restart(stage: Stage) -> Figures:
