@@ -23,7 +23,7 @@ from edge.errors import DeadlineError, QwedgeError, UnavailableError
 
 SILENCE_S: Final = 20.0
 """How long a request that somebody works on may say nothing before it is asked after."""
-BACKOFF_S: Final = (0.1, 1.0)
+BACKOFF_S: Final = (0.1, 0.5)
 """First and longest pause before a copy that reached nobody is sent again, before jitter."""
 MAX_FAILURES: Final = 2
 """Runs that may end with 500."""

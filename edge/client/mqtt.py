@@ -294,6 +294,8 @@ class _Call:
             self._accepted.add(event.device)
         elif isinstance(event, Ended) and event.status != 200:
             self._free()
+            if event.status == UnavailableError.status and self._device is None:
+                event = Lost("the device is stopping")  # of the pool's others it says nothing
         self.tell(event)
 
     def _free(self) -> None:

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge.client import Client
 from edge.config import BrokerAddress, MqttSettings
 from edge.mqtt import MqttBridge
 from tests.fakes import FakeEngine, make_service
@@ -60,6 +63,27 @@ def fleet(address: BrokerAddress, speeds: Sequence[Speed]) -> Iterator[list[subp
         for worker in workers:
             worker.kill()
             worker.communicate()
+
+
+def ask_at_once(client: Client, num_jobs: int, num_tokens: int, meanwhile: Callable[[], None]) -> float:
+    """Ask for answers of equal length from as many threads; checks them and gives the seconds until the last one."""
+    began = time.monotonic()
+    with ThreadPoolExecutor(num_jobs) as threads:
+        answers = [threads.submit(client.ask, f"{i}: {num_tokens}") for i in range(num_jobs)]
+        meanwhile()
+        assert [answer.result() for answer in answers] == ["x" * num_tokens] * num_jobs
+    return time.monotonic() - began
+
+
+def ideal_makespan_s(speeds: Sequence[Speed], num_jobs: int, num_tokens: int) -> float:
+    """Seconds that the best split of the jobs takes, whole jobs to each slot."""
+    # The prompt is one step, the token that ends the answer another.
+    job_s = [speed.step_s * (num_tokens + 2) for speed in speeds for _ in range(speed.slots)]
+    ends = [0.0] * len(job_s)
+    for _ in range(num_jobs):
+        first = min(range(len(job_s)), key=lambda i: ends[i] + job_s[i])
+        ends[first] += job_s[first]
+    return max(ends)
 
 
 def main() -> None:
