@@ -248,6 +248,16 @@ class MqttSettings(_Section):
             raise ValueError("must have a name of its own for each rule")
         return value
 
+    journal: Path | None = Field(
+        None,
+        description="Folder that keeps requests and answers over a crash or a power cut, for this device alone;"
+        " `none` keeps them in memory only. Without it, `DEVICE/journal` in `$STATE_DIRECTORY`,"
+        " `$XDG_STATE_HOME/qwedge` or `~/.local/state/qwedge`.",
+    )
+    journal_mb: int = Field(
+        64, ge=1, le=1 << 16, description="MiB of requests and answers in `journal`; the oldest answers go first."
+    )
+
     @field_validator("broker")
     @classmethod
     def _known_broker(cls, value: str) -> str:
@@ -345,6 +355,33 @@ def load_settings(
         return Settings.model_validate(merged)
     except ValidationError as error:
         raise _explain(error, given) from None
+
+
+def journal_folder(settings: MqttSettings, env: Mapping[str, str]) -> Path | None:
+    """Where requests over MQTT are kept; None where they are kept in memory.
+
+    Args:
+        settings: the configured folder, or none.
+        env: the environment; systemd's ``STATE_DIRECTORY`` comes before ``XDG_STATE_HOME``.
+
+    Raises:
+        ConfigError: no folder is configured, and the user has no home.
+    """
+    if settings.journal is not None:
+        return None if settings.journal == Path("none") else settings.journal.expanduser()
+    return _state_folder(env) / settings.device / "journal"
+
+
+def _state_folder(env: Mapping[str, str]) -> Path:
+    if given := env.get("STATE_DIRECTORY", "").split(":")[0]:  # several are separated by colons
+        return Path(given)
+    if home := env.get("XDG_STATE_HOME"):
+        return Path(home) / "qwedge"
+    try:
+        return Path.home() / ".local" / "state" / "qwedge"
+    except RuntimeError:
+        hint = "set mqtt.journal to a folder, or to none"
+        raise ConfigError("there is no folder for the journal of requests: the user has no home", hint=hint) from None
 
 
 def environment_name(section: str, field: str) -> str:

@@ -88,6 +88,10 @@ class Limits:
     """Looked at when something is written: an idle device writes nothing."""
 
 
+IN_MEMORY: Final = Limits(rows=1024, bytes=8 << 20)
+"""What is remembered without a folder."""
+
+
 @dataclass(frozen=True)
 class _Row:
     seq: int
@@ -112,12 +116,12 @@ class Journal:
 
     Args:
         folder: for this journal alone; None keeps everything in memory.
-        limits: how much is remembered.
+        limits: how much is remembered; None: :class:`Limits` as it is, or :data:`IN_MEMORY`.
     """
 
     def __init__(self, folder: Path | None = None, limits: Limits | None = None) -> None:
         self._path = folder
-        self._limits = limits or Limits()
+        self._limits = limits or (IN_MEMORY if folder is None else Limits())
         self._folder: PrivateFolder | None = None
         self._file: JournalFile | None = None  # changed by the writer only, once it runs
         self._changed = threading.Condition()

@@ -18,10 +18,11 @@ import typer
 
 from edge.commands import options
 from edge.commands.loading import bundle_of, load
-from edge.config import BrokerAddress, MqttSettings, Settings
+from edge.config import BrokerAddress, MqttSettings, Settings, journal_folder
 from edge.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:  # these bring onnxruntime and the web framework, which `qwedge --help` does without
+    from edge.journal import Journal
     from edge.service import Service
 
 log = logging.getLogger(__name__)
@@ -103,8 +104,9 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
         service = load(settings, imports=("edge.http.app", "edge.http.server"))
         stack.callback(service.stop)
         start(service)
-        address = _start_mqtt(settings.mqtt, service, stack)
-        asyncio.run(_serve_http(service, settings, sock, address))
+        journal = _make_journal(settings.mqtt)
+        address = _start_mqtt(settings.mqtt, service, journal, stack)
+        asyncio.run(_serve_http(service, settings, sock, address, journal))
     log.info("stopped")
 
 
@@ -124,7 +126,15 @@ def _starter(warm: Path | None) -> Callable[[Service], None]:
     return start
 
 
-def _start_mqtt(settings: MqttSettings, service: Service, stack: ExitStack) -> BrokerAddress | None:
+def _make_journal(settings: MqttSettings) -> Journal:
+    """The journal of requests, in its folder where there is MQTT; not open yet."""
+    from edge.journal import Journal, Limits
+
+    folder = None if settings.broker == "none" else journal_folder(settings, os.environ)
+    return Journal() if folder is None else Journal(folder, Limits(bytes=settings.journal_mb << 20))
+
+
+def _start_mqtt(settings: MqttSettings, service: Service, journal: Journal, stack: ExitStack) -> BrokerAddress | None:
     """Start broker and bridge as configured and have ``stack`` stop them; None where there is no MQTT."""
     if settings.broker == "none":
         return None
@@ -140,19 +150,21 @@ def _start_mqtt(settings: MqttSettings, service: Service, stack: ExitStack) -> B
             return None
         stack.callback(broker.stop)
         address = broker.address
-    bridge = MqttBridge(service, settings, address)
+    bridge = MqttBridge(service, settings, address, journal)
     bridge.start()
     stack.callback(bridge.stop)
     return address
 
 
-async def _serve_http(service: Service, settings: Settings, sock: socket.socket, broker: BrokerAddress | None) -> None:
+async def _serve_http(
+    service: Service, settings: Settings, sock: socket.socket, broker: BrokerAddress | None, journal: Journal
+) -> None:
     """Answer HTTP until SIGINT or SIGTERM, then drain."""
     from edge.http.app import create_app
     from edge.http.server import HttpServer
 
     signals = _Signals()
-    server = HttpServer(create_app(service, settings.server), sock)
+    server = HttpServer(create_app(service, settings.server, problem=lambda: journal.problem), sock)
     serving = asyncio.create_task(server.serve())
     print(ready_text(settings, Endpoints.of(settings, server.address, broker), service), flush=True)
     leaving = asyncio.create_task(signals.first.wait())

@@ -45,14 +45,17 @@ STALLED_AFTER_S = 30.0
 Parse = Callable[[Mapping[str, Any]], ChatRequest | CompletionRequest]
 
 
-def create_app(service: Service, settings: ServerSettings) -> Starlette:
+def create_app(
+    service: Service, settings: ServerSettings, *, problem: Callable[[], str | None] = lambda: None
+) -> Starlette:
     """The application; it starts and stops nothing.
 
     Args:
         service: takes the requests; whoever made it starts and stops it.
         settings: limits and allowed hosts.
+        problem: tells what else does not work as it should, for ``/health``; None where all is well.
     """
-    routes = [*_generation(service), *_information(service)]
+    routes = [*_generation(service), *_information(service, problem)]
     return Starlette(
         routes=[*routes, _document(routes), Mount("/static", StaticFiles(directory=STATIC), name="static")],
         middleware=[Middleware(Guard, settings=settings)],
@@ -75,7 +78,7 @@ def _generation(service: Service) -> list[Route]:
     ]
 
 
-def _information(service: Service) -> list[Route]:
+def _information(service: Service, problem: Callable[[], str | None]) -> list[Route]:
     async def list_models(_request: Request) -> Response:
         """The served model, by itself and with each adapter."""
         names = await run_in_threadpool(service.model.names)
@@ -88,9 +91,9 @@ def _information(service: Service) -> list[Route]:
         return JSONResponse(_describe_model(service.model, name))
 
     async def health(_request: Request) -> Response:
-        """Whether the server makes progress: 200 with status ok, or 503 with draining or stalled."""
-        body = _health(service)
-        return JSONResponse(body, 200 if body["status"] == "ok" else 503)
+        """Whether the server makes progress: 200 with status ok or degraded, or 503 with draining or stalled."""
+        body = _health(service, problem())
+        return JSONResponse(body, 200 if body["status"] in {"ok", "degraded"} else 503)
 
     async def metrics(_request: Request) -> Response:
         """Prometheus' text format."""
@@ -209,15 +212,16 @@ def _describe_model(model: Model, name: str) -> dict[str, Any]:
     }
 
 
-def _health(service: Service) -> dict[str, Any]:
+def _health(service: Service, problem: str | None) -> dict[str, Any]:
     stats = service.stats()
-    status = "ok"
+    status = "ok" if problem is None else "degraded"
     if not stats.accepting:
         status = "draining"
     elif stats.seconds_since_progress > STALLED_AFTER_S:
         status = "stalled"
     return {
         "status": status,
+        **({} if problem is None else {"problem": problem}),
         "model": service.model.manifest.name,
         "version": __version__,
         "queue": {

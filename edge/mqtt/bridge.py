@@ -9,7 +9,7 @@ from typing import Final
 
 from edge.config import BrokerAddress, MqttSettings
 from edge.errors import ConfigError, UnavailableError
-from edge.journal import Journal, Limits
+from edge.journal import Journal
 from edge.mqtt import homeassistant
 from edge.mqtt.answers import Answers
 from edge.mqtt.connection import Connection, Identity, Incoming, Outgoing
@@ -30,8 +30,6 @@ CANCEL_TIMEOUT_S: Final = 5.0
 FLUSH_S: Final = 5.0
 """How long the last answers may take to reach the broker when the bridge stops."""
 MAX_PASSWORD_BYTES: Final = 1024
-IN_MEMORY: Final = Limits(rows=1024, bytes=8 << 20)
-"""What is remembered where there is no journal on disk."""
 POOL_SUFFIX: Final = "-pool"
 """Last part of the client id of the pool's connection."""
 
@@ -89,7 +87,7 @@ class MqttBridge:
             on_ready=self._announce,
             on_message=self._receive,
         )
-        self._journal = journal or Journal(limits=IN_MEMORY)
+        self._journal = journal or Journal()
         self._ledger = Ledger(self._journal)
         self._answers = Answers(self._connection, self._ledger, self._journal, settings.device)
         self._intake = Intake(service, self.layout, self._journal, self._ledger, self._answers)

@@ -104,6 +104,7 @@ class Server:
 @contextmanager
 def serving(bundle: Path, log: Path, *args: str, **env: str) -> Iterator[Server]:
     line = command("serve", "--bundle", str(bundle), "--port", "0", "--threads", "1", *args)
+    env = {"XDG_STATE_HOME": str(log.parent / "state")} | env
     with log.open("w") as stderr:
         process = subprocess.Popen(
             line, cwd=ROOT, env=environment(**env), stdout=subprocess.PIPE, stderr=stderr, text=True

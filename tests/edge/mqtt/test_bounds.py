@@ -9,7 +9,6 @@ import pytest
 
 from edge.errors import ConflictError
 from edge.journal import Journal, Limits
-from edge.mqtt.bridge import IN_MEMORY
 from edge.mqtt.connection import Incoming
 from edge.mqtt.inbox import MAX_BYTES, MAX_MESSAGES, Inbox
 from edge.mqtt.ledger import Job, Ledger, Reply
@@ -32,7 +31,7 @@ def make_done(text: str = "") -> Done:
 
 @pytest.fixture
 def journal() -> Iterator[Journal]:
-    journal = Journal(limits=IN_MEMORY)
+    journal = Journal()
     journal.open()
     yield journal
     journal.close()
