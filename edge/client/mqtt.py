@@ -19,8 +19,8 @@ from edge.mqtt.topics import (
     Layout,
     RequestId,
     answers_filter,
+    devices_filter,
     pool_request,
-    status_filter,
 )
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,11 @@ class MqttTransport:
             address,
             identity,
             keepalive_s=KEEPALIVE_S,
-            filters=(answers_filter(root, self.client), status_filter(root)),
+            filters=(
+                answers_filter(root, self.client),
+                devices_filter(root, "status"),
+                devices_filter(root, "info"),
+            ),
             max_payload=MAX_ANSWER_BYTES,
             on_message=self._receive,
             on_ready=self._linked,
@@ -91,6 +95,8 @@ class MqttTransport:
         self._started = False
         self._ever_ready = threading.Event()
         self._statuses: dict[str, str] = {}
+        self._models: dict[str, list[str]] = {}
+        """What each device serves."""
         self._status_changed = threading.Condition()
         self._strays: deque[int] = deque(maxlen=MAX_ABANDONED)
         """Messages that reached nobody, before their sender could note their numbers."""
@@ -182,17 +188,31 @@ class MqttTransport:
         branch, _, name = message.topic.rpartition("/")
         if message.payload is None:
             log.warning("ignored an oversized message on %s", message.topic)
-        elif name == "status":
-            self._status(branch.rpartition("/")[2], message.payload.decode(errors="replace"))
-        else:
-            self._answer(branch.rpartition("/")[2], name, message.payload)
+            return
+        try:
+            self._read(branch.rpartition("/")[2], name, message.payload)
+        except (ValueError, LookupError, TypeError):
+            log.warning("ignored a message that is not of the protocol on %s", message.topic)
+
+    def _read(self, owner: str, kind: str, payload: bytes) -> None:
+        """Read a message of a device, or of the answer to a request.
+
+        Raises:
+            ValueError, LookupError, TypeError: it is not of the protocol.
+        """
+        match kind:
+            case "status":
+                self._status(owner, payload.decode())
+            case "info":
+                models = [str(model["id"]) for model in json.loads(payload)["models"]]
+                with self._status_changed:
+                    self._models[owner] = models
+                    self._status_changed.notify_all()
+            case _:
+                self._answer(owner, kind, payload)
 
     def _answer(self, request_id: str, kind: str, payload: bytes) -> None:
-        try:
-            event = _event(kind, json.loads(payload))
-        except (ValueError, LookupError, TypeError):
-            log.warning("ignored a message that is not of the protocol")
-            return
+        event = _event(kind, payload)
         with self._lock:
             call = self._calls.get(request_id)
         if call is not None and event is not None:
@@ -218,13 +238,14 @@ class MqttTransport:
         return sorted(device for device, status in self._statuses.items() if status == "online")
 
     def _somebody_is_there(self) -> bool:
-        return self.device in self._online() if self.device is not None else bool(self._online())
+        online = self._online()
+        return self.device in online or any(self.pool in self._models.get(device, ()) for device in online)
 
     def _absence(self) -> UnavailableError:
-        online = self._online()
-        hint = f"online are {', '.join(online[:8])}" if online else "no device is online below this root"
+        online = [f"{device} ({', '.join(self._models.get(device, ()))})" for device in self._online()]
+        hint = f"online are {', '.join(online[:8])}" if online else f"no device is online below {self.root}/"
         if self.device is None:
-            return UnavailableError("no device is online", hint=f"is {self.root!r} the root of the devices' topics?")
+            return UnavailableError(f"no device that serves {self.pool} is online", hint=hint)
         known = "is offline" if self.device in self._statuses else "is not known at this broker"
         return UnavailableError(f"the device {self.device} {known}", hint=hint)
 
@@ -311,12 +332,13 @@ class _Call:
         return pool_request(transport.root, transport.pool, self._name)
 
 
-def _event(kind: str, message: Mapping[str, Any]) -> Event | None:
+def _event(kind: str, payload: bytes) -> Event | None:
     """What a message of the answer says; None where it says nothing to us.
 
     Raises:
         ValueError, LookupError, TypeError: it is not of the protocol.
     """
+    message: Mapping[str, Any] = json.loads(payload) if kind in {"evt", "tok", "done"} else {}
     match kind:
         case "evt":
             eta_ms = message.get("eta_ms")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from edge.config import BrokerAddress, MqttSettings
-from edge.errors import ConfigError, UnavailableError
+from edge.errors import UnavailableError
 from edge.journal import Journal
 from edge.mqtt import homeassistant
 from edge.mqtt.answers import Answers
@@ -16,6 +15,7 @@ from edge.mqtt.connection import Connection, Identity, Incoming, Outgoing
 from edge.mqtt.intake import Intake
 from edge.mqtt.ledger import Ledger
 from edge.mqtt.messages import MAX_PAYLOAD_BYTES
+from edge.mqtt.password import read_password
 from edge.mqtt.pool import Pool
 from edge.mqtt.presence import LoadReporter, Thermometer, make_info, make_load, status_message
 from edge.mqtt.rules import check_with, load_rules, match, subscriptions
@@ -29,7 +29,6 @@ CANCEL_TIMEOUT_S: Final = 5.0
 """How long cancelled requests may take to end when the bridge stops."""
 FLUSH_S: Final = 5.0
 """How long the last answers may take to reach the broker when the bridge stops."""
-MAX_PASSWORD_BYTES: Final = 1024
 POOL_SUFFIX: Final = "-pool"
 """Last part of the client id of the pool's connection."""
 
@@ -203,23 +202,5 @@ class MqttBridge:
 
 def _identity(settings: MqttSettings, suffix: str = "") -> Identity:
     client_id = f"{settings.client_id}-{settings.device}{suffix}"
-    password = None if settings.password_file is None else _password(settings.password_file)
+    password = None if settings.password_file is None else read_password(settings.password_file)
     return Identity(client_id, settings.username, password)
-
-
-def _password(path: Path) -> str:
-    """The first line of a password file.
-
-    Raises:
-        ConfigError: it cannot be read, is empty, or is no password file.
-    """
-    hint = "mqtt.password_file names a file whose first line is the password"
-    try:
-        with path.open(encoding="utf-8") as file:
-            password = file.readline(MAX_PASSWORD_BYTES).rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"the password file {path} cannot be read: {reason}", hint=hint) from None
-    if not password:
-        raise ConfigError(f"the password file {path} is empty", hint=hint)
-    return password

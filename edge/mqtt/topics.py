@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from edge.errors import ConfigError, RequestError
 
@@ -209,9 +209,9 @@ def answers_filter(root: str, client: str) -> str:
     return f"{_base(root)}/res/{client}/#"
 
 
-def status_filter(root: str, device: str = "+") -> str:
-    """The subscription by which a client learns which devices are there."""
-    return f"{_base(root)}/dev/{device}/status"
+def devices_filter(root: str, kind: Literal["status", "info", "load"]) -> str:
+    """The subscription by which a client learns what all devices say about themselves."""
+    return f"{_base(root)}/dev/+/{kind}"
 
 
 def _pool(root: str, model: str) -> str:
