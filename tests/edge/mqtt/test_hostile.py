@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
+from dataclasses import replace
 
+import psutil
 import pytest
 
-from tests.edge.mqtt.client import chat, text_of
-from tests.edge.mqtt.conftest import MakeDevice, wait_until
+from edge.mqtt.connection import Incoming, Outgoing
+from tests.edge.mqtt.client import chat, check, text_of
+from tests.edge.mqtt.conftest import Device, MakeDevice, wait_until
 from tests.fakes import FakeEngine
 
 pytestmark = pytest.mark.broker
@@ -84,6 +88,93 @@ def test_hundreds_of_foreign_topics_are_ignored(make_device: MakeDevice) -> None
     client.send("honest", chat("x"))
     assert client.done("honest").status == 200
     assert device.bridge.stats().num_requests == 1
+
+
+NUM_MALFORMED = 20_000
+BURST = 200
+"""Messages at once: fewer than the inbox holds, so that each is looked at."""
+MAX_GROWTH_BYTES = 100 << 20
+
+
+def test_twenty_thousand_malformed_messages_get_one_outcome_each_or_none(
+    make_device: MakeDevice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Put in behind the network and taken out before it: a broker would only slow this down."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    source = random.Random(seed)
+    device = make_device(FakeEngine(slots=4, reply=lambda _prompt: "ok"), max_queue=256)
+    client = device.client()
+    outcomes: Counter[str] = Counter()
+
+    def record(message: Outgoing) -> object:
+        if message.topic.endswith(("/done", "/mine")):
+            check("x/done", message.payload)
+        outcomes[message.topic] += message.topic.rsplit("/", 1)[-1] in {"done", "mine"}
+        return lambda: True
+
+    with monkeypatch.context() as patched, caplog.at_level("ERROR"):
+        patched.setattr(device.bridge._connection, "track", record)
+        wanted, acks = Counter[str](), Counter[int]()
+        for number in range(NUM_MALFORMED):
+            message, topic = _malformed(source, device, number)
+            wanted[topic] += 1
+            device.bridge._receive(replace(message, ack=lambda number=number: acks.update([number])))
+            if number % BURST == BURST - 1:
+                wait_until(lambda done=number + 1: len(acks) == done)
+            if number == NUM_MALFORMED // 10:
+                before = psutil.Process().memory_info().rss
+        wait_until(lambda: device.bridge.stats().num_running == 0)
+        del wanted[""]
+        wait_until(lambda: +outcomes == wanted)
+        assert set(acks.values()) == {1}
+        assert psutil.Process().memory_info().rss - before < MAX_GROWTH_BYTES
+        assert not [record for record in caplog.records if record.exc_info]
+    client.send("honest", chat("still there?"))
+    assert text_of(client.done("honest")) == "ok"
+
+
+def _malformed(  # noqa: PLR0911 - one line for each way to be wrong
+    source: random.Random, device: Device, number: int
+) -> tuple[Incoming, str]:
+    """A message that is wrong somewhere, and the topic of its outcome; empty where it has none."""
+    request = f"qwedge/v1/dev/{device.name}/req/c{number % 50}/m{number}"
+    branch = f"qwedge/v1/res/c{number % 50}"
+    done = f"{branch}/m{number}/done"
+    message = Incoming(request, _mutate(source, number), retain=False)
+    match source.randrange(20):
+        case 0:  # under no name that could be answered
+            last = source.choice(["", "ü", "a b", "x" * 65, "a\x00b", "#", "+", "\ud800"])
+            return replace(message, topic=f"{request}{last}" if last else f"{request}/"), ""
+        case 1:  # none of the protocol's topics
+            tail = source.choice(["req", "req/c", "cancel", "info", "status", "cmd/x/y", "rule/x/error", "../req/c/1"])
+            return replace(message, topic=f"qwedge/v1/dev/{device.name}/{tail}"), ""
+        case 2:
+            return replace(message, topic=request.replace("/req/", "/cancel/")), ""
+        case 3:
+            return replace(message, retain=True), ""
+        case 4:
+            hostile = [
+                "$SYS/x",
+                "#",
+                "qwedge/v1/res/other/x",
+                f"{branch}/+",
+                f"{branch}x/y",
+                "",
+                f"{branch}/{'x' * 2000}",
+            ]
+            return replace(message, response_topic=source.choice(hostile)), done
+        case 5:
+            own = f"{branch}/m{number}/mine"
+            return replace(message, response_topic=own, correlation=source.randbytes(source.randrange(200))), own
+        case 6:
+            return replace(message, payload=None), done
+        case 7:
+            return replace(message, expiry_s=source.choice([0, 1, 2**32 - 1])), done
+        case 8:
+            return replace(message, redelivered=True), done
+        case _:
+            return message, done
 
 
 def _mutate(source: random.Random, number: int) -> bytes:
