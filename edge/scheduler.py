@@ -16,7 +16,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from collections.abc import Sequence as List
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,11 +24,11 @@ from numpy.typing import NDArray
 
 from edge.decode_step import Share, plan_step
 from edge.engine.interface import Engine
-from edge.engine.prefix import Prefix, reusable_length
 from edge.engine.prefix_cache import PrefixCache
 from edge.engine.speculation import StepCosts
 from edge.errors import CancelledError, DeadlineError, EngineError, OverloadedError, QwedgeError, UnavailableError
 from edge.sequence import FinishReason, Sequence, SequenceStatus
+from edge.slots import Slots
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +36,6 @@ _EWMA = 0.2
 """Weight of the newest request in the running mean that retry hints and ETAs are made from."""
 _REST_AFTER_S = 1.0
 """Seconds of idleness after which memory that was in use is given back."""
-_HEADROOM_TOKENS = 64
-"""Tokens that every sequence should have room for before another one is admitted, lest it be sent back at once."""
 
 
 @dataclass(frozen=True)
@@ -90,17 +87,14 @@ class Scheduler:
         self._engine = engine
         self._draft_tokens = draft_tokens
         self._costs = StepCosts()
-        self._prefixes = prefixes or PrefixCache(0)  # the engine's thread only
-        most = engine.slots * engine.context_length
-        self._kv_tokens = most if kv_cache_bytes is None else min(most, kv_cache_bytes // engine.bytes_per_token)
+        self._slots = Slots(engine, prefixes or PrefixCache(0), kv_cache_bytes)  # the engine's thread only
         self._sleep_after_s = sleep_after_s
         self._max_queue = max_queue
         self._changed = threading.Condition()
         self._waiting: deque[Sequence] = deque()  # guarded by _changed
         self._accepting = False  # guarded by _changed
         self._stopping = False  # guarded by _changed
-        self._free = list(range(engine.slots))  # the engine's thread only, like all below
-        self._running: list[Sequence] = []
+        self._running: list[Sequence] = []  # the engine's thread only, like all below
         self._prefilling: Sequence | None = None
         self._asleep = False
         self._num_preempted = self._num_drafted = self._num_accepted = 0
@@ -126,7 +120,7 @@ class Scheduler:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._prefixes.close()
+        self._slots.close()
 
     def submit(self, *sequences: Sequence) -> None:
         """Queue sequences, all or none.
@@ -169,7 +163,7 @@ class Scheduler:
                 accepting=self._accepting,
                 seconds_since_progress=time.monotonic() - self._progress_at if busy else 0.0,
                 asleep=self._asleep,
-                kv_bytes=_num_computed(active) * self._engine.bytes_per_token,
+                kv_bytes=self._slots.num_bytes(active),
                 num_preempted=self._num_preempted,
                 num_drafted=self._num_drafted,
                 num_accepted=self._num_accepted,
@@ -264,75 +258,37 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Move the oldest waiting sequence into prefill when there is a slot, and room in the budget."""
-        if self._prefilling is not None or not self._free:
+        if self._prefilling is not None or not self._slots.any_free:
             return
         with self._changed:
-            if not self._waiting or not self._has_room(self._waiting[0]):
+            if not self._waiting or not self._slots.has_room(self._active(), self._waiting[0]):
                 return
             sequence = self._waiting.popleft()
             self._prefilling = sequence
         sequence.status = SequenceStatus.PREFILL
-        sequence.slot = self._free.pop()
         if is_new := sequence.started_at is None:
             sequence.started_at = time.monotonic()
-        self._guarded(partial(self._take_slot, sequence), [sequence])
+        self._guarded(partial(self._slots.take, sequence, self._running), [sequence])
         if is_new and sequence.status is SequenceStatus.PREFILL:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             sequence.consumer.started()
         self._announce_positions()
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        active = self._active()
-        needed = _num_computed(active) + sequence.num_tokens + _HEADROOM_TOKENS * (len(active) + 1)
-        return not active or needed <= self._kv_tokens
-
     def _make_room(self) -> None:
         """Take the slot of the youngest sequences until the next step fits into the budget; the oldest always fits."""
         step = self._engine.rows + (self._engine.prefill_chunk if self._prefilling else 0)
-        while len(active := self._active()) > 1 and _num_computed(active) + step > self._kv_tokens:
+        while len(active := self._active()) > 1 and not self._slots.holds(active, step):
             self._preempt(max(active, key=lambda sequence: sequence.started_at or 0.0))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send a sequence back to the head of the queue; it will be computed again, and go on where it was."""
-        self._keep_prefix(sequence)
+        self._slots.keep(sequence)
         self._release(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_computed_tokens = 0
         self._num_preempted += 1
         with self._changed:
             self._waiting.appendleft(sequence)
-
-    def _take_slot(self, sequence: Sequence) -> None:
-        """Make a slot ready for a sequence."""
-        self._engine.use_adapter(sequence.slot, sequence.adapter)
-        if sequence.prompt_scorer is None:
-            self._reuse_prefix(sequence)
-
-    def _reuse_prefix(self, sequence: Sequence) -> None:
-        """Start with the keys and values of a known beginning: of a running sequence, or of one that has ended."""
-        mine = [other for other in self._running if other.identity == sequence.identity]
-        lengths = [reusable_length(other.computed_ids(), sequence.prompt_ids) for other in mine]
-        longest = max(lengths, default=0)
-        found = self._prefixes.find(sequence.identity, sequence.prompt_ids)
-        if found and found[1] > longest:
-            prefix, longest = found
-            self._engine.write_slot(sequence.slot, prefix.cache, longest)
-        elif longest:
-            self._engine.copy_slot(mine[lengths.index(longest)].slot, sequence.slot, longest)
-        sequence.num_computed_tokens = longest
-
-    def _keep_prefix(self, sequence: Sequence) -> None:
-        """Remember a sequence's keys and values before its slot is given away."""
-        length = sequence.num_computed_tokens
-        if not self._prefixes.wants(length, length * self._engine.bytes_per_token):
-            return
-        ids = sequence.computed_ids()
-        if self._prefixes.has(sequence.identity, ids):
-            return
-        try:
-            self._prefixes.put(Prefix(sequence.identity, ids, self._engine.read_slot(sequence.slot, length)))
-        except MemoryError:
-            log.warning("no memory to keep a prefix of %d tokens", length)
 
     def _announce_positions(self) -> None:
         with self._changed:
@@ -425,7 +381,7 @@ class Scheduler:
             self._finish(sequence, "length")
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._keep_prefix(sequence)
+        self._slots.keep(sequence)
         self._release(sequence)
         timings = sequence.timings()
         total = timings.prefill_s + timings.decode_s
@@ -434,7 +390,7 @@ class Scheduler:
 
     def _fail(self, sequence: Sequence, error: QwedgeError) -> None:
         if sequence.slot >= 0 and isinstance(error, CancelledError | DeadlineError):
-            self._keep_prefix(sequence)  # the work was sound, only nobody waited for the end
+            self._slots.keep(sequence)  # the work was sound, only nobody waited for the end
         self._release(sequence)
         sequence.consumer.failed(error, sequence.timings())
 
@@ -451,10 +407,7 @@ class Scheduler:
             self._prefilling = None
         elif sequence in self._running:
             self._running.remove(sequence)
-        if sequence.slot >= 0:
-            self._engine.release_slot(sequence.slot)
-            self._free.append(sequence.slot)
-            sequence.slot = -1
+        self._slots.give_back(sequence)
         sequence.status = SequenceStatus.FINISHED
 
     def _guarded(self, work: Callable[[], None], sequences: list[Sequence]) -> None:
@@ -474,10 +427,6 @@ class Scheduler:
 
 def _failure() -> EngineError:
     return EngineError("the engine failed on this request", hint="see the server's log; try again")
-
-
-def _num_computed(sequences: List[Sequence]) -> int:
-    return sum(sequence.num_computed_tokens for sequence in sequences)
 
 
 def _verdict(sequence: Sequence, now: float) -> QwedgeError | None:

@@ -31,6 +31,7 @@ LAYERS = (
         "edge.adapters",
         "edge.scheduler",
         "edge.decode_step",
+        "edge.slots",
         "edge.sequence",
         "edge.tokenizer",
         "edge.chat",
