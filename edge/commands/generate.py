@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from edge.commands import options
-from edge.errors import ConfigError
 
 
 def register(app: typer.Typer) -> None:
@@ -41,7 +40,7 @@ def generate(
     """
     from edge.commands.local import ask, local_service
 
-    text = prompt if prompt is not None else _read_stdin()
+    text = prompt if prompt is not None else options.read_stdin()
     chosen = options.settings(
         config, model__bundle=bundle, engine__context=context, engine__threads=threads, engine__slots=1
     )
@@ -62,15 +61,6 @@ def generate(
         options.print_json(answer)
     else:
         print()
-
-
-def _read_stdin() -> str:
-    if sys.stdin.isatty():
-        options.note("reading the prompt from the terminal; end it with Ctrl-D")
-    text = sys.stdin.read()
-    if not text.strip():
-        raise ConfigError("there is no prompt", hint="give it as an argument or on stdin")
-    return text
 
 
 def _stream(text: str, reasoning: bool) -> None:

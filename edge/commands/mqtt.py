@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from edge.commands import mqtt_rules
+from edge.commands import mqtt_ask, mqtt_rules
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands; those in other files are added to the group here."""
     group = typer.Typer(name="mqtt", no_args_is_help=True)
     group.callback()(_group)
+    mqtt_ask.register(group)
     mqtt_rules.register(group)
     app.add_typer(group)
 

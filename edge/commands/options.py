@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from edge.config import Settings, load_settings
+from edge.errors import ConfigError
 
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="Settings as TOML; see docs/configuration.md.")
@@ -53,6 +54,20 @@ def messages(system: str | None, text: str) -> list[dict[str, str]]:
     """A conversation of one user message, with a system message where one is given."""
     opening = [{"role": "system", "content": system}] if system else []
     return [*opening, {"role": "user", "content": text}]
+
+
+def read_stdin() -> str:
+    """A prompt that is not given as an argument.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if sys.stdin.isatty():
+        note("reading the prompt from the terminal; end it with Ctrl-D")
+    text = sys.stdin.read()
+    if not text.strip():
+        raise ConfigError("there is no prompt", hint="give it as an argument or on stdin")
+    return text
 
 
 def print_json(value: Any) -> None:
