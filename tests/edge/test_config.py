@@ -17,6 +17,7 @@ from edge.config import (
     BrokerAddress,
     Settings,
     environment_name,
+    journal_folder,
     load_settings,
     sanitize_device,
 )
@@ -80,6 +81,10 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
             "password_file": tmp_path / "password",
             "keepalive_s": 5,
             "home_assistant": "ha/discovery",
+            "journal": tmp_path / "journal",
+            "journal_mb": 5,
+            "pool": "on",
+            "pool_slots": 2,
         },
         "log": {"level": "debug"},
     }
@@ -214,3 +219,18 @@ def test_any_host_name_becomes_one_topic_level(name: str) -> None:
 )
 def test_no_value_gets_past_with_anything_but_a_settings_error(value: Any, key: str) -> None:
     assert "\n" not in refusal(key, value)
+
+
+@pytest.mark.parametrize(
+    ("journal", "env", "folder"),
+    [
+        (None, {"STATE_DIRECTORY": "/var/lib/qwedge:/other", "XDG_STATE_HOME": "/x"}, "/var/lib/qwedge/edge-7/journal"),
+        (None, {"XDG_STATE_HOME": "/x"}, "/x/qwedge/edge-7/journal"),
+        (None, {}, str(Path.home() / ".local/state/qwedge/edge-7/journal")),
+        ("/data/q", {"XDG_STATE_HOME": "/x"}, "/data/q"),
+        ("none", {}, None),
+    ],
+)
+def test_the_journal_has_a_place_for_each_device(journal: str | None, env: dict[str, str], folder: str | None) -> None:
+    settings = load_settings(None, {"QWEDGE_MQTT_DEVICE": "edge-7", "QWEDGE_MQTT_JOURNAL": journal or ""})
+    assert journal_folder(settings.mqtt, env) == (None if folder is None else Path(folder))
