@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,7 +50,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("edge.client.exchange.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("edge.client.exchange.time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 @pytest.fixture
@@ -84,6 +85,10 @@ class Run:
         """Nothing comes."""
         self._clock.now += self.wait_s
         self.wait_s = self._next(None)
+
+    def wait_for_ever(self) -> None:
+        for _ in range(1000):
+            self.wait()
 
     def leave(self) -> None:
         self._steps.close()
@@ -190,8 +195,7 @@ def test_the_end_of_time_says_what_was_in_the_way(clock: Clock, events: list[Eve
     for event in events:
         run.tell(event)
     with pytest.raises(error):
-        for _ in range(40):
-            run.wait()
+        run.wait_for_ever()
     assert clock.now <= 1002.001
     assert run.call.cancelled
     assert run.call.closed
