@@ -127,10 +127,9 @@ class Pool:
     def _adjust(self) -> None:
         """Join or leave."""
         with self._lock:
-            # A quarter of the slots lies between leaving and joining, so that a busy device does not do both all the
-            # time.
-            limit = self._slots - self._slots // 4 if not self._member else self._slots
-            member = self._load() < limit and self._service.stats().accepting
+            # Who has left waits for more than one free slot, so that a busy device does not come and go all the time.
+            needed = 1 if self._member else max(1, self._slots // 4)
+            member = self._slots - self._load() >= needed and self._service.stats().accepting
             if member != self._member:
                 self._member = member
                 self._connection.listen([self._topics] if member else [])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from edge.client import AsyncClient, Client, Progress
 from edge.config import BrokerAddress, MqttSettings
 from edge.errors import UnavailableError
 from edge.mqtt import EmbeddedBroker, MqttBridge
+from edge.mqtt.connection import Identity
+from edge.mqtt.pool import Pool
 from edge.service import Service
 from tests.edge.mqtt import client as requester
 from tests.edge.mqtt.conftest import wait_until
@@ -116,6 +119,25 @@ def test_a_full_device_leaves_and_comes_back(make_fleet: Fleet) -> None:
         thread.join()
     assert len(answers) == 2
     wait_until(lambda: busy.bridge.pool_member)
+
+
+@pytest.mark.parametrize(
+    ("slots", "loads"),
+    [
+        (1, [(0, True), (1, False), (0, True)]),
+        (4, [(3, True), (4, False), (3, True)]),
+        (8, [(7, True), (8, False), (7, False), (6, True), (7, True), (9, False), (0, True)]),
+    ],
+)
+def test_who_has_left_comes_back_with_a_quarter_of_the_slots_free(slots: int, loads: list[tuple[int, bool]]) -> None:
+    service = SimpleNamespace(
+        stats=lambda: SimpleNamespace(num_running=load, num_waiting=0, slots=slots, accepting=True)
+    )
+    nowhere, unused = BrokerAddress("127.0.0.1", 9), pytest.fail
+    pool = Pool(service, nowhere, Identity("x"), "t", keepalive_s=5, slots=None, take=unused, refuse=unused)  # type: ignore[arg-type]
+    for load, member in loads:
+        pool._adjust()
+        assert pool._member == member, load
 
 
 def test_a_burst_does_not_queue_at_a_device(make_fleet: Fleet) -> None:
