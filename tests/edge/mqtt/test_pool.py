@@ -126,7 +126,7 @@ def test_a_full_device_leaves_and_comes_back(make_fleet: Fleet) -> None:
     [
         (1, [(0, True), (1, False), (0, True)]),
         (4, [(3, True), (4, False), (3, True)]),
-        (8, [(7, True), (8, False), (7, False), (6, True), (7, True), (9, False), (0, True)]),
+        (8, [(6, True), (7, True), (8, False), (7, False), (6, True), (7, True), (9, False), (0, True)]),
     ],
 )
 def test_who_has_left_comes_back_with_a_quarter_of_the_slots_free(slots: int, loads: list[tuple[int, bool]]) -> None:
