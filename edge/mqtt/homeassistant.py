@@ -53,8 +53,13 @@ def subscriptions(settings: MqttSettings, layout: Layout) -> tuple[str, ...]:
 
 
 def as_request(message: Incoming, layout: Layout) -> Incoming:
-    """A prompt of Home Assistant's as a request under an id of its own."""
-    return replace(message, topic=layout.request(RequestId(CLIENT, secrets.token_hex(8))))
+    """A prompt of Home Assistant's as a request under an id of its own, whose outcome goes to the Answer's topic."""
+    topic = layout.request(RequestId(CLIENT, secrets.token_hex(8)))
+    return replace(message, topic=topic, response_topic=_answer_topic(layout))
+
+
+def _answer_topic(layout: Layout) -> str:
+    return f"{answers_filter(layout.root, CLIENT).removesuffix('#')}{layout.device}/answer"
 
 
 def _config(name: str, layout: Layout, model: str, has_temperature: bool) -> dict[str, Any]:
@@ -85,7 +90,7 @@ def _config(name: str, layout: Layout, model: str, has_temperature: bool) -> dic
 
 def _parts(layout: Layout, has_temperature: bool) -> dict[str, dict[str, Any]]:
     """The entities that exist only while the device is online."""
-    done = f"{answers_filter(layout.root, CLIENT).removesuffix('/#')}/+/done"
+    answer = _answer_topic(layout)
     parts = {
         "tokens_per_s": _figure(layout, "Speed", "tokens_per_s", unit_of_measurement="tokens/s"),
         "queue": _figure(layout, "Waiting requests", "queue", unit_of_measurement="requests"),
@@ -101,9 +106,9 @@ def _parts(layout: Layout, has_temperature: bool) -> dict[str, dict[str, Any]]:
         "answer": {
             "platform": "sensor",
             "name": "Answer",
-            "state_topic": done,
+            "state_topic": answer,
             "value_template": f"{{{{ {_TEXT}[:{MAX_STATE_CHARS}] }}}}",
-            "json_attributes_topic": done,
+            "json_attributes_topic": answer,
             "json_attributes_template": f"{{{{ {{'text': {_TEXT}, 'status': value_json.status}} | to_json }}}}",
             "qos": 1,
         },

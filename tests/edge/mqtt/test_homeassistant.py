@@ -12,6 +12,7 @@ import pytest
 
 from edge.config import DISCOVERY_OFF, MqttSettings
 from edge.mqtt.homeassistant import MAX_STATE_CHARS, discovery
+from edge.mqtt.messages import Done
 from edge.mqtt.presence import Thermometer
 from edge.mqtt.topics import Layout
 from tests.edge.mqtt.client import Client
@@ -122,6 +123,12 @@ def announced(client: Client, device: Device) -> Any:
     return client.wait(lambda: next((m for m in reversed(client.received) if m.topic == topic), None))
 
 
+def the_answer(client: Client, parts: Any) -> Any:
+    topic = parts["answer"]["state_topic"]
+    assert parts["answer"]["json_attributes_topic"] == topic
+    return client.wait(lambda: next((m for m in client.received if m.topic == topic), None))
+
+
 @on_broker
 def test_the_announcement_is_retained_until_it_is_taken_back(make_device: MakeDevice) -> None:
     device = make_device(home_assistant=True)
@@ -148,8 +155,7 @@ def test_a_prompt_from_its_text_entity_becomes_the_answers_state(make_device: Ma
     parts = json.loads(announced(client, device).payload)["components"]
     command = render(parts["prompt"]["command_template"], 'Say "x"')
     client.publish(parts["prompt"]["command_topic"], command.encode())
-    outcome = client.wait(lambda: next((m for m in client.received if m.topic.endswith("/done")), None))
-    assert re.fullmatch(parts["answer"]["state_topic"].replace("+", "[^/]+"), outcome.topic)
+    outcome = the_answer(client, parts)
     assert render(parts["answer"]["value_template"], outcome.payload) == "x" * min(length, MAX_STATE_CHARS)
     attributes = json.loads(render(parts["answer"]["json_attributes_template"], outcome.payload))
     assert attributes == {"text": "x" * length, "status": 200}
@@ -161,7 +167,7 @@ def test_a_prompt_that_fails_shows_why(make_device: MakeDevice) -> None:
     client = device.client(extra=("homeassistant/device/#", "qwedge/v1/res/home-assistant/#"))
     parts = json.loads(announced(client, device).payload)["components"]
     client.publish(parts["prompt"]["command_topic"], b'{"broken"')
-    outcome = client.wait(lambda: next((m for m in client.received if m.topic.endswith("/done")), None))
+    outcome = the_answer(client, parts)
     assert "JSON" in render(parts["answer"]["value_template"], outcome.payload)
 
 
@@ -171,7 +177,20 @@ def test_the_same_prompt_twice_is_two_requests(make_device: MakeDevice) -> None:
     client = device.client(extra=("qwedge/v1/res/home-assistant/#",))
     for _ in range(2):
         client.publish(f"{client.device}/prompt", b"Hi")
-    client.wait(lambda: len({m.topic for m in client.received if m.topic.endswith("/done/text")}) == 2)
+    topic = f"qwedge/v1/res/home-assistant/{device.name}/answer"
+    client.wait(lambda: len([m for m in client.received if m.topic == topic]) == 2)
+    ids = [Done.model_validate_json(m.payload).id for m in client.received if m.topic == topic]
+    assert len(set(ids)) == 2
+
+
+@on_broker
+def test_each_device_has_an_answer_of_its_own(make_device: MakeDevice) -> None:
+    one, other = make_device(home_assistant=True), make_device(home_assistant=True)
+    client = one.client(extra=("homeassistant/device/#", "qwedge/v1/res/home-assistant/#"))
+    parts = [json.loads(announced(client, device).payload)["components"] for device in (one, other)]
+    client.publish(parts[0]["prompt"]["command_topic"], b"Hi")
+    the_answer(client, parts[0])
+    assert not [m for m in client.received if m.topic == parts[1]["answer"]["state_topic"]]
 
 
 @on_broker

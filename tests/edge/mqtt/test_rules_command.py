@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +31,7 @@ publish = "shift/tag"
 prompt = "{{ payload }}"
 choices = ["Störung", "Wartung"]
 """
+PAGE = Path(__file__).parents[3] / "docs" / "mqtt-rules.md"
 ALARM = ("--topic", "plant/7/alarm", "--payload", '{"text": "hot"}')
 
 Run = Callable[..., tuple[int, str, str]]
@@ -98,3 +101,20 @@ def test_with_a_bundle_the_model_answers(try_rule: Run, monkeypatch: pytest.Monk
     status, out, _ = try_rule("advice", *ALARM, "--run")
     assert status == 0
     assert out.endswith('--- answer\n{"stop": true}\n')
+
+
+def test_the_examples_of_the_page_work_as_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    configs = re.findall(r"```toml\n(.+?)```", page, re.DOTALL)
+    commands = re.findall(r"```sh\nqwedge (.+?)\n```", page)
+    assert len(configs) == len(commands) == 2
+    outputs = []
+    for text, command in zip(configs, commands, strict=True):
+        words = shlex.split(command)
+        file = tmp_path / words[words.index("--config") + 1]
+        file.write_text(text, encoding="utf-8")
+        assert edge.cli.run([str(file) if word == file.name else word for word in words]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert re.search(r"```\n(rule       advice\n.+?)\.\.\.\n```", page, re.DOTALL)[1] in outputs[0]  # type: ignore[index]
+    assert "answer     one of Störung, Wartung, Qualität, Material, Sonstiges, 16 tokens at most" in outputs[1]
+    assert outputs[1].endswith("Eintrag: Lager an Presse 2 planmäßig geschmiert\nKategorie:\n")
