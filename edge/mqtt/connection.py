@@ -327,7 +327,7 @@ class Connection:
         is_5 = version == MQTTProtocolVersion.MQTTv5
         client = paho.Client(
             CallbackAPIVersion.VERSION2, self._identity.client_id, protocol=version,
-            clean_session=None if is_5 else not self._keep_session, reconnect_on_failure=False,
+            clean_session=None if is_5 else not self._keep_session, reconnect_on_failure=False, manual_ack=True,
         )  # fmt: skip
         client.max_queued_messages_set(MAX_PENDING)
         client.max_inflight_messages_set(MAX_INFLIGHT)
