@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edge.errors import ConfigError
 from edge.rule_settings import MAX_RULES, RuleSettings
@@ -191,7 +191,9 @@ class MqttSettings(_Section):
         description="`none`, `embedded` (a mosquitto of our own, on loopback) or a broker's address:"
         " `mqtt://HOST:PORT`, `mqtts://HOST:PORT`.",
     )
-    port: int = Field(1883, ge=0, le=65535, description="TCP port of the embedded broker; 0 picks a free one.")
+    port: int = Field(
+        1883, ge=0, le=65535, description="TCP port of the embedded broker on loopback; 0 picks a free one."
+    )
     root: str = Field("qwedge", max_length=128, description="First level(s) of every topic.")
     device: str = Field(
         default_factory=lambda: sanitize_device(socket.gethostname()),
@@ -202,7 +204,35 @@ class MqttSettings(_Section):
         "qwedge", min_length=1, max_length=64, description="First part of the MQTT client ids; the device follows."
     )
     username: str | None = Field(None, min_length=1, max_length=256, description="User name for the broker.")
-    password_file: Path | None = Field(None, description="File whose first line is the password for the broker.")
+    password_file: Path | None = Field(
+        None,
+        description="File whose first line is the password for the broker. Relative names of this and of the `tls_`"
+        " files are systemd's credentials if it gives any (`LoadCredential=`).",
+    )
+    tls_ca: Path | None = Field(
+        None,
+        description="PEM file of the CAs that vouch for the broker; without it, the system's. With the embedded broker:"
+        " for its clients, who then need a certificate instead of a password.",
+    )
+    tls_cert: Path | None = Field(
+        None, description="PEM file of this device's certificate: for the broker, or for the embedded broker's clients."
+    )
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's key, without a passphrase.")
+    listen: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        max_length=255,
+        description="Address on which the embedded broker listens with TLS, once there is a `tls_cert`; beyond loopback"
+        " only if it knows its clients.",
+    )
+    tls_port: int = Field(
+        8883, ge=0, le=65535, description="TCP port of the embedded broker's TLS; 0 picks a free one."
+    )
+    broker_folder: Path | None = Field(
+        None,
+        description="Folder of the embedded broker's clients and messages, for this device alone. Without it,"
+        " `DEVICE/broker` beside the journal's default.",
+    )
     keepalive_s: int = Field(
         10, ge=2, le=3600, description="MQTT keepalive in seconds; a dead link is noticed within twice as long."
     )
@@ -281,6 +311,12 @@ class MqttSettings(_Section):
         if value != sanitize_device(value):
             raise ValueError("must be letters, digits, '.', '_' and '-' only")
         return value
+
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> MqttSettings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("must have both tls_cert and tls_key, or neither")
+        return self
 
     @property
     def address(self) -> BrokerAddress | None:
@@ -372,6 +408,17 @@ def journal_folder(settings: MqttSettings, env: Mapping[str, str]) -> Path | Non
     return _state_folder(env) / settings.device / "journal"
 
 
+def broker_folder(settings: MqttSettings, env: Mapping[str, str]) -> Path:
+    """Where the embedded broker keeps its clients and messages; ``env`` as for :func:`journal_folder`.
+
+    Raises:
+        ConfigError: no folder is configured, and the user has no home.
+    """
+    if settings.broker_folder is not None:
+        return settings.broker_folder.expanduser()
+    return _state_folder(env) / settings.device / "broker"
+
+
 def _state_folder(env: Mapping[str, str]) -> Path:
     if given := env.get("STATE_DIRECTORY", "").split(":")[0]:  # several are separated by colons
         return Path(given)
@@ -380,8 +427,8 @@ def _state_folder(env: Mapping[str, str]) -> Path:
     try:
         return Path.home() / ".local" / "state" / "qwedge"
     except RuntimeError:
-        hint = "set mqtt.journal to a folder, or to none"
-        raise ConfigError("there is no folder for the journal of requests: the user has no home", hint=hint) from None
+        hint = "set mqtt.journal and mqtt.broker_folder to folders, or mqtt.journal to none"
+        raise ConfigError("there is no folder for requests and messages: the user has no home", hint=hint) from None
 
 
 def environment_name(section: str, field: str) -> str:
@@ -439,8 +486,10 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, _Given]:
 def _explain(error: ValidationError, given: Mapping[str, _Given]) -> ConfigError:
     """The first violation as one line; the rest show up when it is repaired."""
     first = error.errors(include_url=False)[0]
-    section, field, *inner = map(str, first["loc"])
     reason = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "must").split(", unable")[0]
+    if len(first["loc"]) == 1:
+        return ConfigError(f"[{first['loc'][0]}] {reason}", hint="docs/configuration.md lists all settings")
+    section, field, *inner = map(str, first["loc"])
     if (section, field) == ("mqtt", "rule") and inner:
         return _explain_rule(given["mqtt.rule"], first["type"], reason, inner)
     description = SECTIONS[section].model_fields[field].description

@@ -20,6 +20,7 @@ from edge.mqtt.pool import Pool
 from edge.mqtt.presence import LoadReporter, Thermometer, make_info, make_load, status_message
 from edge.mqtt.rules import check_with, load_rules, match, subscriptions
 from edge.mqtt.rules_runner import RuleRunner
+from edge.mqtt.tls import client_context
 from edge.mqtt.topics import Layout, pool_filter
 from edge.service import Service
 
@@ -58,8 +59,8 @@ class MqttBridge:
         journal: makes requests durable; opened and closed with the bridge. None: one in memory.
 
     Raises:
-        ConfigError: the root or the device cannot stand in a topic, the password file cannot be read, or a rule cannot
-            be used with this model.
+        ConfigError: the root or the device cannot stand in a topic, a file of a password, certificate or key cannot be
+            used, or a rule does not go with this model.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class MqttBridge:
         check_with(service.model, rules)
         self._connection = Connection(
             address,
-            _identity(settings),
+            _identity(settings, address),
             keepalive_s=settings.keepalive_s,
             will=status_message(self.layout, "offline"),
             filters=(
@@ -95,7 +96,7 @@ class MqttBridge:
             Pool(
                 service,
                 address,
-                _identity(settings, POOL_SUFFIX),
+                _identity(settings, address, POOL_SUFFIX),
                 pool_filter(settings.root, service.model.manifest.name),
                 keepalive_s=settings.keepalive_s,
                 slots=settings.pool_slots,
@@ -200,7 +201,8 @@ class MqttBridge:
         message.ack()
 
 
-def _identity(settings: MqttSettings, suffix: str = "") -> Identity:
+def _identity(settings: MqttSettings, address: BrokerAddress, suffix: str = "") -> Identity:
     client_id = f"{settings.client_id}-{settings.device}{suffix}"
     password = None if settings.password_file is None else read_password(settings.password_file)
-    return Identity(client_id, settings.username, password)
+    context = client_context(settings) if address.tls else None
+    return Identity(client_id, settings.username, password, context)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import random
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -31,6 +32,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge.config import BrokerAddress
+from edge.mqtt import tls
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +111,8 @@ class Identity:
     client_id: str
     username: str | None = None
     password: str | None = field(default=None, repr=False)
+    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    """Whom to trust and what certificate to show; without it, the system's CAs and none."""
 
 
 class Connection:
@@ -282,7 +286,7 @@ class Connection:
             closed = rc in {MQTTErrorCode.MQTT_ERR_SUCCESS, MQTTErrorCode.MQTT_ERR_CONN_LOST}
             self._reason = self._reason or (_CLOSED if closed else paho.error_string(rc))
         except OSError as error:
-            self._reason = error.strerror or str(error)
+            self._reason = tls.explain(error)
         except (MQTTException, ValueError, LookupError, struct.error) as error:
             # paho raises these on packets that are not MQTT; the next link starts from nothing.
             log.debug("a malformed packet ended the link", exc_info=error)
@@ -334,7 +338,8 @@ class Connection:
         if self._identity.username is not None:
             client.username_pw_set(self._identity.username, self._identity.password)
         if self._address.tls:
-            client.tls_set()
+            client.tls_set_context(self._identity.tls or ssl.create_default_context())
+            client.on_log = self._logged
         if self._will is not None:
             client.will_set(self._will.topic, self._will.payload, self._will.qos, self._will.retain)
         client.on_socket_open = _set_nodelay
@@ -398,6 +403,10 @@ class Connection:
     ) -> None:
         if flags.is_disconnect_packet_from_server:
             self._reason = f"closed by the broker: {reason}"
+
+    def _logged(self, _client: paho.Client, _data: Any, _level: int, text: str) -> None:
+        # With TLS 1.3 a broker refuses our certificate after the handshake; paho only logs why the link ended.
+        self._reason = self._reason or tls.explain_alert(text)
 
     def _published(
         self, _client: paho.Client, _data: Any, mid: int, reason: ReasonCode, _properties: Properties | None

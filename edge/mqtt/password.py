@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from edge.errors import ConfigError
+from edge.mqtt.secret_files import find_secret
 
 MAX_PASSWORD_BYTES: Final = 1024
 
@@ -17,6 +18,7 @@ def read_password(path: Path) -> str:
         ConfigError: it cannot be read, is empty, or is no password file.
     """
     hint = "mqtt.password_file names a file whose first line is the password"
+    path = find_secret(path)
     try:
         with path.open(encoding="utf-8") as file:
             password = file.readline(MAX_PASSWORD_BYTES).rstrip("\r\n")

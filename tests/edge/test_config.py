@@ -79,6 +79,12 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
             "client_id": "q",
             "username": "u",
             "password_file": tmp_path / "password",
+            "tls_ca": tmp_path / "ca.pem",
+            "tls_cert": tmp_path / "cert.pem",
+            "tls_key": tmp_path / "key.pem",
+            "listen": "192.0.2.7",
+            "tls_port": 8884,
+            "broker_folder": tmp_path / "broker",
             "keepalive_s": 5,
             "home_assistant": "ha/discovery",
             "journal": tmp_path / "journal",
@@ -101,6 +107,13 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
 def test_an_empty_variable_and_the_exporters_variable_count_as_not_given() -> None:
     env = {"QWEDGE_SERVER_PORT": "", "QWEDGE_CACHE": "/var/cache/qwedge", "QWEDGE_MQTT_USERNAME": " "}
     assert load_settings(None, env) == load_settings()
+
+
+@pytest.mark.parametrize("given", ["tls_cert", "tls_key"])
+def test_a_certificate_and_its_key_come_together(given: str) -> None:
+    with pytest.raises(ConfigError, match=r"\[mqtt\] must have both tls_cert and tls_key") as caught:
+        load_settings(None, {f"QWEDGE_MQTT_{given.upper()}": "file.pem"})
+    assert caught.value.hint
 
 
 def test_settings_are_frozen_and_described() -> None:
