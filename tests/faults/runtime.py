@@ -58,13 +58,14 @@ def answer(prompt: str) -> str:
 
 
 @contextmanager
-def runtime(port: int, device: str, journal: Path, log: Path) -> Iterator[subprocess.Popen[str]]:
+def runtime(
+    port: int, device: str, journal: Path, log: Path, *, step_ms: float = 1.0
+) -> Iterator[subprocess.Popen[str]]:
     """Start the process; it is connected when the block begins, and killed when it ends."""
     line = [sys.executable, "-m", "tests.faults.runtime", "--port", str(port), "--device", device]
     with log.open("a") as stderr:
-        process = subprocess.Popen(
-            [*line, "--journal", str(journal)], cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
-        )
+        line += ["--journal", str(journal), "--step-ms", str(step_ms)]
+        process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert process.stdout is not None
     try:
         with process.stdout:
