@@ -121,7 +121,7 @@ class Client(_Asker):
         self.close()
 
     def close(self) -> None:
-        """Disconnect; requests that still run in other threads get no answer."""
+        """Disconnect; requests that still run in other threads are cancelled."""
         self._transport.close()
 
     def check(self) -> None:

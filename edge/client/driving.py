@@ -79,7 +79,9 @@ class Drive:
                     if isinstance(step, str):
                         yield step
                     else:
+                        # Not wait_for(): Python 3.11's forgets a cancellation that comes together with an event.
                         with suppress(TimeoutError):
-                            event = await asyncio.wait_for(events.get(), step)
+                            async with asyncio.timeout(step):
+                                event = await events.get()
             finally:
                 steps.close()

@@ -12,7 +12,7 @@ from typing import Any, Final
 from urllib.parse import SplitResult
 
 from edge.client.chunks import ChunkMerger
-from edge.client.wire import Ended, Event, Lost, Progress, Question, Tell
+from edge.client.wire import CLOSED, Ended, Event, Lost, Progress, Question, Tell
 from edge.errors import (
     CancelledError,
     DeadlineError,
@@ -80,6 +80,7 @@ class HttpTransport:
     def close(self) -> None:
         """See :class:`~edge.client.wire.Transport`."""
         for call in list(self._calls):
+            call.tell(CLOSED)
             call.close()
 
     def forget(self, call: _Call) -> None:
@@ -110,7 +111,7 @@ class _Call:
     def __init__(self, transport: HttpTransport, question: Question, tell: Tell) -> None:
         self._transport = transport
         self._question = question
-        self._tell = tell
+        self.tell = tell
         self._lock = threading.Lock()
         self._connection: HTTPConnection | None = None
         self._thread: threading.Thread | None = None
@@ -145,7 +146,7 @@ class _Call:
             finally:
                 connection.close()
         except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
-            self._tell(Lost(f"the link to the server was lost: {error}"))
+            self.tell(Lost(f"the link to the server was lost: {error}"))
 
     def _converse(self, connection: HTTPConnection) -> None:
         with self._lock:
@@ -153,11 +154,11 @@ class _Call:
                 return
             self._connection = connection
         connection.request("POST", self._path(), self._payload(), self._headers())
-        self._tell(Progress("sent"))
+        self.tell(Progress("sent"))
         response = connection.getresponse()
         streamed = response.headers.get_content_type() == "text/event-stream"
         for event in _events_of_stream(response) if streamed else [_outcome(response)]:
-            self._tell(event)
+            self.tell(event)
 
     def _path(self) -> str:
         body = self._question.body

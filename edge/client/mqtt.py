@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final
 
-from edge.client.wire import Ended, Event, Lost, Progress, Question, Tell, Text
+from edge.client.wire import CLOSED, Ended, Event, Lost, Progress, Question, Tell, Text
 from edge.config import BrokerAddress
 from edge.errors import ConflictError, OverloadedError, UnavailableError
 from edge.mqtt.connection import Connection, Identity, Incoming, Outgoing
@@ -137,6 +137,9 @@ class MqttTransport:
 
     def close(self) -> None:
         """See :class:`~edge.client.wire.Transport`."""
+        for call in self._running():
+            call.cancel()
+            call.tell(CLOSED)
         if self._started:
             self.connection.stop()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
+
+from edge.errors import CancelledError
 
 
 @dataclass(frozen=True)
@@ -114,4 +116,8 @@ class Transport(Protocol):
         """
 
     def close(self) -> None:
-        """Disconnect; requests that run hear nothing more."""
+        """Cancel what runs, and disconnect."""
+
+
+CLOSED: Final = Ended(CancelledError.status, {"error": {"message": "the client was closed"}})
+"""What requests that run hear when their transport is closed."""

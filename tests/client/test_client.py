@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from edge.client import Client, Progress
 from edge.errors import (
+    CancelledError,
     ConfigError,
     DeadlineError,
     EngineError,
@@ -221,6 +223,18 @@ def test_a_failure_is_tried_once_more(make_way: MakeWay) -> None:
             client.ask("x")
         assert len(failures) == 1
         assert client.ask("y") == "fine"
+
+
+def test_closing_cancels_what_runs(make_way: MakeWay) -> None:
+    way = make_way(FakeEngine(lambda _: ENDLESS, step_s=0.005))
+    client = way.client()
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(client.ask, "x")
+        wait_until(lambda: way.service.stats().num_running == 1)
+        client.close()
+        with pytest.raises(CancelledError):
+            answer.result(5)
+    wait_until(lambda: way.service.stats().num_running == 0)
 
 
 def test_nobody_there_is_said_at_once() -> None:
