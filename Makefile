@@ -6,7 +6,7 @@ MAKEFLAGS += --no-print-directory
 
 # make run MODEL=qwen3-0.6b PORT=9000
 MODEL ?= qwen2.5-coder-0.5b-instruct
-RECIPE ?= int4
+RECIPE ?= balanced
 HOST ?= 127.0.0.1
 PORT ?= 8080
 BROKER_PORT ?= 1883

@@ -55,7 +55,7 @@ table for each section:
 
 ```toml
 [model]
-bundle = "/var/lib/qwedge/models/qwen2.5-coder-0.5b-instruct-int4"
+bundle = "/var/lib/qwedge/models/qwen2.5-coder-0.5b-instruct-balanced"
 
 [server]
 host = "0.0.0.0"

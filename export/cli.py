@@ -11,14 +11,15 @@ import typer
 
 from edge.bundle import CacheType
 from edge.errors import ConfigError
+from export.explain import recipes_as_json, recipes_as_text
 from export.progress import Progress
-from export.quantize.recipes import RECIPES, recipe_named
+from export.quantize.recipes import DEFAULT, RECIPES, recipe_named
 
 if TYPE_CHECKING:  # loaded when an export runs: every `qwedge --help` would wait seconds for them
     from export.catalog import CatalogEntry
     from export.pipeline import Report
 
-RecipeName = Literal["int4", "int8", "fp32"]
+RecipeName = Literal["balanced", "small", "quality", "int8", "fp32"]
 OracleName = Literal["transformers", "optimum"]
 assert set(get_args(RecipeName)) == RECIPES.keys()
 
@@ -37,7 +38,11 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="The bundle's folder; must not exist yet.")
     ] = None,
-    recipe: Annotated[RecipeName, typer.Option(help="Number formats of the weights.")] = "int4",
+    recipe: Annotated[RecipeName, typer.Option(help="Number formats of the weights; see --explain.")] = DEFAULT,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Round the weights for this text, or built-in: better, takes minutes."),
+    ] = None,
     kv: Annotated[CacheType, typer.Option(help="Number format of the cache; int8 takes a quarter.")] = "float32",
     adapter: Annotated[
         list[str] | None,
@@ -58,6 +63,7 @@ def export(
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     show_list: Annotated[bool, typer.Option("--list", help="Show the catalog and exit.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Show what the recipes do and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert a checkpoint to a quantized ONNX bundle.
@@ -68,14 +74,17 @@ def export(
     if show_list:
         _print_catalog(as_json=as_json)
         return
+    if explain:
+        print(recipes_as_json() if as_json else recipes_as_text())
+        return
     if source is None or output is None:
         raise ConfigError("SOURCE and --output are needed", hint="qwedge export --list shows the catalog")
     from export.console import console_progress
 
     with console_progress() as progress:
         report, oracle = _export(
-            source, output, recipe=recipe, kv=kv, adapters=_adapters(adapter or []), name=name, context=context,
-            verify=verify, offline=offline, progress=progress,
+            source, output, recipe=recipe, kv=kv, calibrate=calibrate, adapters=_adapters(adapter or []), name=name,
+            context=context, verify=verify, offline=offline, progress=progress,
         )  # fmt: skip
     _print_report(report, oracle, as_json=as_json)
 
@@ -86,6 +95,7 @@ def _export(
     *,
     recipe: str,
     kv: CacheType,
+    calibrate: str | None,
     adapters: dict[str, Path],
     name: str | None,
     context: int | None,
@@ -93,10 +103,13 @@ def _export(
     offline: bool,
     progress: Progress,
 ) -> tuple[Report, dict[str, Any] | None]:
+    from export.calibration import CalibrationText
     from export.oracle import Oracle, verify_against
     from export.pipeline import export_bundle
     from export.sources import default_cache, resolve
 
+    # Read first: a wrong file name must not show after a download.
+    calibration = CalibrationText.open(calibrate) if calibrate else None
     resolved = resolve(source, cache=default_cache(), offline=offline, progress=progress)
     with resolved.open() as checkpoint:
         # The oracle comes first: a graph that is wrong must not become a bundle.
@@ -104,7 +117,7 @@ def _export(
         licence = resolved.entry.licence if resolved.entry else None
         report = export_bundle(
             checkpoint, output, recipe_named(recipe), progress=progress, name=name, context=context, kv=kv,
-            adapters=adapters, licence=licence, oracle=oracle,
+            calibration=calibration, adapters=adapters, licence=licence, oracle=oracle,
         )  # fmt: skip
     return report, oracle
 
@@ -143,7 +156,8 @@ def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: boo
         print(f"note: {note}", file=sys.stderr)
     test = manifest.measured["self_test"]
     print(f"bundle     {report.folder}")
-    print(f"model      {manifest.name}, {manifest.parameter_count:,} parameters, {manifest.recipe['name']}")
+    recipe = manifest.recipe["name"] + (", calibrated" if manifest.recipe["calibration"] else "")
+    print(f"model      {manifest.name}, {manifest.parameter_count:,} parameters, {recipe}")
     print(f"size       {size / 1e6:,.1f} MB, {manifest.weight_bytes_per_token / 1e6:,.1f} MB read per token")
     print(f"context    {manifest.context_length:,} tokens, {manifest.kv.bytes_per_token:,} bytes of cache each")
     if kv := manifest.measured.get("kv"):

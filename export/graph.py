@@ -29,13 +29,16 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from export.quantize.blockwise import quantize_rows
 from export.quantize.recipes import Blockwise, Format
-from export.weights import Matrix, Weights
+from export.weights import Matrix, Rounding, Weights
 
 OPSET = 23
 """The first with RMSNormalization."""
 HIDDEN = "hidden"
 """``hidden.{i}`` goes into layer i: where the graph can be cut."""
+MIDDLE = "middle"
+"""``middle.{i}`` lies between attention and MLP of layer i."""
 FINAL_HIDDEN = "final_hidden"
 """What goes into the head [positions, hidden]."""
 COARSE_LOGITS = "coarse_logits"
@@ -47,6 +50,8 @@ Tensor = ir.Value | None
 """A value of the graph; None stands for an optional input left out."""
 Adapt = Callable[["GraphBuilder", ir.Value, ir.Value, Sequence[str]], ir.Value]
 """From graph, input, product and the names of the weights to what takes the product's place."""
+Observe = Callable[["GraphBuilder", ir.Value, str, Format], Rounding]
+"""From graph, input, name and format of a linear to how its weights are rounded."""
 
 
 class GraphBuilder:
@@ -55,18 +60,20 @@ class GraphBuilder:
     Args:
         weights: source of all parameters.
         adapt: what is done to the products of all linears, as :meth:`export.lora.LoraPlaces.adapt` does.
+        observe: chooses how a linear is rounded by its inputs, as :meth:`export.calibration.Calibration.observe` does;
+            None rounds to nearest.
     """
 
-    def __init__(self, weights: Weights, adapt: Adapt | None = None) -> None:
+    def __init__(self, weights: Weights, adapt: Adapt | None = None, observe: Observe | None = None) -> None:
         self.weights = weights
         self._adapt = adapt
+        self._observe = observe
         self.matrix_bytes = 0
         """Bytes of the matrices added by :meth:`linear`."""
         self._file = weights.file
-        self._nodes: list[ir.Node] = []
-        self._inputs: list[ir.Value] = []
-        self._outputs: list[ir.Value] = []
-        self._initializers: dict[str, ir.Value] = {}
+        self._graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, _CONTRIB: 1})
+        self.cuts: list[ir.Value] = []
+        """Values made by :meth:`cut` so far."""
         self.input_ids = self.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
         self.seqlens_k = self.input("seqlens_k", ir.DataType.INT32, ["batch"])
         self.total_sequence_length = self.input("total_sequence_length", ir.DataType.INT32, [])
@@ -75,13 +82,13 @@ class GraphBuilder:
     def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
         """Add a graph input."""
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        self._inputs.append(value)
+        self._graph.inputs.append(value)
         return value
 
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
         """Make ``value`` a graph output called ``name``."""
         value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
-        self._outputs.append(value)
+        self._graph.outputs.append(value)
 
     def op(self, op_type: str, inputs: Sequence[Tensor], *, contrib: bool = False, **attributes: Any) -> ir.Value:
         """Add a node with one output."""
@@ -93,15 +100,16 @@ class GraphBuilder:
         """Add a node with ``count`` outputs."""
         domain = _CONTRIB if contrib else ""
         node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=count)
-        node.name = f"{op_type}_{len(self._nodes)}"
+        node.name = f"{op_type}_{len(self._graph)}"
         for i, value in enumerate(node.outputs):
             value.name = f"{node.name}.{i}"
-        self._nodes.append(node)
+        self._graph.append(node)
         return node.outputs
 
     def cut(self, value: ir.Value, name: str, shape: Sequence[int | str]) -> ir.Value:
         """Name and type a float32 ``value`` so that the graph can be taken apart there."""
         value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+        self.cuts.append(value)
         return value
 
     def constant(self, name: str, values: Sequence[int]) -> ir.Value:
@@ -132,7 +140,8 @@ class GraphBuilder:
         self, x: ir.Value, name: str, form: Format, sources: Sequence[str], bias: Sequence[str] = ()
     ) -> ir.Value:
         """``x @ W.T + b`` with W the rows of ``sources`` stacked: projections of one input share one kernel call."""
-        matrix = self.weights.matrix(name, sources, form)
+        rounding = self._observe(self, x, name, form) if self._observe else quantize_rows
+        matrix = self.weights.matrix(name, sources, form, rounding)
         self.matrix_bytes += matrix.num_bytes
         product = self.matmul(x, matrix, self.vector(f"{name}.bias", bias) if bias else None)
         return product if self._adapt is None else self._adapt(self, x, product, sources)
@@ -224,16 +233,9 @@ class GraphBuilder:
         return x
 
     def model(self, name: str) -> ir.Model:
-        """The finished model."""
-        graph = ir.Graph(
-            self._inputs,
-            self._outputs,
-            nodes=self._nodes,
-            initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET, _CONTRIB: 1},
-            name=name,
-        )
-        return ir.Model(graph, ir_version=_IR_VERSION, producer_name="qwedge")
+        """The model as far as it is built."""
+        self._graph.name = name
+        return ir.Model(self._graph, ir_version=_IR_VERSION, producer_name="qwedge")
 
     def _alias(self, value: ir.Value, name: str, shape: Sequence[int]) -> ir.Value:
         tensor = value.const_value
@@ -248,4 +250,7 @@ class GraphBuilder:
 
     def _register(self, value: ir.Value) -> ir.Value:
         assert value.name is not None
-        return self._initializers.setdefault(value.name, value)
+        known = self._graph.initializers.get(value.name)
+        if known is None:
+            self._graph.register_initializer(value)
+        return known or value

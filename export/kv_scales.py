@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +63,6 @@ class CacheTest:
     """Share of places where both find the same token most likely."""
     error: float
     """Of the keys and values themselves, see :class:`Calibration`."""
-
-
-def calibration_text() -> str:
-    """Prose in several languages, dialogue, code, tables and logs: some 2,000 tokens."""
-    return files("export").joinpath("calibration.txt").read_text(encoding="utf-8")
 
 
 def calibrate(model: ir.Model, folder: Path, ids: Sequence[int]) -> Calibration:

@@ -37,9 +37,10 @@ from edge.bundle import (
 from edge.errors import ConfigError, ExportError
 from export.architectures import architecture_for
 from export.architectures.decoder import Decoder
+from export.calibration import BUILT_IN, Calibration, CalibrationText
 from export.checkpoint import Checkpoint
 from export.graph import GraphBuilder
-from export.kv_scales import cache_test, calibrate, calibration_text, quantize_cache
+from export.kv_scales import cache_test, calibrate, quantize_cache
 from export.lora import LoraPlaces, copy_adapters
 from export.progress import Progress, step
 from export.quantize.recipes import Recipe
@@ -86,6 +87,7 @@ def export_bundle(
     name: str | None = None,
     context: int | None = None,
     kv: CacheType = "float32",
+    calibration: CalibrationText | None = None,
     adapters: Mapping[str, Path] | None = None,
     licence: str | None = None,
     oracle: dict[str, Any] | None = None,
@@ -100,6 +102,7 @@ def export_bundle(
         name: the model name requests will use; None = made from the source's.
         context: tokens of context; None = the checkpoint's, at most :data:`DEFAULT_CONTEXT`.
         kv: number format of the cache.
+        calibration: what the rounding of the weights is fitted to; None = each weight to nearest.
         adapters: folders of LoRA adapters as PEFT saves them, by the names that requests will use.
         licence: SPDX id or name, where known.
         oracle: what :func:`export.oracle.verify_against` measured, for the manifest.
@@ -116,12 +119,15 @@ def export_bundle(
         # Before the long work: they may turn out to be of another model.
         entries = copy_adapters(adapters or {}, architecture_for(checkpoint.config), staging)
         with clock.phase("quantize"):
-            graph = build_graph(checkpoint, staging, recipe, progress=progress, context=context, lora=bool(entries))
+            graph = build_graph(
+                checkpoint, staging, recipe, progress=progress, context=context, lora=bool(entries),
+                calibration=calibration,
+            )  # fmt: skip
             _write_text(checkpoint, staging)
         measured: dict[str, Any] = {}
         if kv == "int8":
             with clock.phase("calibrate"):
-                graph, measured["kv"] = _with_int8_cache(graph, staging, progress)
+                graph, measured["kv"] = _with_int8_cache(graph, checkpoint, staging, progress)
         with clock.phase("verify"):
             measured["self_test"] = _verify(graph, checkpoint, staging, progress)
         with clock.phase("hash"):
@@ -130,7 +136,7 @@ def export_bundle(
             source, files = _hash(checkpoint, staging, progress)
             manifest = Manifest(
                 name=model_name,
-                recipe=recipe.describe(),
+                recipe=recipe.describe() | {"calibration": calibration.describe() if calibration else None},
                 row_multiple=recipe.row_multiple,
                 source=source,
                 files=files,
@@ -151,6 +157,7 @@ def build_graph(
     progress: Progress,
     context: int | None = None,
     lora: bool = False,
+    calibration: CalibrationText | None = None,
 ) -> Graph:
     """Check the checkpoint, stream its weights into ``folder`` and save the graph there.
 
@@ -161,6 +168,7 @@ def build_graph(
         progress: receives the one phase.
         context: tokens of context; None = the checkpoint's, at most :data:`DEFAULT_CONTEXT`.
         lora: whether the graph gets places for LoRA adapters.
+        calibration: what the rounding of the weights is fitted to; None = each weight to nearest.
 
     Raises:
         CheckpointError: tensors are missing, left over, misshapen or unreadable; the config is unsupported.
@@ -175,7 +183,8 @@ def build_graph(
         DataFile(folder) as file,
     ):
         weights = Weights(checkpoint, recipe, file, advance)
-        builder = GraphBuilder(weights, LoraPlaces().adapt if lora else None)
+        observe = Calibration(folder, _tokens(checkpoint, calibration), length).observe if calibration else None
+        builder = GraphBuilder(weights, LoraPlaces().adapt if lora else None, observe)
         bytes_per_token = architecture.build(builder, length)
         model = builder.model(architecture.model_type)
     assert weights.parameter_count == architecture.parameter_count()
@@ -183,15 +192,23 @@ def build_graph(
     return Graph(model, architecture, length, architecture.kv_layout(), weights.parameter_count, bytes_per_token)
 
 
-def _with_int8_cache(graph: Graph, staging: Path, progress: Progress) -> tuple[Graph, dict[str, Any]]:
+def _with_int8_cache(
+    graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Progress
+) -> tuple[Graph, dict[str, Any]]:
     """The graph with an int8 cache, saved in place of the one without, and what that costs."""
-    ids = Tokenizer.from_file(str(staging / TOKENIZER)).encode(calibration_text(), add_special_tokens=False).ids
+    ids = _tokens(checkpoint, CalibrationText.open(BUILT_IN))
     with step(progress, "calibrating the cache", None):
         calibration = calibrate(graph.model, staging, ids)
         quantize_cache(graph.model, calibration.scales)
         tested = cache_test(graph.model, staging, ids, calibration)
     ir.save(graph.model, staging / GRAPH)
     return replace(graph, kv=graph.kv.model_copy(update={"dtype": "int8"})), asdict(tested)
+
+
+def _tokens(checkpoint: Checkpoint, calibration: CalibrationText) -> list[int]:
+    tokenizer = Tokenizer.from_str(checkpoint.tokenizer_json().decode())
+    ids: list[int] = tokenizer.encode(calibration.text, add_special_tokens=False).ids
+    return ids
 
 
 def _verify(graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Progress) -> dict[str, Any]:

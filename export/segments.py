@@ -27,20 +27,20 @@ def num_layers(model: ir.Model) -> int:
 
 def embed(model: ir.Model, folder: Path, ids: Sequence[int]) -> Array:
     """What goes into the first layer [1, tokens, hidden]."""
-    segment = _Segment(model, folder, ["input_ids"], [f"{HIDDEN}.0"])
+    segment = Segment(model, folder, ["input_ids"], [f"{HIDDEN}.0"])
     return segment.run({"input_ids": np.array([ids], np.int64)})[0]
 
 
 def final_hidden(model: ir.Model, folder: Path, x: Array, positions: Sequence[int]) -> Array:
     """What goes into the head [positions, hidden], from the last layer's output [1, tokens, hidden]."""
     source = f"{HIDDEN}.{num_layers(model)}"
-    segment = _Segment(model, folder, [source, "logits_indices"], [FINAL_HIDDEN])
+    segment = Segment(model, folder, [source, "logits_indices"], [FINAL_HIDDEN])
     return segment.run({source: x, "logits_indices": np.array(positions, np.int64)})[0]
 
 
 def rescored(model: ir.Model, folder: Path, hidden: Array, coarse: Array) -> Array:
     """Logits [positions, padded_vocab] of a head in two stages, from what goes into it and its coarse logits."""
-    segment = _Segment(model, folder, [FINAL_HIDDEN, COARSE_LOGITS], ["logits"])
+    segment = Segment(model, folder, [FINAL_HIDDEN, COARSE_LOGITS], ["logits"])
     # One position at a time: each takes the candidates' rows in float32.
     rows = zip(hidden[:, None], coarse[:, None], strict=True)
     return np.concatenate([segment.run({FINAL_HIDDEN: x, COARSE_LOGITS: y})[0] for x, y in rows])
@@ -80,7 +80,7 @@ class Layer:
         presents = [f"present.{index}.{kind}" for kind in ("key", "value")]
         self._no_adapters = no_adapters(model, index)
         inputs = [self._source, "seqlens_k", "total_sequence_length", *self._pasts, *self._no_adapters]
-        self._segment = _Segment(model, folder, inputs, [target, *presents])
+        self._segment = Segment(model, folder, inputs, [target, *presents])
         past = next(value for value in model.graph.inputs if value.name == self._pasts[0])
         assert past.shape is not None
         assert past.dtype is not None
@@ -113,8 +113,18 @@ class Layer:
         return y
 
 
-class _Segment:
-    """A part of the graph between named values."""
+class Segment:
+    """A part of the graph between named values, loaded by itself.
+
+    Args:
+        model: the graph; it may be unfinished.
+        folder: where its data file is.
+        inputs: names of what goes in, all that the part needs.
+        outputs: names of what comes out.
+
+    Raises:
+        ExportError: onnxruntime refuses it.
+    """
 
     def __init__(self, model: ir.Model, folder: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         graph = ir.convenience.extract(model.graph, inputs, outputs)
@@ -130,6 +140,11 @@ class _Segment:
         self._outputs = list(outputs)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The outputs, in order.
+
+        Raises:
+            ExportError: onnxruntime refuses the inputs.
+        """
         with refusals():
             results: list[NDArray[Any]] = self._session.run(self._outputs, inputs)
         return results

@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 from edge.bundle import WEIGHTS
 from edge.errors import ExportError
 from export.checkpoint import Checkpoint
-from export.quantize.blockwise import dequantize_rows, quantize_rows
+from export.quantize.blockwise import QuantizedRows, dequantize_rows, quantize_rows
 from export.quantize.recipes import Blockwise, Float32, Format, Recipe
 
 CHUNK_ELEMENTS = 4 << 20
 """Float32 values of one chunk: 16 MiB, some five times that while it is quantized."""
 _ALIGN = 4096
 """Tensors start on a page, so that onnxruntime can map them."""
+Rounding = Callable[[NDArray[np.float32], Blockwise], QuantizedRows]
+"""Quantizes some rows of a matrix, each by itself."""
 _DTYPES = {"float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8}
 
 
@@ -48,6 +50,10 @@ class DataFile:
         """Pad to the next tensor's start; returns its offset in bytes."""
         self._file.write(bytes(-self._file.tell() % _ALIGN))
         return self._file.tell()
+
+    def flush(self) -> None:
+        """Let other readers of the file see what was written."""
+        self._file.flush()
 
     def append(self, array: NDArray[np.generic]) -> None:
         """Write an array's bytes at the end."""
@@ -115,36 +121,36 @@ class Weights:
         self._counted.update(sources)
         return value
 
-    def matrix(self, name: str, sources: Sequence[str], form: Format) -> Matrix:
+    def matrix(self, name: str, sources: Sequence[str], form: Format, rounding: Rounding = quantize_rows) -> Matrix:
         """One matrix out of one or more 2-D tensors of the same width, stacked by rows."""
-        shapes = [self._checkpoint.tensors[source].shape for source in sources]
-        rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
         if isinstance(form, Blockwise):
-            form = form.fit(columns)
+            form = form.fit(self.shape(sources[0])[1])
         if isinstance(form, Float32) or self.recipe.dequantize:
-            matrix = self._float_matrix(name, sources, rows, columns, form)
+            matrix = self._float_matrix(name, sources, form, rounding)
         else:
-            matrix = self._quantized_matrix(name, sources, rows, columns, form)
+            matrix = self._quantized_matrix(name, sources, form, rounding)
         self._counted.update(sources)
         return matrix
 
-    def _float_matrix(self, name: str, sources: Sequence[str], rows: int, columns: int, form: Format) -> Matrix:
+    def _float_matrix(self, name: str, sources: Sequence[str], form: Format, rounding: Rounding) -> Matrix:
+        rows, columns = self._stacked_shape(sources)
         offset = self.file.begin()
         for chunk in self._chunks(sources):
             values = chunk
             if isinstance(form, Blockwise):
-                values = dequantize_rows(quantize_rows(chunk, form), form, columns)
+                values = dequantize_rows(rounding(chunk, form), form, columns)
             self.file.append(values)
         value = self.file.initializer(name, ir.DataType.FLOAT, [rows, columns], offset)
         return Matrix(rows, columns, Float32(), [value], rows * columns * 4)
 
-    def _quantized_matrix(self, name: str, sources: Sequence[str], rows: int, columns: int, form: Blockwise) -> Matrix:
+    def _quantized_matrix(self, name: str, sources: Sequence[str], form: Blockwise, rounding: Rounding) -> Matrix:
+        rows, columns = self._stacked_shape(sources)
         scales, zero_points = [], []
         blocks = -(-columns // form.block)
         block_bytes = form.block * form.bits // 8
         offset = self.file.begin()
         for chunk in self._chunks(sources):
-            quantized = quantize_rows(chunk, form)
+            quantized = rounding(chunk, form)
             self.file.append(quantized.codes)
             scales.append(quantized.scales)
             zero_points.append(quantized.zero_points)
@@ -156,6 +162,10 @@ class Weights:
         ]
         num_bytes = rows * blocks * block_bytes + sum(part.const_value.nbytes for part in parts[1:] if part.const_value)
         return Matrix(rows, columns, form, parts, num_bytes)
+
+    def _stacked_shape(self, sources: Sequence[str]) -> tuple[int, int]:
+        shapes = [self.shape(source) for source in sources]
+        return sum(shape[0] for shape in shapes), shapes[0][1]
 
     def _chunks(self, sources: Sequence[str]) -> Iterator[NDArray[np.float32]]:
         """Row chunks of the stacked sources."""

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from edge.bundle import KVLayout
 from edge.errors import CheckpointError
-from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, GraphBuilder
+from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, MIDDLE, GraphBuilder
 from export.weights import Matrix
 
 Shapes = dict[str, tuple[int, ...]]
@@ -133,6 +133,7 @@ class Decoder(ABC):
         prefix = layer_prefix(layer)
         normed = graph.rms_norm(x, f"{prefix}input_layernorm.weight", self.rms_norm_eps)
         x = graph.op("Add", [x, self.attention(graph, layer, normed, rotary)])
+        x = graph.cut(x, f"{MIDDLE}.{layer}", ["batch", "sequence", self.hidden_size])
         normed = graph.rms_norm(x, f"{prefix}post_attention_layernorm.weight", self.rms_norm_eps)
         return graph.op("Add", [x, self._mlp(graph, f"{prefix}mlp.", normed)])
 

@@ -1,4 +1,4 @@
-"""Round-to-nearest blockwise quantization in the layout of onnxruntime's MatMulNBits and GatherBlockQuantized.
+"""Blockwise quantization, to nearest, in the layout of onnxruntime's MatMulNBits and GatherBlockQuantized.
 
 Layout (onnxruntime ContribOperators.md, MatMulNBits): codes [rows, blocks, block * bits / 8] uint8 with the low nibble
 first, scales [rows, blocks] float32, zero points [rows, ceil(blocks * bits / 8)] uint8 packed the same way. Rows are
@@ -25,31 +25,41 @@ class QuantizedRows:
 
 
 def quantize_rows(weights: NDArray[np.float32], form: Blockwise) -> QuantizedRows:
-    """Quantize ``weights`` [rows, columns]; columns are padded with zeros to whole blocks."""
+    """Quantize ``weights`` [rows, columns] to nearest; columns are padded with zeros to whole blocks."""
     rows, columns = weights.shape
     blocks = -(-columns // form.block)
     if columns != blocks * form.block:
         weights = np.pad(weights, ((0, 0), (0, blocks * form.block - columns)))
     grouped = weights.reshape(rows, blocks, form.block)
+    scales, zero_points = block_grid(grouped, form.bits)
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0)
+    codes = grouped * inverse[:, :, None]
+    codes += zero_points[:, :, None]
+    np.rint(codes, out=codes)
+    np.clip(codes, 0.0, 2**form.bits - 1, out=codes)
+    return pack_rows(codes.astype(np.uint8), scales, zero_points, form)
+
+
+def block_grid(weights: NDArray[np.float32], bits: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Scales and zero points of the grids that span ``weights`` [..., block]: both [...]."""
     # Zero lies inside the range, so that it is exact and the zero point fits.
-    low = np.minimum(grouped.min(axis=2), 0.0)
-    high = np.maximum(grouped.max(axis=2), 0.0)
-    top = float(2**form.bits - 1)
+    low = np.minimum(weights.min(axis=-1), 0.0)
+    high = np.maximum(weights.max(axis=-1), 0.0)
+    top = float(2**bits - 1)
     # Divided before they are subtracted: the range of two large floats is none.
     scales = high / top - low / top
     # A range of denormals has no inverse: such a block is zero.
     scales[scales < np.finfo(np.float32).tiny] = 0.0
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0)
-    zero_points = np.rint(-low * inverse)
-    codes = grouped * inverse[:, :, None]
-    codes += zero_points[:, :, None]
-    np.rint(codes, out=codes)
-    np.clip(codes, 0.0, top, out=codes)
-    return QuantizedRows(
-        codes=_pack(codes.astype(np.uint8), form.bits),
-        scales=scales,
-        zero_points=_pack(zero_points.astype(np.uint8), form.bits),
-    )
+    return scales, np.rint(-low * inverse).astype(np.uint8)
+
+
+def pack_rows(
+    codes: NDArray[np.uint8], scales: NDArray[np.float32], zero_points: NDArray[np.uint8], form: Blockwise
+) -> QuantizedRows:
+    """In the kernels' layout: codes [rows, blocks * block] or [rows, blocks, block], the others [rows, blocks]."""
+    grouped = codes.reshape(*scales.shape, form.block)
+    return QuantizedRows(_pack(grouped, form.bits), np.ascontiguousarray(scales), _pack(zero_points, form.bits))
 
 
 def dequantize_rows(quantized: QuantizedRows, form: Blockwise, columns: int) -> NDArray[np.float32]:

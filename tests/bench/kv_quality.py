@@ -27,7 +27,7 @@ from export.kv_scales import divergence
 from export.oracle import Decoder
 from export.pipeline import export_bundle
 from export.progress import Silent
-from export.quantize.recipes import RECIPES, recipe_named
+from export.quantize.recipes import DEFAULT, RECIPES, recipe_named
 from export.sources import default_cache, resolve
 
 CHUNK = 32
@@ -122,7 +122,7 @@ def compare(bundles: dict[str, Path], disturbed: Path) -> list[Result]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a checkpoint, as for qwedge export")
-    parser.add_argument("--recipe", choices=RECIPES, default="int4")
+    parser.add_argument("--recipe", choices=RECIPES, default=DEFAULT)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -203,7 +203,7 @@ def test_a_command_whose_extra_is_missing_says_how_to_get_it(
 ) -> None:
     absent = EntryPoint("export", "package_that_is_not_there:register", edge.cli.COMMAND_GROUP)
     monkeypatch.setattr(edge.cli, "entry_points", lambda **_: [absent])
-    assert edge.cli.run(["export", "anything", "--recipe", "int4"]) == 2
+    assert edge.cli.run(["export", "anything", "--recipe", "int8"]) == 2
     error, hint = capsys.readouterr().err.splitlines()
     assert "package_that_is_not_there" in error
     assert hint == "hint: pip install 'qwedge[export]'"

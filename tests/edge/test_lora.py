@@ -73,11 +73,11 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """An int4 bundle: its int8 activations turn the last bit of a sum into a visible difference.
+    """A quantized bundle: its int8 activations turn the last bit of a sum into a visible difference.
 
     Its MLP is so wide that onnxruntime shares the products of a few rows out between threads.
     """
-    return make_case(tiny.qwen2_config(intermediate_size=2048), tmp_path_factory.mktemp("int4"), "int4")
+    return make_case(tiny.qwen2_config(intermediate_size=2048), tmp_path_factory.mktemp("balanced"), "balanced")
 
 
 def prompt(seed: int, length: int = LENGTH) -> NDArray[np.int64]:
@@ -165,7 +165,7 @@ def test_a_released_slot_uses_no_adapter(case: Case) -> None:
 
 def test_places_without_adapters_change_no_bit(quantized: Case, tmp_path: Path) -> None:
     with open_checkpoint(quantized.folder / "checkpoint") as checkpoint:
-        manifest = export_bundle(checkpoint, tmp_path / "bundle", RECIPES["int4"], progress=Silent()).manifest
+        manifest = export_bundle(checkpoint, tmp_path / "bundle", RECIPES["balanced"], progress=Silent()).manifest
     assert manifest.adapters == []
     plain = Engine(tmp_path / "bundle", manifest, slots=1, context=64, threads=2)
     assert not plain.places.linears

@@ -160,7 +160,7 @@ def generate(
     return [[event.token_id for event in client.events if isinstance(event, Delta)] for client in clients], stats
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "int4"])
+@pytest.mark.parametrize("recipe", ["fp32", "balanced"])
 @pytest.mark.parametrize("config", [tiny.qwen2_config(), tiny.qwen3_config()], ids=["qwen2", "qwen3"])
 def test_answers_of_a_real_engine_stay_the_same(
     config: dict[str, object], recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from gguf import GGMLQuantizationType as Kind
 import edge.cli
 from edge.bundle import verify_bundle
 from export.catalog import catalog
+from export.quantize.recipes import RECIPES
 from tests.export import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -79,9 +80,9 @@ def test_the_result_is_on_stdout_and_the_steps_on_stderr(source: Path, output: P
     assert done.returncode == 0
     labels = [text.split()[0] for text in done.stdout.splitlines()]
     assert labels == ["bundle", "model", "size", "context", "kernels", "self-test", "time"]
-    assert "tiny, 80,448 parameters, int4" in done.stdout
+    assert "tiny, 80,448 parameters, balanced" in done.stdout
     steps = [text.partition(" (")[0] for text in done.stderr.splitlines()]
-    assert steps == ["int4 weights", "verifying the bundle ...", "hashing"]
+    assert steps == ["balanced weights", "verifying the bundle ...", "hashing"]
     verify_bundle(output)
 
 
@@ -105,6 +106,25 @@ def test_an_int8_cache_is_named_with_what_it_costs(run: Run, source: Path, outpu
     assert "128 bytes of cache each" in done.stdout
     assert "calibrating the cache ..." in done.stderr
     assert verify_bundle(output).kv.dtype == "int8"
+
+
+def test_calibration_is_in_the_manifest(run: Run, source: Path, output: Path) -> None:
+    done = run(source, "-o", output, "--calibrate", "built-in")
+    assert done.status == 0
+    calibration = verify_bundle(output).recipe["calibration"]
+    assert (calibration["method"], calibration["text"]) == ("gptq", "built-in")
+    assert "balanced, calibrated" in done.stdout
+
+
+def test_the_recipes_explain_themselves(run: Run) -> None:
+    done = run("--explain")
+    assert done.status == 0
+    assert [line.partition(":")[0] for line in done.stdout.splitlines() if line[:1].islower()] == list(RECIPES)
+    assert "  gate and up         4 bits, asymmetric, blocks of 128" in done.stdout
+    assert all(len(line) <= 120 for line in done.stdout.splitlines())
+    listed = json.loads(run("--explain", "--json").stdout)
+    assert [recipe["name"] for recipe in listed] == list(RECIPES)
+    assert all(recipe["purpose"] and recipe["measured"] for recipe in listed if recipe["name"] != "fp32")
 
 
 def test_a_gguf_is_a_source_and_says_what_it_left_out(run: Run, output: Path, tmp_path: Path) -> None:
@@ -132,7 +152,8 @@ def test_the_catalog(run: Run) -> None:
     [
         ((), 2, "SOURCE and --output are needed"),
         (("{source}",), 2, "SOURCE and --output are needed"),
-        (("{source}", "-o", "{output}", "--recipe", "int3"), 2, "'int3' is not one of 'int4', 'int8', 'fp32'"),
+        (("{source}", "-o", "{output}", "--recipe", "int3"), 2, "'int3' is not one of 'balanced', 'small',"),
+        (("{source}", "-o", "{output}", "--calibrate", "nothing.txt"), 2, "cannot calibrate with nothing.txt: No such"),
         (("{source}", "-o", "{output}", "--kv", "int4"), 2, "'int4' is not one of 'float32', 'int8'"),
         (("{source}", "-o", "{output}", "--name", "My Model"), 2, "'My Model' cannot be a model name"),
         (

@@ -18,7 +18,7 @@ from export.graph import COARSE_LOGITS, FINAL_HIDDEN
 from export.pipeline import Graph, build_graph
 from export.progress import Silent
 from export.quantize.blockwise import dequantize_rows, quantize_rows
-from export.quantize.recipes import RECIPES, Blockwise, TwoStage
+from export.quantize.recipes import RECIPES, Blockwise, Projections, TwoStage
 from tests.export import tiny
 
 CANDIDATES = 8
@@ -62,7 +62,8 @@ def round_trip(weights: NDArray[np.float32], form: Blockwise) -> NDArray[np.floa
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def head(request: pytest.FixtureRequest, tmp_path: Path) -> Head:
-    recipe = replace(RECIPES["int4"], head=TwoStage(Blockwise(4, 128), CANDIDATES))
+    layer = Projections.all(Blockwise(4, 32))
+    recipe = replace(RECIPES["balanced"], layer=layer, head=TwoStage(Blockwise(4, 128), CANDIDATES))
     config = tiny.qwen2_config(hidden_size=384, vocab_size=2048, tie_word_embeddings=request.param)
     with open_checkpoint(tiny.write_folder(tmp_path / "checkpoint", config)) as checkpoint:
         graph = build_graph(checkpoint, tmp_path, recipe, progress=Silent())

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from edge.bundle import GRAPH, KVLayout, verify_bundle
 from edge.errors import ExportError
+from export.calibration import BUILT_IN, CalibrationText
 from export.checkpoint import open_checkpoint
 from export.kv_scales import (
     WINDOW,
@@ -24,7 +25,6 @@ from export.kv_scales import (
     Calibration,
     cache_test,
     calibrate,
-    calibration_text,
     divergence,
     key_reach,
     quantize_cache,
@@ -44,7 +44,7 @@ NUM_DECODED = 24
 
 
 def text_ids() -> list[int]:
-    return list(Tokenizer.from_buffer(tiny.tokenizer_json()).encode(calibration_text()).ids)
+    return list(Tokenizer.from_buffer(tiny.tokenizer_json()).encode(CalibrationText.open(BUILT_IN).text).ids)
 
 
 def build(folder: Path, config: dict[str, Any], recipe: str = "fp32", context: int | None = None) -> Graph:
@@ -63,7 +63,7 @@ def with_int8_cache(folder: Path, config: dict[str, Any], recipe: str = "fp32") 
 
 def export(source: Path, output: Path, **options: Any) -> Report:
     with open_checkpoint(source) as checkpoint:
-        return export_bundle(checkpoint, output, RECIPES["int4"], progress=Silent(), kv="int8", **options)
+        return export_bundle(checkpoint, output, RECIPES["balanced"], progress=Silent(), kv="int8", **options)
 
 
 def decoder(folder: Path, config: dict[str, Any], dtype: str) -> Decoder:
@@ -125,12 +125,13 @@ class TestScales:
 
     def test_windows_are_no_longer_than_the_context(self, tmp_path: Path) -> None:
         graph = build(tmp_path, SHAPES["qwen2"], context=40)
-        assert len(calibrate(graph.model, tmp_path, text_ids()).hidden) == 4 * 40 // 32
+        # 40 positions and one to fill up, in a table of eights.
+        assert len(calibrate(graph.model, tmp_path, text_ids()).hidden) == 4 * 48 // 32
 
     def test_the_text_reaches_into_the_last_window(self) -> None:
         """The tokenizers of these models make a token of three bytes of it."""
-        assert len(calibration_text().encode()) > 3 * 3 * WINDOW
-        assert not calibration_text().isascii()
+        assert len(CalibrationText.open(BUILT_IN).text.encode()) > 3 * 3 * WINDOW
+        assert not CalibrationText.open(BUILT_IN).text.isascii()
 
 
 class TestGraph:
@@ -151,7 +152,7 @@ class TestGraph:
             assert (difference == 0).mean() > 0.999
 
     @pytest.mark.parametrize("shape", SHAPES)
-    @pytest.mark.parametrize("recipe", ["fp32", "int4"])
+    @pytest.mark.parametrize("recipe", ["fp32", "balanced"])
     def test_decoding_stays_near_the_float32_cache(self, shape: str, recipe: str, tmp_path: Path) -> None:
         config = SHAPES[shape]
         build(tmp_path, config, recipe)
@@ -178,7 +179,7 @@ class TestGraph:
         assert cache_test(graph.model, tmp_path, text_ids(), calibration).kl > 0.1
 
     def test_the_saved_graph_keeps_the_contract_with_the_runtime(self, tmp_path: Path) -> None:
-        with_int8_cache(tmp_path, SHAPES["qwen2"], "int4")
+        with_int8_cache(tmp_path, SHAPES["qwen2"], "balanced")
         saved = ir.load(tmp_path / GRAPH).graph
         caches = [value for value in (*saved.inputs, *saved.outputs) if str(value.name).endswith((".key", ".value"))]
         assert {f"{value.dtype}{value.shape}" for value in caches} == {"INT8[batch,2,max_length,16]"}
@@ -186,7 +187,7 @@ class TestGraph:
 
     def test_no_more_than_a_layer_is_loaded_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What keeps the export of a large model within the memory of a small machine."""
-        graph = build(tmp_path, tiny.qwen2_config(num_hidden_layers=5), "int4")
+        graph = build(tmp_path, tiny.qwen2_config(num_hidden_layers=5), "balanced")
         loaded: list[set[bytes]] = []
         session = ort.InferenceSession
 
@@ -228,7 +229,7 @@ class TestBundle:
     def test_the_weights_are_those_of_the_float32_cache(self, source: Path, tmp_path: Path) -> None:
         export(source, tmp_path / "int8")
         with open_checkpoint(source) as checkpoint:
-            export_bundle(checkpoint, tmp_path / "float32", RECIPES["int4"], progress=Silent())
+            export_bundle(checkpoint, tmp_path / "float32", RECIPES["balanced"], progress=Silent())
         weights = [(tmp_path / kv / "model.onnx.data").read_bytes() for kv in ("int8", "float32")]
         assert weights[0] == weights[1]
         manifest = json.loads((tmp_path / "float32" / "manifest.json").read_text())

@@ -24,7 +24,7 @@ SHAPES = {name: tensor.shape for name, tensor in tiny.random_tensors(CONFIG).ite
 
 def export(tmp_path: Path, **options: Any) -> Report:
     with open_checkpoint(tiny.write_folder(tmp_path / "checkpoint", CONFIG)) as checkpoint:
-        return export_bundle(checkpoint, tmp_path / "bundle", RECIPES["int4"], progress=Silent(), **options)
+        return export_bundle(checkpoint, tmp_path / "bundle", RECIPES["balanced"], progress=Silent(), **options)
 
 
 def inputs(bundle: Path) -> dict[str, list[int | str]]:

@@ -45,7 +45,7 @@ def output(tmp_path: Path) -> Path:
     return tmp_path / "out" / "bundle"
 
 
-def export(source: Path, output: Path, recipe: str = "int4", **options: Any) -> Report:
+def export(source: Path, output: Path, recipe: str = "balanced", **options: Any) -> Report:
     with open_checkpoint(source) as checkpoint:
         return export_bundle(checkpoint, output, RECIPES[recipe], **{"progress": Silent(), **options})
 
@@ -71,7 +71,7 @@ def test_a_bundle_holds_what_its_manifest_says(source: Path, output: Path, recip
     assert contents(output).keys() == FILES | {"manifest.json"}
     assert {entry.path for entry in manifest.files} == FILES
     assert (manifest.name, manifest.model_type, manifest.licence) == ("tiny-model-v1.0", "qwen2", "apache-2.0")
-    assert manifest.recipe == RECIPES[recipe].describe()
+    assert manifest.recipe == RECIPES[recipe].describe() | {"calibration": None}
     assert manifest.parameter_count == sum(each.size for each in tiny.random_tensors(tiny.qwen2_config()).values())
     assert (manifest.context_length, manifest.vocab_size, manifest.padded_vocab_size) == (256, tiny.NUM_IDS, 288)
     assert manifest.kv.model_dump() == {"layers": 2, "kv_heads": 2, "head_dim": 16, "dtype": "float32"}
@@ -274,7 +274,7 @@ class TestFailures:
         # At the last of these places the empty folder had made room for the bundle already.
         output.mkdir(exist_ok=True)
 
-    @pytest.mark.parametrize("step", ["int4 weights", "hashing"])
+    @pytest.mark.parametrize("step", ["balanced weights", "hashing"])
     def test_ctrl_c(self, source: Path, output: Path, step: str) -> None:
         with pytest.raises(KeyboardInterrupt):
             export(source, output, progress=Interrupting(step))
@@ -316,7 +316,7 @@ class TestFailures:
         with open_checkpoint(source) as checkpoint:
             (source / "model.safetensors").write_bytes(b"")
             with pytest.raises(CheckpointError, match="ends at byte"):
-                export_bundle(checkpoint, output, RECIPES["int4"], progress=Silent())
+                export_bundle(checkpoint, output, RECIPES["balanced"], progress=Silent())
 
 
 def test_zero_matrices_are_weights_like_others(source: Path, output: Path) -> None:
@@ -340,7 +340,7 @@ class Killer(Silent):
             os.kill(os.getpid(), signal.SIGKILL)
 
 with open_checkpoint(Path({str(source)!r})) as checkpoint:
-    export_bundle(checkpoint, Path({str(output)!r}), RECIPES["int4"], progress=Killer())
+    export_bundle(checkpoint, Path({str(output)!r}), RECIPES["balanced"], progress=Killer())
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -355,7 +355,7 @@ with open_checkpoint(Path({str(source)!r})) as checkpoint:
 
 def test_a_graph_that_onnxruntime_refuses_to_run(source: Path, tmp_path: Path) -> None:
     with open_checkpoint(source) as checkpoint:
-        graph = build_graph(checkpoint, tmp_path, RECIPES["int4"], progress=Silent())
+        graph = build_graph(checkpoint, tmp_path, RECIPES["balanced"], progress=Silent())
     node = next(node for node in graph.model.graph if node.op_type == "GroupQueryAttention")
     node.attributes["num_heads"] = ir.AttrInt64("num_heads", 3)
     with pytest.raises(ExportError, match="onnxruntime refuses the graph"):

@@ -96,7 +96,7 @@ def test_a_dequantizing_recipe_stores_what_the_codes_stand_for(checkpoint: Check
 def test_progress_adds_up_to_the_parameters(checkpoint: Checkpoint, tmp_path: Path) -> None:
     steps: list[int] = []
     with DataFile(tmp_path) as file:
-        weights = Weights(checkpoint, RECIPES["int4"], file, steps.append)
+        weights = Weights(checkpoint, RECIPES["balanced"], file, steps.append)
         weights.matrix("m", [GATE, UP], Float32())
         weights.vector("v", ["model.norm.weight"])
         weights.matrix("again", [GATE], Blockwise(4, 32))
@@ -111,7 +111,7 @@ def test_a_number_that_is_none_is_refused_by_the_name_of_its_tensor(tmp_path: Pa
     tensors[name].flat[-1] = value
     tiny.write_safetensors(folder / "model.safetensors", tensors)
     with open_checkpoint(folder) as checkpoint, DataFile(tmp_path) as file:
-        weights = Weights(checkpoint, RECIPES["int4"], file, lambda _: None)
+        weights = Weights(checkpoint, RECIPES["balanced"], file, lambda _: None)
         add = weights.vector if tensors[name].ndim == 1 else partial(weights.matrix, form=Blockwise(4, 32))
         with pytest.raises(ExportError, match=f"{name} holds NaN or infinity"):
             add("x", [name])

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.model
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = ROOT / "models" / f"{NAME}-int4"
+    made = ROOT / "models" / f"{NAME}-balanced"
     if made.is_dir():
         return made
     folder = tmp_path_factory.mktemp("model") / NAME

@@ -1,0 +1,138 @@
+"""Calibration of whole graphs: the text runs through tiny models while they are built."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from edge.bundle import GRAPH, WEIGHTS
+from edge.errors import ConfigError
+from export.calibration import BUILT_IN, LEAST_TOKENS, Calibration, CalibrationText
+from export.checkpoint import open_checkpoint
+from export.graph import GraphBuilder
+from export.pipeline import Graph, build_graph
+from export.progress import Silent
+from export.quantize.recipes import RECIPES, Blockwise, Projections, Recipe
+from export.segments import Layer, embed
+from tests.export import tiny
+
+TEXT = CalibrationText("test", CalibrationText.open(BUILT_IN).text[:4000])
+FOUR_BITS = replace(RECIPES["balanced"], layer=Projections.all(Blockwise(bits=4, block=32)))
+SHAPES = {
+    "qwen2": tiny.qwen2_config(),
+    "qwen3-untied": tiny.qwen3_config(tie_word_embeddings=False, num_key_value_heads=1),
+    "qwen2-odd": tiny.qwen2_config(intermediate_size=80),
+}
+
+
+def ids(text: str) -> list[int]:
+    return list(Tokenizer.from_buffer(tiny.tokenizer_json()).encode(text).ids)
+
+
+def build(
+    folder: Path, config: dict[str, Any], recipe: Recipe, text: CalibrationText | None, *, lora: bool = False
+) -> Graph:
+    folder.mkdir()
+    with open_checkpoint(tiny.write_folder(folder / "checkpoint", config)) as checkpoint:
+        return build_graph(checkpoint, folder, recipe, progress=Silent(), calibration=text, lora=lora)
+
+
+def hidden(graph: Graph, folder: Path, tokens: list[int]) -> NDArray[np.float32]:
+    x = embed(graph.model, folder, tokens)
+    for index in range(graph.kv.layers):
+        x = Layer(graph.model, folder, index).append(x)
+    return x
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_calibrated_graph_is_nearer_to_the_original_on_another_text(shape: str, tmp_path: Path) -> None:
+    tokens = ids(CalibrationText.open(BUILT_IN).text[5000:5240])
+    # With one table in all, so that only the layers differ.
+    exact = replace(RECIPES["fp32"], table=FOUR_BITS.table, dequantize=True)
+    expected = hidden(build(tmp_path / "exact", SHAPES[shape], exact, None), tmp_path / "exact", tokens)
+    errors = []
+    for name, text in (("nearest", None), ("calibrated", TEXT)):
+        graph = build(tmp_path / name, SHAPES[shape], FOUR_BITS, text)
+        errors.append(np.linalg.norm(hidden(graph, tmp_path / name, tokens) - expected))
+    assert errors[1] < 0.93 * errors[0]
+
+
+def test_the_same_text_makes_the_same_bytes_and_another_text_makes_others(tmp_path: Path) -> None:
+    other = CalibrationText("other", TEXT.text[::-1])
+    for name, text in (("first", TEXT), ("second", TEXT), ("other", other)):
+        build(tmp_path / name, SHAPES["qwen2"], FOUR_BITS, text)
+    for file in (GRAPH, WEIGHTS):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    assert (tmp_path / "first" / WEIGHTS).read_bytes() != (tmp_path / "other" / WEIGHTS).read_bytes()
+
+
+def test_places_for_adapters_change_nothing(tmp_path: Path) -> None:
+    for name, lora in (("plain", False), ("lora", True)):
+        build(tmp_path / name, SHAPES["qwen2"], FOUR_BITS, TEXT, lora=lora)
+    assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (tmp_path / "lora" / WEIGHTS).read_bytes()
+
+
+def test_only_four_bits_are_calibrated(tmp_path: Path) -> None:
+    for name, text in (("nearest", None), ("calibrated", TEXT)):
+        build(tmp_path / name, SHAPES["qwen2"], RECIPES["int8"], text)
+    assert (tmp_path / "nearest" / WEIGHTS).read_bytes() == (tmp_path / "calibrated" / WEIGHTS).read_bytes()
+
+
+def test_every_product_is_observed_with_the_inputs_that_the_finished_graph_gives_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hidden states that calibration carries along are those of the layers as they were quantized."""
+    carried: list[NDArray[np.float32]] = []
+
+    class Watched(Calibration):
+        def observe(self, graph: GraphBuilder, x: Any, name: str, form: Any) -> Any:
+            rounding = super().observe(graph, x, name, form)
+            if name.endswith("1.self_attn.qkv_proj"):
+                carried.extend(self._windows)
+            return rounding
+
+    monkeypatch.setattr("export.pipeline.Calibration", Watched)
+    graph = build(tmp_path / "graph", SHAPES["qwen2"], FOUR_BITS, TEXT)
+    tokens, start = ids(TEXT.text), 0
+    assert len(carried) == -(-len(tokens) // 256)
+    for window in carried:
+        x = embed(graph.model, tmp_path / "graph", tokens[start : start + window.shape[1]])
+        expected = Layer(graph.model, tmp_path / "graph", 0).append(x)
+        np.testing.assert_allclose(window, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
+        start += window.shape[1]
+    assert start == len(tokens)
+
+
+def test_too_short_a_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tokens are too few to calibrate with") as caught:
+        build(tmp_path / "short", SHAPES["qwen2"], FOUR_BITS, CalibrationText("short", "hello " * (LEAST_TOKENS // 4)))
+    assert str(LEAST_TOKENS) in str(caught.value.hint)
+
+
+def test_the_built_in_text_is_long_and_has_many_languages() -> None:
+    text = CalibrationText.open(BUILT_IN).text
+    assert len(text.encode()) > 24_000
+    for word in ("def ", "SELECT", " und ", "人", "человек", "ERROR", "<|im_start|>"):
+        assert word in text
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "No such file"), (b"\xff\xfe\x00", "no UTF-8 text")])
+def test_a_file_that_is_no_text_is_refused(content: bytes | None, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=reason):
+        CalibrationText.open(str(path))
+
+
+def test_a_text_is_described_by_name_and_hash(tmp_path: Path) -> None:
+    (tmp_path / "plant.txt").write_text("Ventil 4 öffnen", encoding="utf-8")
+    described = CalibrationText.open(str(tmp_path / "plant.txt")).describe()
+    assert (described["method"], described["text"]) == ("gptq", "plant.txt")
+    assert len(described["sha256"]) == 64
