@@ -18,9 +18,11 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from edge.config import MqttSettings
+from edge.journal import Journal
 from edge.mqtt import EmbeddedBroker, MqttBridge
 from edge.openai import parse_chat, prepare
 from edge.service import Delta, Event, Failed, Finished, Service
@@ -37,20 +39,23 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--step-ms", type=float, default=2.0, help="pace of the fake engine")
+    parser.add_argument("--journal", type=Path, help="keep requests in a folder, with its disk's fsync in the way")
     options = parser.parse_args()
     service = make_service(FakeEngine(lambda _: "x" * options.tokens, step_s=options.step_ms / 1000))
     service.start()
     with EmbeddedBroker(0) as broker:
-        bridge = MqttBridge(service, MqttSettings(device="bench"), broker.address)
+        bridge = MqttBridge(service, MqttSettings(device="bench"), broker.address, Journal(options.journal))
         bridge.start()
         with Client(broker.address, "bench", "bench") as client:
             client._paho.socket().setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while not bridge.connected:
                 time.sleep(0.01)
+            before = written()
             figures = measure(service, client, options.requests)
+            figures["bytes_written_per_request"] = (written() - before) // options.requests
         bridge.stop()
     service.stop()
-    print(json.dumps({"machine": platform.processor() or platform.machine(), **vars(options), **figures}))
+    print(json.dumps({"machine": platform.processor() or platform.machine(), **vars(options), **figures}, default=str))
 
 
 def measure(service: Service, client: Client, number: int) -> dict[str, Any]:
@@ -83,6 +88,12 @@ def ask_over_mqtt(client: Client, request_id: str) -> Sample:
         client._paho.publish(topic, json.dumps(chat("go", stream=True)), 1)
 
     return _timed(send)
+
+
+def written() -> int:
+    """Bytes that this process has sent to disks."""
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("write_bytes"))
 
 
 def summary(samples: list[Sample]) -> dict[str, float]:

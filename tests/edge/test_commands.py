@@ -24,6 +24,7 @@ import pytest
 
 import edge.cli
 from tests.export import tiny
+from tests.serving import wait_for
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 60
@@ -299,3 +300,24 @@ def test_a_taken_port_is_noticed_before_anything_else(qwedge: Run) -> None:
     assert done.status == 6
     assert error.startswith(f"error: cannot listen on 127.0.0.1:{port}")
     assert hint.startswith("hint: ")
+
+
+@pytest.mark.broker
+def test_a_journal_without_a_disk_degrades_mqtt_until_there_is_one(bundle: Path, tmp_path: Path) -> None:
+    obstacle = tmp_path / "state"
+    obstacle.touch()
+    options = {"QWEDGE_MQTT_PORT": "0", "QWEDGE_MQTT_JOURNAL": str(obstacle / "journal")}
+    with serving(bundle, tmp_path / "log", "--broker", "embedded", **options) as server:
+        health = httpx.get(f"{server.url}/health")
+        assert (health.status_code, health.json()["status"]) == (200, "degraded")
+        assert health.json()["problem"] == "Not a directory"
+        obstacle.unlink()
+        wait_for(lambda: httpx.get(f"{server.url}/health").json()["status"] == "ok")
+        assert (obstacle / "journal" / "journal.db").exists()
+
+
+@pytest.mark.broker
+def test_requests_are_kept_where_state_belongs(bundle: Path, tmp_path: Path) -> None:
+    options = {"QWEDGE_MQTT_PORT": "0", "QWEDGE_MQTT_DEVICE": "edge-7", "XDG_STATE_HOME": str(tmp_path / "home")}
+    with serving(bundle, tmp_path / "log", "--broker", "embedded", **options):
+        assert (tmp_path / "home" / "qwedge" / "edge-7" / "journal" / "journal.db").exists()

@@ -1,4 +1,8 @@
-"""A client that follows the protocol: it sends a request again, under the same id, until it is answered."""
+"""A client that follows the protocol: it sends a request again, under the same id, until it is answered.
+
+Where the device gives a request up because the process ended each time it ran, the client, who knows that the question
+is not to blame, asks again under a new id.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 RETRY_S = 1.0
+GIVEN_UP = (500, "crashed")
 WINDOW = 16
 """Requests under way at once."""
 
@@ -29,6 +34,10 @@ class Requester:
     def __init__(self, port: int, device: str, name: str = "asker") -> None:
         self.outcomes: dict[str, list[tuple[int, str]]] = defaultdict(list)
         """By request id, the status and text of every final outcome; copies included."""
+        self.ids: dict[str, str] = {}
+        """By question, the id of its newest request."""
+        self.num_given_up = 0
+        """Requests whose runs all ended with the process."""
         self.accepted: set[str] = set()
         """Requests that the device has said it will answer."""
         self.num_sent = 0
@@ -62,27 +71,30 @@ class Requester:
         return self._paho.publish(f"{self._topic}/{request_id}", json.dumps({"v": 1, "body": body}), 1)
 
     def ask_all(self, number: int, *, prefix: str = "r", times: int = 1, timeout_s: float = 60) -> list[str]:
-        """Ask ``number`` questions until each has that many outcomes; returns the ids that have too few."""
+        """Ask ``number`` questions until each was answered that many times; returns those that were not."""
         deadline = time.monotonic() + timeout_s
-        open_ids = [f"{prefix}{index}" for index in range(number)]
+        questions = [f"{prefix}{index}" for index in range(number)]
         due: dict[str, float] = {}
-        while open_ids and time.monotonic() < deadline:
+        while questions and time.monotonic() < deadline:
             with self._changed:
-                open_ids = [each for each in open_ids if len(self.outcomes[each]) < times]
+                questions = [each for each in questions if not self._is_answered(each, times)]
             now = time.monotonic()
-            for each in open_ids[:WINDOW]:
-                if due.get(each, 0.0) <= now:
-                    due[each] = now + RETRY_S
-                    self.send(each, f"question {each}")
+            for request_id, question in [(self.ids[each], each) for each in questions[:WINDOW]]:
+                if due.get(request_id, 0.0) <= now:
+                    due[request_id] = now + RETRY_S
+                    self.send(request_id, f"question {question}")
             with self._changed:
                 self._changed.wait(0.05)
-        return open_ids
+        return questions
 
-    def wait(self, request_id: str, timeout_s: float = 30) -> tuple[int, str]:
-        """A request's first final outcome."""
-        with self._changed:
-            assert self._changed.wait_for(lambda: self.outcomes[request_id], timeout_s)
-            return self.outcomes[request_id][0]
+    def _is_answered(self, question: str, times: int) -> bool:
+        request_id = self.ids.setdefault(question, question)
+        outcomes = self.outcomes[request_id]
+        if outcomes and outcomes[0] == GIVEN_UP:
+            self.ids[question] = f"{request_id}.again"
+            self.num_given_up += 1
+            return False
+        return len(outcomes) >= times
 
     def heard(self) -> tuple[set[str], dict[str, tuple[int, str]]]:
         """The requests that were accepted, and the outcomes that were told, up to now."""
@@ -93,9 +105,9 @@ class Requester:
         """Ids that got two different outcomes."""
         return [each for each, outcomes in self.outcomes.items() if len(set(outcomes)) > 1]
 
-    def num_with(self, status: int) -> int:
-        """Requests whose outcome has this status."""
-        return sum(1 for outcomes in self.outcomes.values() if outcomes and outcomes[0][0] == status)
+    def num_answered(self) -> int:
+        """Questions that got an answer."""
+        return sum(1 for each in self.ids.values() if self.outcomes[each] and self.outcomes[each][0][0] == 200)
 
     def _received(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
         request_id, kind = message.topic.split("/")[-2:]
@@ -112,4 +124,4 @@ def final(done: dict[str, Any]) -> tuple[int, str] | None:
     """Status and text of an outcome; None for one that may pass: the request is sent again then."""
     if done["status"] == 200:
         return 200, done["body"]["choices"][0]["message"]["content"]
-    return (500, "crashed") if done["body"]["error"]["code"] == "crashed" else None
+    return GIVEN_UP if done["body"]["error"]["code"] == "crashed" else None

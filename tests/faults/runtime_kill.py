@@ -53,8 +53,8 @@ def campaign(number: int, seed: int, timeout_s: float) -> dict[str, int | float]
             "unanswered": len(unanswered),
             "not_replayed": len(again),
             "different_answers": len(client.contradictions()),
-            "answered": client.num_with(200),
-            "given_up": client.num_with(500),
+            "answered": client.num_answered(),
+            "asked_under_a_new_id": client.num_given_up,
             "sent": client.num_sent,
             "seconds": round(time.monotonic() - began, 1),
         }

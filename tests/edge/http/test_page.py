@@ -286,7 +286,7 @@ def test_every_text_of_the_page_has_a_string() -> None:
         used |= set(re.findall(r'\bt\("(\w+)"', path.read_text(encoding="utf-8")))
     assert used <= defined
     # The rest are keys that are computed: states of the server and places in the queue.
-    assert defined - used <= {"draining", "stalled", "ahead", "next", "connecting"}
+    assert defined - used <= {"draining", "stalled", "degraded", "ahead", "next", "connecting"}
 
 
 def _open(browser: Browser, server: Served) -> None:

@@ -26,6 +26,7 @@ const english = {
   offline: "The server does not answer",
   draining: "shutting down",
   stalled: "stalled",
+  degraded: "degraded",
   ready: "ready",
   running: "{running} of {slots} running",
   waiting: "{waiting} waiting",
