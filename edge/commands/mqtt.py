@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from edge.commands import mqtt_ask, mqtt_rules
+from edge.commands import mqtt_ask, mqtt_clients, mqtt_rules
 
 
 def register(app: typer.Typer) -> None:
@@ -13,6 +13,7 @@ def register(app: typer.Typer) -> None:
     group.callback()(_group)
     mqtt_ask.register(group)
     mqtt_rules.register(group)
+    mqtt_clients.register(group)
     app.add_typer(group)
 
 

@@ -18,7 +18,7 @@ import typer
 
 from edge.commands import options
 from edge.commands.loading import bundle_of, load
-from edge.config import BrokerAddress, MqttSettings, Settings, journal_folder
+from edge.config import BrokerAddress, MqttSettings, Settings, broker_folder, journal_folder
 from edge.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:  # these bring onnxruntime and the web framework, which `qwedge --help` does without
@@ -138,18 +138,20 @@ def _start_mqtt(settings: MqttSettings, service: Service, journal: Journal, stac
     """Start broker and bridge as configured and have ``stack`` stop them; None where there is no MQTT."""
     if settings.broker == "none":
         return None
-    from edge.mqtt import EmbeddedBroker, MqttBridge
+    from edge.mqtt import MqttBridge
 
     address = settings.address
     if address is None:
-        broker = EmbeddedBroker(settings.port)
+        from edge.mqtt.broker_setup import as_owner, make_broker
+
+        broker = make_broker(settings, broker_folder(settings, os.environ))
         try:
             broker.start()
         except UnavailableError as error:
             log.warning("HTTP alone, without MQTT: %s (hint: %s)", error.message, error.hint)
             return None
         stack.callback(broker.stop)
-        address = broker.address
+        address, settings = broker.address, as_owner(settings, broker)
     bridge = MqttBridge(service, settings, address, journal)
     bridge.start()
     stack.callback(bridge.stop)

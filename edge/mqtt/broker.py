@@ -1,7 +1,7 @@
 """A mosquitto of our own: a supervised child for devices where no broker is configured.
 
-It listens on loopback only, because it lets anyone in. Its configuration is generated, its files are private and
-removed, and it ends with us, however we end.
+On loopback it lets anyone in until it has clients with passwords; elsewhere it listens with TLS only, and only to those
+that it knows. Its configuration is generated, its files are private and removed, and it ends with us, however we end.
 """
 
 from __future__ import annotations
@@ -11,30 +11,34 @@ import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Final, Self
 
 from edge.config import BrokerAddress
-from edge.errors import UnavailableError
+from edge.errors import ConfigError, UnavailableError
+from edge.mqtt.broker_clients import FILE as CLIENTS_FILE
+from edge.mqtt.broker_clients import BrokerClient, load_clients
+from edge.mqtt.broker_config import HOST, Files, Network, Owner, make_acl, make_config, make_passwords
 
 log = logging.getLogger(__name__)
 
-HOST: Final = "127.0.0.1"
-MAX_PACKET_BYTES: Final = 4 << 20
-"""Larger packets never reach the device. Requests end at 1 MiB; those between get a 413 that says so."""
 START_TIMEOUT_S: Final = 10.0
 STOP_TIMEOUT_S: Final = 5.0
 _BACKOFF_S: Final = (0.1, 1.0)
 """First and longest pause before a restart."""
 _STABLE_S: Final = 10.0
 """A child that lived this long starts the backoff anew."""
+_LOOK_S: Final = 0.5
+"""How often to look whether clients were added or removed."""
 _SEARCH_PATH: Final = "/usr/sbin:/usr/local/sbin"
 _MIN_VERSION: Final = (2, 0)
 
@@ -50,6 +54,15 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
+@dataclass(frozen=True)
+class Guard:
+    """Who is let in once there are clients."""
+
+    owner: Owner
+    clients: Path
+    """Folder of the clients; a change takes effect while the broker runs."""
+
+
 class EmbeddedBroker:
     """Runs mosquitto between :meth:`start` and :meth:`stop`; also a context manager.
 
@@ -57,19 +70,29 @@ class EmbeddedBroker:
         port: TCP port on loopback; 0 picks a free one at :meth:`start`.
         state_dir: where retained messages and offline clients' queues survive a restart of the machine; created with
             mode 0700. None = in memory only.
+        guard: the clients, whose first one ends that anybody is let in. None = everybody on this device, always.
+        network: a listener with TLS, which needs a guard. Its port may be 0.
     """
 
-    def __init__(self, port: int, *, state_dir: Path | None = None) -> None:
+    def __init__(
+        self, port: int, *, state_dir: Path | None = None, guard: Guard | None = None, network: Network | None = None
+    ) -> None:
         self.address = BrokerAddress(HOST, port)
-        """Where it listens, once it is started."""
+        """Where it listens on loopback, once it is started."""
+        self.network = network
+        """Where it listens with TLS, once it is started."""
         self.restarts = 0
         """Times that the child ended by itself and was started again."""
         self._state_dir = state_dir
+        self._guard = guard
+        self._version: tuple[int, ...] = ()
+        self._seen: object = None
         self._stopping = threading.Event()
         self._ready = threading.Event()
         self._failure: UnavailableError | None = None
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
+        self._watcher: threading.Thread | None = None
         self._config: TemporaryDirectory[str] | None = None
 
     @property
@@ -82,27 +105,49 @@ class EmbeddedBroker:
         """Start mosquitto and return when it accepts connections.
 
         Raises:
+            ConfigError: the clients cannot be read.
             UnavailableError: there is no usable mosquitto, the port is taken, or it did not start.
         """
         program = find_mosquitto()
-        version = mosquitto_version(program)
-        self.address = BrokerAddress(HOST, _free_port(self.address.port))
-        if self._state_dir is not None:
-            self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._version = mosquitto_version(program)
+        self.address = BrokerAddress(HOST, _free_port(HOST, self.address.port))
+        if self.network is not None:
+            self.network = replace(self.network, port=_free_port(self.network.host, self.network.port))
+        self._state_dir = self._state_dir and _make_folder(self._state_dir)
         self._config = TemporaryDirectory(prefix="qwedge-broker-")  # mode 0700
-        config = Path(self._config.name) / "mosquitto.conf"
-        config.write_text(make_config(self.address.port, self._state_dir), encoding="utf-8")
-        self._thread = threading.Thread(target=self._supervise, args=(program, config), name="broker", daemon=True)
+        files = Files(Path(self._config.name))
+        try:
+            self._write_files(files)
+        except BaseException:
+            self.stop()
+            raise
+        self._thread = threading.Thread(
+            target=self._supervise, args=(program, files.config), name="broker", daemon=True
+        )
         self._thread.start()
         if not self._ready.wait(START_TIMEOUT_S) or self._failure is not None:
             failure = self._failure or UnavailableError(f"mosquitto did not listen within {START_TIMEOUT_S:.0f} s")
             self.stop()
             raise failure
-        log.info("mosquitto %s listens on %s:%d", ".".join(map(str, version)), HOST, self.address.port)
+        if self._guard is not None:
+            self._watcher = threading.Thread(target=self._watch, args=(files,), name="broker-clients", daemon=True)
+            self._watcher.start()
+        places = [f"{HOST}:{self.address.port}"]
+        if self.network is not None:
+            places.append(f"{self.network.host}:{self.network.port} (TLS)")
+        log.info("mosquitto %s listens on %s", ".".join(map(str, self._version)), " and ".join(places))
+
+    @property
+    def own_password_file(self) -> Path | None:
+        """Where the device's own password lies while the broker runs; None without a guard."""
+        return Files(Path(self._config.name)).own_password if self._guard is not None and self._config else None
 
     def stop(self) -> None:
         """End mosquitto, remove its files; harmless when it does not run."""
         self._stopping.set()
+        if self._watcher is not None:
+            self._watcher.join()
+            self._watcher = None
         if self._process is not None:
             self._process.terminate()
         if self._thread is not None:
@@ -123,6 +168,45 @@ class EmbeddedBroker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _write_files(self, files: Files) -> bool:
+        """Generate everything; returns whether mosquitto must be started anew to take it.
+
+        Raises:
+            ConfigError: the clients cannot be read.
+            UnavailableError: another process keeps them busy.
+        """
+        clients: tuple[BrokerClient, ...] | None = None
+        if self._guard is not None:
+            self._seen = _stamp(self._guard.clients)
+            clients = load_clients(self._guard.clients)
+            _put(files.own_password, self._guard.owner.password)
+            _put(files.passwords, make_passwords(self._guard.owner, clients or ()))
+            _put(files.acl, make_acl(self._guard.owner, clients or ()))
+        guarded = files if clients is not None or self.network is not None else None
+        text = make_config(
+            self.address.port, self._state_dir, version=self._version, guarded=guarded, network=self.network
+        )
+        if files.config.exists() and files.config.read_text(encoding="utf-8") == text:
+            return False
+        _put(files.config, text)
+        return True
+
+    def _watch(self, files: Files) -> None:
+        """Tell mosquitto when clients were added or removed; those who may stay keep their connections."""
+        assert self._guard is not None
+        while not self._stopping.wait(_LOOK_S):
+            if _stamp(self._guard.clients) == self._seen:
+                continue
+            try:
+                anew = self._write_files(files)
+            except (ConfigError, UnavailableError, OSError) as error:
+                log.error("the broker goes on with the clients that it knows: %s", error)  # noqa: TRY400 - the reason is in the line
+                continue
+            process = self._process
+            if process is not None:
+                process.send_signal(signal.SIGTERM if anew else signal.SIGHUP)
+            log.info("the broker's clients were changed")
 
     def _supervise(self, program: str, config: Path) -> None:
         """Run mosquitto until :meth:`stop`; start it again when it ends, later and later."""
@@ -158,7 +242,7 @@ class EmbeddedBroker:
         with self._process.stderr as lines:
             for line in lines:
                 last_line = line.strip()
-                log.log(logging.ERROR if "Error" in line else logging.DEBUG, "mosquitto: %s", last_line)
+                log.log(_level(line), "mosquitto: %s", last_line)
         self._process.wait()
         watcher.join()
         return last_line
@@ -202,40 +286,52 @@ def mosquitto_version(program: str) -> tuple[int, ...]:
     return version
 
 
-def make_config(port: int, state_dir: Path | None) -> str:
-    """The text of mosquitto.conf: understood by 2.0 and 2.1."""
-    lines = [
-        f"listener {port} {HOST}",
-        "allow_anonymous true",  # loopback only: whoever reaches the port is on this device
-        "set_tcp_nodelay true",  # without it a QoS 1 round trip takes 40 ms and more
-        f"max_packet_size {MAX_PACKET_BYTES}",
-        "max_queued_messages 1000",
-        "persistent_client_expiration 1d",
-        # Started by root it would change its user, lose access to its files and forget to die with its parent.
-        *(["user root"] if os.geteuid() == 0 else []),
-        "log_dest stderr",
-        "log_type error",
-        "log_type warning",
-        "connection_messages false",
-    ]
-    if state_dir is not None:
-        lines += ["persistence true", f"persistence_location {state_dir.resolve()}/", "autosave_interval 300"]
-    else:
-        lines += ["persistence false"]
-    return "\n".join(lines) + "\n"
+def _level(line: str) -> int:
+    if "Error" in line:
+        return logging.ERROR
+    return logging.INFO if "not authorised" in line else logging.DEBUG
 
 
-def _free_port(port: int) -> int:
+def _stamp(folder: Path) -> object:
+    """Changes whenever the clients do."""
+    try:
+        info = (folder / CLIENTS_FILE).stat(follow_symlinks=False)
+    except OSError:
+        return None
+    return info.st_ino, info.st_mtime_ns, info.st_size
+
+
+def _make_folder(path: Path) -> Path | None:
+    """A folder for messages; None where there cannot be one: a full or read-only disk must not end the service."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("the broker keeps messages in memory only: %s: %s", path, error.strerror)
+        return None
+    return path
+
+
+def _put(path: Path, text: str) -> None:
+    """Replace a file as a whole: mosquitto may be reading it."""
+    temporary = path.with_suffix(".tmp")
+    temporary.touch(mode=0o600)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _free_port(host: str, port: int) -> int:
     """``port`` itself, or a free one for 0.
 
     Raises:
-        UnavailableError: something listens there already.
+        UnavailableError: something listens there already, or the address is none of this machine.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except OSError as error:
             hint = f"a broker runs there already? use it by --broker mqtt://{HOST}:{port}, or set QWEDGE_MQTT_PORT"
+            if host != HOST:
+                hint = "mqtt.listen is an address of this machine, mqtt.tls_port a free port"
             raise UnavailableError(f"port {port} cannot be used: {error.strerror}", hint=hint) from None
         return int(probe.getsockname()[1])
