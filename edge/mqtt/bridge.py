@@ -18,7 +18,7 @@ from edge.mqtt.messages import MAX_PAYLOAD_BYTES
 from edge.mqtt.password import read_password
 from edge.mqtt.pool import Pool
 from edge.mqtt.presence import LoadReporter, Thermometer, make_info, make_load, status_message
-from edge.mqtt.rules import check_with, load_rules, match, subscriptions
+from edge.mqtt.rules import check_with, disjoint, load_rules, match
 from edge.mqtt.rules_runner import RuleRunner
 from edge.mqtt.tls import client_context
 from edge.mqtt.topics import Layout, pool_filter
@@ -78,10 +78,12 @@ class MqttBridge:
             _identity(settings, address),
             keepalive_s=settings.keepalive_s,
             will=status_message(self.layout, "offline"),
-            filters=(
-                *self.layout.filters,
-                *homeassistant.subscriptions(settings, self.layout),
-                *subscriptions(rules),
+            filters=disjoint(
+                [
+                    *self.layout.filters,
+                    *homeassistant.subscriptions(settings, self.layout),
+                    *(rule.settings.subscribe for rule in rules),
+                ]
             ),
             max_payload=MAX_PAYLOAD_BYTES,
             on_ready=self._announce,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -190,10 +191,19 @@ def check_with(model: Model, rules: Sequence[Rule]) -> None:
             raise ConfigError(f"the rule {rule.name!r} cannot run: {error.message}", hint=error.hint) from None
 
 
-def subscriptions(rules: Sequence[Rule]) -> tuple[str, ...]:
-    """The rules' filters without those that another one covers: some brokers send a message once for each filter."""
-    filters = dict.fromkeys(rule.settings.subscribe for rule in rules)
-    return tuple(each for each in filters if not any(other != each and _covers(other, each) for other in filters))
+def disjoint(filters: Iterable[str]) -> tuple[str, ...]:
+    """Filters that match whatever these match, and no topic twice; those that overlap become a wider one.
+
+    With MQTT 5, brokers send a message once for each filter that it matches: it would be answered as often.
+    """
+    found: list[str] = []
+    for each in filters:
+        wide = each
+        while other := next((known for known in found if overlap(known, wide)), None):
+            found.remove(other)
+            wide = _join(other, wide)
+        found.append(wide)
+    return tuple(found)
 
 
 def match(topic_filter: str, topic: str) -> tuple[str, ...] | None:
@@ -225,12 +235,14 @@ def _overlap(one: list[str], other: list[str]) -> bool:
     return (one[0] == other[0] or "+" in {one[0], other[0]}) and _overlap(one[1:], other[1:])
 
 
-def _covers(wide: str, narrow: str) -> bool:
-    """Whether every topic that matches ``narrow`` matches ``wide``, read as a topic: wildcards take wildcards only."""
-    levels = wide.split("/")
-    if len(levels) > len(narrow.split("/")) or (narrow.endswith("#") and not wide.endswith("#")):
-        return False
-    return match(wide, narrow) is not None
+def _join(one: str, other: str) -> str:
+    """The narrowest filter that matches whatever these two match."""
+    levels: list[str] = []
+    for pair in zip_longest(one.split("/"), other.split("/")):
+        if None in pair or "#" in pair:
+            return "/".join([*levels, "#"])
+        levels.append(pair[0] if pair[0] == pair[1] else "+")
+    return "/".join(levels)
 
 
 def _publish_filter(settings: RuleSettings) -> str:

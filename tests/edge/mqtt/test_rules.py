@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edge.config import MqttSettings, load_settings
 from edge.errors import ConfigError, RequestError, TooLargeError
-from edge.mqtt.rules import MAX_PROMPT_BYTES, Rule, RuleMessage, check_with, load_rules, match, overlap, subscriptions
+from edge.mqtt.rules import MAX_PROMPT_BYTES, Rule, RuleMessage, check_with, disjoint, load_rules, match, overlap
 from edge.rule_settings import RuleSettings
 from tests.fakes import make_model
 
@@ -221,17 +221,26 @@ def test_a_wide_filter_does_not_take_the_protocols_messages() -> None:
     assert rule.captures("qwedge/v1/dev/d/req/c/1") is None
 
 
-def test_filters_that_others_cover_are_not_subscribed_to() -> None:
-    names = ["plant/+/alarm", "plant/7/alarm", "plant/#", "plant/+/alarm", "hall/+", "+/3"]
-    rules = [make_rule(subscribe=name, publish="out") for name in names]
-    assert subscriptions(rules) == ("plant/#", "hall/+", "+/3")
+@pytest.mark.parametrize(
+    ("names", "subscribed"),
+    [
+        (["plant/+/alarm", "hall/+/alarm"], ("plant/+/alarm", "hall/+/alarm")),
+        (["plant/+/alarm", "plant/7/alarm", "plant/+/alarm"], ("plant/+/alarm",)),
+        (["plant/+/alarm", "plant/7/+"], ("plant/+/+",)),
+        (["plant", "plant/#"], ("plant/#",)),
+        (["a/b", "c/d", "#"], ("#",)),
+        (["a/+", "b/c", "+/c"], ("+/+",)),
+    ],
+)
+def test_filters_that_overlap_become_one(names: list[str], subscribed: tuple[str, ...]) -> None:
+    assert disjoint(names) == subscribed
 
 
-@given(st.lists(filters, min_size=1, max_size=4), topics)
-def test_subscriptions_miss_nothing(names: list[str], topic: str) -> None:
-    rules = [make_rule(subscribe=name, publish="out") for name in names]
-    wanted = any(match(name, topic) is not None for name in names)
-    assert any(match(name, topic) is not None for name in subscriptions(rules)) == wanted
+@given(st.lists(filters, max_size=4), topics)
+def test_every_wanted_topic_is_subscribed_to_and_none_twice(names: list[str], topic: str) -> None:
+    found = [each for each in disjoint(names) if match(each, topic) is not None]
+    assert len(found) <= 1
+    assert found or not any(match(name, topic) is not None for name in names)
 
 
 def test_the_request_holds_what_the_table_says(tmp_path: Path) -> None:
