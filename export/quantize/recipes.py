@@ -165,7 +165,7 @@ RECIPES = {
         ),
         Recipe(
             "quality",
-            purpose="nearly the original, twice as large and half as fast as balanced",
+            purpose="nearly the original, reads twice as much per token as balanced",
             layer=Projections.all(Blockwise(bits=8, block=32)),
             table=_TABLE,
             measured={_NEAREST: Measured(kl=0.0011, top1=0.980, perplexity_change=0.000, megabytes=564)},

@@ -23,7 +23,7 @@ def inputs(count: int, columns: int, seed: int = 0) -> Array:
     """Correlated, and of very different sizes, as a network's are; one distribution whatever the seed."""
     mixer = np.random.default_rng(99)
     mix = mixer.standard_normal((columns, columns)) * np.exp(mixer.standard_normal(columns)) / columns**0.5
-    return (np.random.default_rng(seed).standard_normal((count, columns)) @ mix).astype(np.float32)
+    return np.asarray(np.random.default_rng(seed).standard_normal((count, columns)) @ mix, np.float32)
 
 
 def factor(x: Array, parts: int = 3) -> Array:

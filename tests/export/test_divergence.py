@@ -1,0 +1,104 @@
+"""The measuring tool itself: the dithered reference, and that it tells good recipes from bad ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from export.calibration import BUILT_IN, CalibrationText
+from export.checkpoint import Checkpoint, StoredTensor, TensorInfo, open_checkpoint
+from export.files import WeightFile
+from export.quantize.recipes import RECIPES, Blockwise, TwoStage
+from tests.bench.divergence import _CODES, Dithered, Windows, changed, measure, reference_logits
+from tests.export import tiny
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+@dataclass
+class Stored:
+    """A checkpoint of one tensor."""
+
+    tensor: StoredTensor
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {NAME: self.tensor.info}
+
+    @property
+    def _stored(self) -> dict[str, StoredTensor]:
+        return {NAME: self.tensor}
+
+    def rows(self, _: str, start: int, stop: int) -> NDArray[np.float32]:
+        return self.tensor.rows(start, stop)
+
+
+@pytest.mark.parametrize("kind", _CODES)
+def test_noise_is_half_a_step_of_the_grid(kind: str, tmp_path: Path) -> None:
+    """Values on a grid, less one of them in the same run of 16, are whole numbers of steps."""
+    block, size = gguf.GGML_QUANT_SIZES[Kind[kind]]
+    raw = np.random.default_rng(4).integers(0, 256, (6, 2 * size), dtype=np.uint8)
+    # Float16 scales with small exponents, wherever they stand in a block.
+    for place in {"Q6_K": (208,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q4_1": (0, 2), "Q5_1": (0, 2)}.get(kind, (0,)):
+        raw.reshape(-1, size)[:, place + 1] = 0x1C
+    (tmp_path / "weights").write_bytes(raw.tobytes())
+    file = WeightFile.open(tmp_path / "weights")
+
+    def decode(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return gguf.dequantize(rows, Kind[kind])
+
+    stored = Stored(StoredTensor(TensorInfo((6, 2 * block), kind), file, 0, 2 * size, decode))
+    dithered = Dithered(cast("Checkpoint", stored))
+    plain, noisy = stored.rows(NAME, 0, 6), dithered.rows(NAME, 0, 6)
+    steps = dithered._steps(NAME, kind, 0, 6).astype(np.float64)
+    runs = plain.reshape(6, -1, 16).astype(np.float64)
+    multiples = (runs - runs[:, :, :1]) / np.maximum(steps.reshape(runs.shape), 1e-30)
+    np.testing.assert_allclose(multiples, np.rint(multiples), atol=2e-2)
+    share = np.abs(noisy - plain)[steps > 0] / steps[steps > 0]
+    assert 0.4 < share.max() <= 0.501
+    # However the rows are read.
+    np.testing.assert_array_equal(noisy[2:5], dithered.rows(NAME, 2, 5))
+    file.close()
+
+
+def test_floats_get_no_noise(tmp_path: Path) -> None:
+    with open_checkpoint(tiny.write_folder(tmp_path / "m", tiny.qwen2_config())) as checkpoint:
+        rows = Dithered(checkpoint).rows(NAME, 3, 9)
+        np.testing.assert_array_equal(rows, checkpoint.rows(NAME, 3, 9))
+
+
+def test_the_reference_has_no_divergence_and_eight_bits_have_less_than_four(tmp_path: Path) -> None:
+    path = tiny.write_gguf(tmp_path / "tiny.gguf", tiny.qwen2_config(), kind=Kind.Q8_0)
+    with open_checkpoint(path) as opened:
+        checkpoint = cast("Checkpoint", Dithered(opened))
+        tokenizer = Tokenizer.from_str(opened.tokenizer_json().decode())
+        windows = Windows.of([CalibrationText.open(BUILT_IN).text[:3000]], tokenizer, 2, 64)
+        reference = reference_logits(checkpoint, windows, tmp_path)
+        found: dict[str, Any] = {
+            name: measure(name, checkpoint, reference, windows, scratch=tmp_path, calibration=None)
+            for name in ("fp32", "quality", "balanced:head=none")
+        }
+        # Kept for the next call.
+        again = reference_logits(checkpoint, windows, tmp_path)
+    np.testing.assert_array_equal(np.concatenate(again), np.concatenate(reference))
+    assert found["fp32"].kl == pytest.approx(0, abs=1e-6)
+    assert found["fp32"].perplexity == pytest.approx(found["fp32"].reference_perplexity)
+    assert found["fp32"].kl < found["quality"].kl < found["balanced:head=none"].kl
+    assert {result.tokens for result in found.values()} == {64}
+
+
+def test_recipes_can_be_changed() -> None:
+    recipe = changed("balanced:down=4x32,table=4x64,head=8x32")
+    assert recipe.layer.down == Blockwise(4, 32)
+    assert recipe.layer.gate_up == RECIPES["balanced"].layer.gate_up
+    assert (recipe.table, recipe.head) == (Blockwise(4, 64), TwoStage(Blockwise(8, 32), 128))
+    assert changed("balanced:head=none").head is None
+    assert changed("small") is RECIPES["small"]
