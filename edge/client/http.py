@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,11 +36,13 @@ class HttpTransport:
 
     Args:
         url: ``http://HOST:PORT`` or ``https://HOST:PORT``, perhaps with a path above ``/v1``.
+        tls: for ``https``; None = the system's CAs.
         connect_timeout_s: how long a connection may take.
     """
 
-    def __init__(self, url: SplitResult, *, connect_timeout_s: float) -> None:
+    def __init__(self, url: SplitResult, *, tls: ssl.SSLContext | None, connect_timeout_s: float) -> None:
         self._url = url
+        self._tls = tls
         self.timeout_s = connect_timeout_s
         """How long a connection may take."""
         self._calls: set[_Call] = set()
@@ -98,8 +101,11 @@ class HttpTransport:
         Raises:
             OSError: there is none to be had.
         """
-        kind = HTTPSConnection if self._url.scheme == "https" else HTTPConnection
-        connection = kind(self._url.hostname or "", self._url.port, timeout=self.timeout_s)
+        host, port = self._url.hostname or "", self._url.port
+        if self._url.scheme == "https":
+            connection: HTTPConnection = HTTPSConnection(host, port, timeout=self.timeout_s, context=self._tls)
+        else:
+            connection = HTTPConnection(host, port, timeout=self.timeout_s)
         connection.connect()
         _tune(connection.sock)
         return connection
@@ -114,15 +120,16 @@ class _Call:
         self.tell = tell
         self._lock = threading.Lock()
         self._connection: HTTPConnection | None = None
-        self._thread: threading.Thread | None = None
+        self._busy = False
+        """Whether a copy is on its way."""
         self._closed = False
         self.first_word_s = (transport.timeout_s, transport.timeout_s)
 
     def send(self, attempt: int, remaining_s: float | None) -> None:  # noqa: ARG002 - HTTP has no words for them
         # A copy that is being answered needs no other: its connection tells when that is over.
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name="qwedge-http", daemon=True)
-            self._thread.start()
+        if not self._busy:
+            self._busy = True
+            threading.Thread(target=self._run, name="qwedge-http", daemon=True).start()
 
     def cancel(self) -> None:
         """Closing the connection ends the request."""
@@ -146,7 +153,7 @@ class _Call:
             finally:
                 connection.close()
         except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
-            self.tell(Lost(f"the link to the server was lost: {error}"))
+            self._end(Lost(f"the link to the server was lost: {error}"))
 
     def _converse(self, connection: HTTPConnection) -> None:
         with self._lock:
@@ -158,7 +165,14 @@ class _Call:
         response = connection.getresponse()
         streamed = response.headers.get_content_type() == "text/event-stream"
         for event in _events_of_stream(response) if streamed else [_outcome(response)]:
-            self.tell(event)
+            if isinstance(event, Ended):
+                self._end(event)
+            else:
+                self.tell(event)
+
+    def _end(self, event: Event) -> None:
+        self._busy = False  # before anybody hears of it, and sends the next copy
+        self.tell(event)
 
     def _path(self) -> str:
         body = self._question.body

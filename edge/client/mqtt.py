@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -33,6 +34,8 @@ FIRST_WORD_S: Final = (3.0, 30.0)
 """How long a device may take to accept a request before a copy is sent: at first, and at most."""
 POOL_FIRST_WORD_S: Final = (1.0, 3.0)
 """The same for a pool. Over MQTT 3.1.1 a request that nobody has room for is lost without a word."""
+MAX_DEADLINE_S: Final = 24 * 3600
+"""Longest deadline of the protocol."""
 MAX_ABANDONED: Final = 256
 _LOOK_S: Final = 0.1
 
@@ -285,9 +288,11 @@ class _Call:
             "stream": self.question.stream,
             "attempt": attempt,
         }
+        expiry_s = None
         if remaining_s is not None:
-            request["deadline_ms"] = max(1, round(remaining_s * 1000))
-        expiry_s = None if remaining_s is None else max(1, round(remaining_s))
+            useful_s = min(remaining_s, MAX_DEADLINE_S)
+            request["deadline_ms"] = max(1, round(useful_s * 1000))
+            expiry_s = math.ceil(useful_s)
         self._transport.post(self, self._topic(), json.dumps(request).encode(), expiry_s)
 
     def cancel(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +40,11 @@ class Target:
     """MQTT: first level(s) of every topic."""
     username: str | None = None
     password: str | None = None
+    """MQTT: the broker's user, where it wants one."""
+    tls: ssl.SSLContext | None = None
+    """For ``mqtts`` and ``https``: whom to trust, and what certificate to show; None = the system's CAs and none."""
     connect_timeout_s: float = 10.0
+    """How long the first connection may take."""
 
     def transport(self) -> Transport:
         """The way there; nothing is connected yet.
@@ -51,13 +56,13 @@ class Target:
         if url.scheme in {"http", "https"}:
             if self.device or self.pool:
                 raise ConfigError("an HTTP server is one device", hint="name a device or a pool with mqtt:// only")
-            return HttpTransport(url, connect_timeout_s=self.connect_timeout_s)
+            return HttpTransport(url, tls=self.tls, connect_timeout_s=self.connect_timeout_s)
         if (self.device is None) == (self.pool is None):
             raise ConfigError("who is to be asked?", hint="name either a device or the model of a pool")
         tls = url.scheme == "mqtts"
         return MqttTransport(
             BrokerAddress(url.hostname or "", url.port or DEFAULT_PORTS[url.scheme], tls=tls),
-            Identity(self.client or f"asker-{uuid.uuid4().hex[:12]}", self.username, self.password),
+            Identity(self.client or f"asker-{uuid.uuid4().hex[:12]}", self.username, self.password, self.tls),
             root=self.root,
             device=self.device,
             pool=self.pool,
@@ -83,7 +88,7 @@ def make_question(body: Mapping[str, Any], request_id: str | None, *, stream: bo
         raise RequestError("the request's id is not allowed", hint=hint, param="id")
     if stream and (body.get("n") or 1) != 1:
         raise RequestError("a stream gives the text of one answer", hint="ask without a stream for several", param="n")
-    return Question(request_id, body, stream)
+    return Question(request_id, dict(body), stream)
 
 
 def _split(url: str) -> SplitResult:

@@ -79,6 +79,7 @@ def ask(
 def _client(settings: MqttSettings, name: str | None, device: str | None, pool: str | None, timeout_s: float) -> Client:
     from edge.client import Client
     from edge.mqtt.password import read_password
+    from edge.mqtt.tls import client_context
 
     address = settings.address
     url = f"mqtt://127.0.0.1:{settings.port}"
@@ -93,6 +94,7 @@ def _client(settings: MqttSettings, name: str | None, device: str | None, pool: 
         root=settings.root,
         username=settings.username,
         password=None if settings.password_file is None else read_password(settings.password_file),
+        tls=client_context(settings) if address is not None and address.tls else None,
         connect_timeout_s=min(timeout_s, 5.0),
     )
 

@@ -44,13 +44,15 @@ def run(*args: str) -> tuple[int, str, str]:
 def test_a_device_answers(broker: EmbeddedBroker, make_device: MakeDevice) -> None:
     device = make_device()
     target = ["--broker", mqtt_url(broker), "--device", device.name]
-    assert run("hello", *target) == (0, "You said: hello\n", "")
-    assert run("hello", *target, "--stream", "--max-tokens", "3") == (0, "You\n", "")
-    status, out, _ = run("hello", *target, "--json", "--id", "1", "--client", "me")
+    named = ["hello", *target, "--json", "--id", "1", "--client", "me"]
+    plain, stream = start("hello", *target), start("hello", *target, "--stream", "--max-tokens", "3")
+    status, out, _ = run(*named)
     assert status == 0
     answer = json.loads(out)
     assert answer["choices"][0]["message"]["content"] == "You said: hello"
-    status, again, _ = run("hello", *target, "--json", "--id", "1", "--client", "me")
+    assert end(plain) == (0, "You said: hello\n", "")
+    assert end(stream) == (0, "You\n", "")
+    status, again, _ = run(*named)
     assert (status, json.loads(again)) == (0, answer), "it was not run again"
 
 

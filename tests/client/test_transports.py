@@ -173,8 +173,12 @@ class BreakingServer:
         self._listener.accept()[0].close()  # the client looks whether somebody is there
         for pieces, whole in self._replies:
             link, _ = self._listener.accept()
-            with link:
-                link.recv(65536)
+            with link, link.makefile("rb") as request:
+                size = 0
+                while (line := request.readline()) != b"\r\n":
+                    if line.lower().startswith(b"content-length:"):
+                        size = int(line.split()[1])
+                request.read(size)
                 link.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
                 for piece in pieces:
                     chunk = {"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]}
