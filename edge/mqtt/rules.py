@@ -30,6 +30,10 @@ FUEL: Final = 200_000
 MAX_PROMPT_BYTES: Final = 1 << 20
 """Longest rendered prompt: as large as the largest request."""
 MAX_SCHEMA_BYTES: Final = 1 << 20
+_TEMPLATE_FAILURES: Final = {
+    "UndefinedError": "the payload lacks a value that the template needs",
+    "OutOfFuel": "the payload takes the template too much work",
+}
 _VARIABLES: Final = ("payload", "json", "topic", "levels", "captures")
 _PLACEHOLDER = re.compile(r"\{(\d)\}")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -112,8 +116,8 @@ class Rule:
             prompt = self._environment.render_template(self.name, **variables)
         except minijinja.TemplateError as error:
             # The kind alone: a detail may quote the payload.
-            hint = "the payload lacks what the template needs, or takes it too much work"
-            raise RequestError(f"the template failed ({error.kind})", hint=hint, param="prompt") from None
+            reason = _TEMPLATE_FAILURES.get(error.kind, f"the template failed ({error.kind})")
+            raise RequestError(reason, hint="see the rule's prompt", param="prompt") from None
         if len(prompt.encode()) > MAX_PROMPT_BYTES:
             raise TooLargeError(f"the prompt is larger than {MAX_PROMPT_BYTES} bytes", hint="see the rule's template")
         if not prompt.strip():

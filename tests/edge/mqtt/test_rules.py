@@ -115,22 +115,26 @@ def test_sizes_are_limited() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "payload"),
+    ("prompt", "payload", "reason"),
     [
-        ("{{ json.code }}", b"no json"),
-        ("{{ json.code }}", b'{"other": 1}'),
-        ("{{ json.code.inner }}", b'{"code": 1}'),
-        ("{% for i in range(json.n) %}{% for j in range(json.n) %}x{% endfor %}{% endfor %}", b'{"n": 90000}'),
-        ("{{ 'x' * json.n }}", b'{"n": 1000000000000}'),
-        ("{{ json.a + 1 }}", b'{"a": "1"}'),
-        ("{% if payload == 'hot' %}{% endif %}", b"hot"),
+        ("{{ json.code }}", b"no json", "lacks a value"),
+        ("{{ json.code }}", b'{"other": 1}', "lacks a value"),
+        ("{{ json.code.inner }}", b'{"code": 1}', "lacks a value"),
+        (
+            "{% for i in range(json.n) %}{% for j in range(json.n) %}x{% endfor %}{% endfor %}",
+            b'{"n": 90000}',
+            "too much work",
+        ),
+        ("{{ 'x' * json.n }}", b'{"n": 1000000000000}', "template failed"),
+        ("{{ json.a + 1 }}", b'{"a": "1"}', "template failed"),
+        ("{% if payload == 'hot' %}{% endif %}", b"hot", "prompt is empty"),
     ],
     ids=["no-json", "no-key", "no-inner-key", "fuel", "repetition", "types", "empty-prompt"],
 )
 def test_a_payload_that_does_not_suit_the_template_is_an_error_that_does_not_quote_it(
-    prompt: str, payload: bytes
+    prompt: str, payload: bytes, reason: str
 ) -> None:
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(RequestError, match=reason) as caught:
         render(prompt, payload)
     assert payload.decode() not in str(caught.value)
 

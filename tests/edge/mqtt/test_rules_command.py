@@ -81,7 +81,7 @@ def test_a_payload_may_come_from_a_file(try_rule: Run, tmp_path: Path) -> None:
     [
         (("advise", *ALARM), "there is no rule 'advise'", "advice, tag"),
         (("advice", "--topic", "plant/alarm", "--payload", "x"), "takes no messages on plant/alarm", "plant/+/alarm"),
-        (("advice", "--topic", "plant/7/alarm", "--payload", "x"), "the template failed", "payload"),
+        (("advice", "--topic", "plant/7/alarm", "--payload", "x"), "lacks a value that the template needs", "prompt"),
         (("advice", "--topic", "plant/7/alarm"), "one payload", "--payload-file"),
         (("tag", "--topic", "shift/log", "--payload-file", "/nowhere"), "cannot be read", "--payload-file"),
         (("tag", "--topic", "shift/log", "--payload", "x", "--run"), "no bundle is given", "--bundle"),
