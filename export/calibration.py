@@ -94,18 +94,25 @@ class Calibration:
             # Errors of 8 bits are too small for others to make up for.
             return quantize_rows
         graph.weights.file.flush()
-        if self._at is not graph.cuts[-1]:
-            run = self._runner(graph, graph.cuts[-1])
-            self._windows = [run(window) for window in self._windows]
-            self._at = graph.cuts[-1]
+        self._advance(graph)
         run = self._runner(graph, x)
         hessian: Hessian | None = None
         for window in self._windows:
             inputs = run(window)
+            check_finite(inputs, f"in calibration, what goes into {name} is")
             hessian = hessian or Hessian(inputs.shape[-1])
             hessian.add(inputs[0])
         assert hessian is not None
         return partial(_round, hessian.factor(name))
+
+    def _advance(self, graph: GraphBuilder) -> None:
+        """Bring the windows to the last cut of the graph."""
+        if self._at is not graph.cuts[-1]:
+            run = self._runner(graph, graph.cuts[-1])
+            # One at a time, for only one copy of them.
+            for number, window in enumerate(self._windows):
+                self._windows[number] = run(window)
+            self._at = graph.cuts[-1]
 
     def _runner(self, graph: GraphBuilder, target: ir.Value) -> Callable[[NDArray[Any]], Array]:
         """Computes ``target`` [1, tokens, columns] from where the windows are."""
@@ -127,7 +134,6 @@ class Calibration:
             }
             inputs = {str(value.name): lengths[value] if value in lengths else _empty(value) for value in needed}
             y: Array = segment.run({str(source.name): window, **inputs})[0]
-            check_finite(y, f"calibration: {target.name} is")
             return y
 
         return run
