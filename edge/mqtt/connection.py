@@ -261,13 +261,13 @@ class Connection:
             self._answered, self._reason = False, ""
             self._one_link()
             was_ready = self.ready
-            self._last_reason = self._reason
             self._ready.clear()
             if self._stopping.is_set():
                 return
             if self._refuses_version_5():
                 self._change_version()
                 continue
+            self._last_reason = self._reason  # of a version that is not spoken, nobody need hear
             stable = was_ready and time.monotonic() - began > _STABLE_S
             self._report_end(was_ready=was_ready, stable=stable)
             self._count_silence()
