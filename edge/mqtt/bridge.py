@@ -18,8 +18,9 @@ from edge.mqtt.messages import MAX_PAYLOAD_BYTES
 from edge.mqtt.password import read_password
 from edge.mqtt.pool import Pool
 from edge.mqtt.presence import LoadReporter, Thermometer, make_info, make_load, status_message
-from edge.mqtt.rules import check_with, disjoint, load_rules, match
+from edge.mqtt.rules import check_with, load_rules
 from edge.mqtt.rules_runner import RuleRunner
+from edge.mqtt.rules_topics import disjoint, match
 from edge.mqtt.tls import client_context
 from edge.mqtt.topics import Layout, pool_filter
 from edge.service import Service
