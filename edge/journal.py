@@ -17,15 +17,16 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from edge.engine.private_folder import PrivateFolder
 from edge.errors import OverloadedError, QwedgeError, UnavailableError
 from edge.journal_file import SCHEMA_VERSION, Head, JournalFile, Moment, Statement
+from edge.journal_index import IN_MEMORY, Index, Key, Limits, Row
 
 log = logging.getLogger(__name__)
 
@@ -36,17 +37,10 @@ MAX_BATCH: Final = 64
 RETRY_S: Final = 5.0
 """When a refused request may come again."""
 
+__all__ = ["IN_MEMORY", "Entry", "Journal", "Key", "Known", "Limits", "Then"]
+
 Then = Callable[[QwedgeError | None], None]
 """Called on the journal's thread when a change is durable, or with the reason why it is refused."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """Names a request."""
-
-    owner: str
-    """Front end and identity, such as ``mqtt:hmi-3``: nobody finds another's request."""
-    id: str
 
 
 @dataclass(frozen=True)
@@ -78,30 +72,6 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How much is remembered. The oldest outcomes go first; a request without an outcome never goes."""
-
-    rows: int = 10_000
-    bytes: int = 64 << 20
-    """Of requests and outcomes."""
-    age_s: float = 7 * 24 * 3600.0
-    """Looked at when something is written: an idle device writes nothing."""
-
-
-IN_MEMORY: Final = Limits(rows=1024, bytes=8 << 20)
-"""What is remembered without a folder."""
-
-
-@dataclass(frozen=True)
-class _Row:
-    seq: int
-    fingerprint: bytes
-    accepted: Moment
-    size: int
-    answered: bool
-
-
-@dataclass(frozen=True)
 class _Change:
     statement: Statement
     apply: Callable[[], None]
@@ -121,16 +91,14 @@ class Journal:
 
     def __init__(self, folder: Path | None = None, limits: Limits | None = None) -> None:
         self._path = folder
-        self._limits = limits or (IN_MEMORY if folder is None else Limits())
         self._folder: PrivateFolder | None = None
         self._file: JournalFile | None = None  # changed by the writer only, once it runs
         self._changed = threading.Condition()
         self._changes: deque[_Change] = deque()  # guarded by _changed, like all below
         self._late: list[Statement] = []  # go with the next commit, and cause none
         self._closing = False
-        self._index: OrderedDict[Key, _Row] = OrderedDict()  # in the order of acceptance
+        self._index = Index(limits or (IN_MEMORY if folder is None else Limits()))
         self._next_seq = 1
-        self._num_bytes = self._num_open_bytes = 0
         self._problem: str | None = None
         self._loaded = False
         self._thread: threading.Thread | None = None
@@ -181,7 +149,7 @@ class Journal:
         """
         if self._problem is not None:
             raise _refusal(self._problem)
-        if self._num_open_bytes > self._limits.bytes:
+        if self._index.full:
             raise OverloadedError("too many stored requests wait", hint="try again later", retry_after_s=RETRY_S)
 
     def accept(self, entry: Entry, then: Then) -> None:
@@ -190,7 +158,7 @@ class Journal:
         columns = "seq, owner, id, fingerprint, starts, delivered, accepted_at, boot, uptime, size, reply, request"
         with self._changed:
             seq, self._next_seq = self._next_seq, self._next_seq + 1
-            self._enter(entry.key, _Row(seq, entry.fingerprint, now, size, answered=False))
+            self._index.enter(entry.key, Row(seq, entry.fingerprint, now, size, answered=False))
             values = (
                 *(seq, entry.key.owner, entry.key.id, entry.fingerprint, entry.starts, 0),
                 *(now.wall, now.boot, now.uptime, size, entry.reply, entry.request),
@@ -209,7 +177,7 @@ class Journal:
     def settle(self, key: Key, reply: bytes, outcome: bytes | None, then: Then) -> None:
         """Enter a request's outcome, or None to forget the request. Waits until the disk takes it, however long."""
         if outcome is None:
-            self._update(key, "DELETE FROM requests WHERE seq = ?", (), lambda: self._leave(key), then)
+            self._update(key, "DELETE FROM requests WHERE seq = ?", (), lambda: self._index.leave(key), then)
             return
         size = len(reply) + len(outcome)
         answer = "UPDATE requests SET reply = ?, size = ?, request = NULL, outcome = ? WHERE seq = ?"
@@ -231,8 +199,10 @@ class Journal:
             row, file = self._index.get(key), self._file
         if row is None or not row.answered:
             return None if row is None else Known(row.fingerprint, None)
+        if file is None:
+            raise _refusal(self._problem or "the journal is closed")
         try:
-            stored = None if file is None else file.read(row.seq)
+            stored = file.read(row.seq)
         except sqlite3.Error as error:
             raise _refusal(str(error)) from None
         return None if stored is None else Known(row.fingerprint, stored[2])
@@ -258,7 +228,7 @@ class Journal:
             age_s = head.accepted.seconds_to(now)
             yield Entry(Key(head.owner, head.id), head.fingerprint, reply, request, outcome, head.starts, age_s)
 
-    # --- the index, under _changed ----------------------------------------------------------------------------------
+    # --- under _changed ----------------------------------------------------------------------------------------------
 
     def _update(
         self,
@@ -285,43 +255,18 @@ class Journal:
         def finish(error: QwedgeError | None) -> None:
             if error is not None:
                 with self._changed:
-                    self._leave(key)
+                    self._index.leave(key)
             then(error)
 
         return finish
 
-    def _enter(self, key: Key, row: _Row) -> None:
-        self._index[key] = row
-        self._count(row, 1)
-
-    def _leave(self, key: Key) -> None:
-        if row := self._index.pop(key, None):
-            self._count(row, -1)
-
-    def _count(self, row: _Row, sign: int) -> None:
-        self._num_bytes += sign * row.size
-        self._num_open_bytes += 0 if row.answered else sign * row.size
-
     def _answered(self, key: Key, size: int) -> None:
-        if row := self._index.get(key):
-            self._count(row, -1)
-            self._index[key] = replace(row, size=size, answered=True)
-            self._count(self._index[key], 1)
-            self._forget_oldest()
+        self._index.answer(key, size)
+        self._late += [_delete(seq) for seq in self._index.forget_oldest(Moment.now())]
 
-    def _forget_oldest(self) -> None:
-        """Keep within the limits; what goes leaves the file with the next commit."""
-        now = Moment.now()
-        while (oldest := self._oldest_answered()) is not None and self._is_too_much(self._index[oldest], now):
-            self._late.append(("DELETE FROM requests WHERE seq = ?", (self._index[oldest].seq,)))
-            self._leave(oldest)
-
-    def _oldest_answered(self) -> Key | None:
-        return next((key for key, row in self._index.items() if row.answered), None)
-
-    def _is_too_much(self, row: _Row, now: Moment) -> bool:
-        crowded = len(self._index) > self._limits.rows or self._num_bytes > self._limits.bytes
-        return crowded or row.accepted.seconds_to(now) > self._limits.age_s
+    def _take_late(self) -> list[Statement]:
+        late, self._late = self._late, []
+        return late
 
     # --- the writer's thread ----------------------------------------------------------------------------------------
 
@@ -329,11 +274,10 @@ class Journal:
         while self._wait():
             with self._changed:
                 batch = [self._changes.popleft() for _ in range(min(len(self._changes), MAX_BATCH))]
-                late, self._late = self._late, []
+                late = self._take_late()
             try:
                 if self._problem is not None:
-                    self._connect()
-                    late.append(_PROBE)
+                    late += [*self._connect(), _PROBE]
                 assert self._file is not None
                 self._file.commit([*late, *(change.statement for change in batch)])
             except (OSError, sqlite3.Error, QwedgeError) as error:
@@ -376,8 +320,12 @@ class Journal:
             if not change.waits:
                 _tell(change.then, refusal)
 
-    def _connect(self) -> None:
-        """Open the file, anew if it was open: after an error nothing is known of what the old connection believes."""
+    def _connect(self) -> list[Statement]:
+        """Open the file, anew if it was open: after an error nothing is known of what the old connection believes.
+
+        Returns:
+            What makes the file agree with what was promised.
+        """
         self._disconnect()
         if self._path is not None and self._folder is None:
             self._folder = PrivateFolder.open(self._path)
@@ -389,7 +337,7 @@ class Journal:
             raise
         with self._changed:
             self._file = file
-            self._agree(heads)
+            return self._agree(heads)
 
     def _disconnect(self) -> None:
         with self._changed:
@@ -397,20 +345,20 @@ class Journal:
         if file is not None:
             file.close()
 
-    def _agree(self, heads: list[Head]) -> None:
+    def _agree(self, heads: list[Head]) -> list[Statement]:
         """Bring index and file together: at first by the file; later by the index, which knows what was promised."""
         stored = {head.seq for head in heads}
         if self._loaded:
-            for key in [key for key, row in self._index.items() if row.seq not in stored]:
-                self._leave(key)  # the file was damaged and begun anew
-            promised = {row.seq for row in self._index.values()}
-            self._late += [("DELETE FROM requests WHERE seq = ?", (seq,)) for seq in stored - promised]
-            return
+            return [_delete(seq) for seq in stored - self._index.keep_only(stored)]
         for head in heads:
-            row = _Row(head.seq, head.fingerprint, head.accepted, head.size, head.answered)
-            self._enter(Key(head.owner, head.id), row)
+            self._index.enter(Key(head.owner, head.id), Row.of(head))
         self._next_seq = max(stored, default=0) + 1
         self._loaded = True
+        return []
+
+
+def _delete(seq: int) -> Statement:
+    return "DELETE FROM requests WHERE seq = ?", (seq,)
 
 
 def _tell(then: Then, error: QwedgeError | None) -> None:

@@ -39,6 +39,7 @@ LAYERS = (
         "edge.metrics",
         "edge.journal",
         "edge.journal_file",
+        "edge.journal_index",
     },
     {"edge.model", "edge.service", "edge.loader"},
     {"edge.openai"},
