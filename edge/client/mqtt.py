@@ -45,7 +45,8 @@ class MqttTransport:
 
     Args:
         address: the broker.
-        identity: client id and credentials; the client id names the client in topics too.
+        identity: MQTT client id and credentials.
+        client: our name in topics.
         root: first level(s) of every topic.
         device: who is asked; or None, with
         pool: the model that is asked, on whatever device.
@@ -61,12 +62,13 @@ class MqttTransport:
         address: BrokerAddress,
         identity: Identity,
         *,
+        client: str,
         root: str,
         device: str | None,
         pool: str | None,
         connect_timeout_s: float,
     ) -> None:
-        self.client = RequestId(identity.client_id, "check").client
+        self.client = RequestId(client, "check").client
         """Our name in topics."""
         self.device = None if device is None else Layout(root, device).device
         """Who is asked; None for a pool."""
@@ -155,7 +157,7 @@ class MqttTransport:
         """Send a copy of a call's request."""
         number = self.connection.post(Outgoing(topic, payload, qos=1, expiry_s=expiry_s))
         if number is None:
-            call.tell(Ended(OverloadedError.status, {"error": {"message": "too many messages wait for the broker"}}))
+            call.tell(_refusal("too many messages wait for the broker"))
             return
         with self._lock:
             call.number = number
@@ -303,10 +305,12 @@ class _Call:
         self._transport.forget(self)
 
     def unheard(self) -> None:
-        """The newest copy reached nobody."""
+        """The newest copy reached nobody: in a pool, nobody has room."""
         self._free()
-        self.tell(Lost(f"no device of the pool {self._transport.pool} is free"
-                       if self._device is None else f"the device {self._device} is not there"))  # fmt: skip
+        if self._device is None:
+            self.tell(_refusal(f"no device of the pool {self._transport.pool} has room"))
+        else:
+            self.tell(Lost(f"the device {self._device} is not there"))
 
     def status_changed(self, device: str, *, online: bool) -> None:
         """A device came or went."""
@@ -338,6 +342,11 @@ class _Call:
             return Layout(transport.root, self._device).request(self._name)
         assert transport.pool is not None
         return pool_request(transport.root, transport.pool, self._name)
+
+
+def _refusal(message: str) -> Ended:
+    """What a device with a full queue would say."""
+    return Ended(OverloadedError.status, {"error": {"message": message, "hint": "try again later"}})
 
 
 def _event(kind: str, payload: bytes) -> Event | None:

@@ -31,7 +31,8 @@ class Target:
     url: str
     """``mqtt://HOST[:PORT]``, ``mqtts://...``, ``http://HOST[:PORT]`` or ``https://...``."""
     client: str | None = None
-    """Our name in topics, and the MQTT client id; nobody else at the broker may use it. None = one of our own."""
+    """Our name in topics, and the MQTT client id; nobody else at the broker may use it. None = the user name in topics,
+    as access control by users wants it, or else a new one; and a new client id."""
     device: str | None = None
     """MQTT: who is asked."""
     pool: str | None = None
@@ -60,9 +61,11 @@ class Target:
         if (self.device is None) == (self.pool is None):
             raise ConfigError("who is to be asked?", hint="name either a device or the model of a pool")
         tls = url.scheme == "mqtts"
+        new = f"asker-{uuid.uuid4().hex[:12]}"
         return MqttTransport(
             BrokerAddress(url.hostname or "", url.port or DEFAULT_PORTS[url.scheme], tls=tls),
-            Identity(self.client or f"asker-{uuid.uuid4().hex[:12]}", self.username, self.password, self.tls),
+            Identity(self.client or new, self.username, self.password, self.tls),
+            client=self.client or self.username or new,
             root=self.root,
             device=self.device,
             pool=self.pool,

@@ -40,7 +40,8 @@ def ask(
         float, typer.Option("--timeout", metavar="S", min=0.1, max=86400, help="Seconds until it is given up.")
     ] = 300.0,
     client: Annotated[
-        str | None, typer.Option("--client", metavar="NAME", help="Our name at the broker [default: a new one].")
+        str | None,
+        typer.Option("--client", metavar="NAME", help="Our name in topics [default: the user's or a new one]."),
     ] = None,
     request_id: Annotated[
         str | None,

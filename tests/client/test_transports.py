@@ -204,3 +204,14 @@ def test_a_stream_that_breaks_off_and_then_reads_differently_is_an_error() -> No
     server.close()
     assert stream.answer is not None
     assert stream.answer["choices"][0]["message"]["content"] == "blue"
+
+
+def test_a_user_asks_under_the_own_name(broker: EmbeddedBroker, make_device: MakeDevice) -> None:
+    device = make_device()
+    topic = f"qwedge/v1/dev/{device.name}/req/+/+"
+    with requester.Client(broker.address, "listener", device.name, extra=(topic,)) as listener:
+        clients = [Client(mqtt_url(broker), device=device.name, username="press-7", timeout_s=20) for _ in range(2)]
+        with clients[0] as one, clients[1] as two:
+            assert one.ask("x", id="1") == two.ask("x", id="2") == "You said: x", "they do not push each other out"
+        asked = {message.topic for message in listener.received if "/req/" in message.topic}
+    assert asked == {f"qwedge/v1/dev/{device.name}/req/press-7/{number}" for number in (1, 2)}
