@@ -87,6 +87,7 @@ class EmbeddedBroker:
         self._guard = guard
         self._version: tuple[int, ...] = ()
         self._seen: object = None
+        self._renewing = False
         self._stopping = threading.Event()
         self._ready = threading.Event()
         self._failure: UnavailableError | None = None
@@ -203,10 +204,11 @@ class EmbeddedBroker:
             except (ConfigError, UnavailableError, OSError) as error:
                 log.error("the broker goes on with the clients that it knows: %s", error)  # noqa: TRY400 - the reason is in the line
                 continue
-            process = self._process
-            if process is not None:
-                process.send_signal(signal.SIGTERM if anew else signal.SIGHUP)
             log.info("the broker's clients were changed")
+            process = self._process
+            if process is not None and process.poll() is None:
+                self._renewing = anew
+                process.send_signal(signal.SIGTERM if anew else signal.SIGHUP)
 
     def _supervise(self, program: str, config: Path) -> None:
         """Run mosquitto until :meth:`stop`; start it again when it ends, later and later."""
@@ -220,6 +222,9 @@ class EmbeddedBroker:
                 self._failure = UnavailableError(f"mosquitto ended at once: {last_line or 'no message'}")
                 self._ready.set()
                 return
+            if self._renewing:
+                self._renewing = False
+                continue
             self.restarts += 1
             pause = _BACKOFF_S[0] if time.monotonic() - began > _STABLE_S else min(2 * pause, _BACKOFF_S[1])
             log.warning("mosquitto ended (%s); starting it again", last_line or "no message")

@@ -338,7 +338,7 @@ class Connection:
         if self._identity.username is not None:
             client.username_pw_set(self._identity.username, self._identity.password)
         if self._address.tls:
-            client.tls_set_context(self._identity.tls or ssl.create_default_context())
+            client.tls_set_context(self._identity.tls or tls.default_context())
             client.on_log = self._logged
         if self._will is not None:
             client.will_set(self._will.topic, self._will.payload, self._will.qos, self._will.retain)

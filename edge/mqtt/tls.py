@@ -20,18 +20,43 @@ _EXPIRED: Final = 10
 _OWN_CERTIFICATE: Final = "set mqtt.tls_cert and mqtt.tls_key to a certificate that the broker's CA has signed"
 
 
+class _Socket(ssl.SSLSocket):
+    """Closed where the handshake fails; paho forgets it then."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except BaseException:
+            self.close()
+            raise
+
+
+def _make_context() -> ssl.SSLContext:
+    """Checks certificates and host names; trusts nobody yet."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.sslsocket_class = _Socket
+    return context
+
+
+def default_context() -> ssl.SSLContext:
+    """Trusts the system's CAs."""
+    context = _make_context()
+    context.load_default_certs()
+    return context
+
+
 def client_context(settings: MqttSettings) -> ssl.SSLContext:
     """How we speak TLS to a broker: who may vouch for it, and with what certificate of ours.
 
     Raises:
         ConfigError: a file cannot be read, is not PEM, or certificate and key do not belong together.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks certificates and host names
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
     if settings.tls_ca is None:
-        context.load_default_certs()
-    else:
-        load_ca(context, settings.tls_ca)  # alone: one of the system's might vouch for somebody else's broker
+        context = default_context()
+    else:  # alone: one of the system's might vouch for somebody else's broker
+        context = _make_context()
+        load_ca(context, settings.tls_ca)
     if settings.tls_cert is not None and settings.tls_key is not None:
         load_pair(context, settings.tls_cert, settings.tls_key)
     return context
