@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 PROBE_S: Final = 2.0
 """Seconds between two attempts while the disk refuses."""
+STUCK_S: Final = 5.0
+"""Seconds that a commit may take before it counts as a disk that refuses."""
 MAX_BATCH: Final = 64
 """Changes committed as one."""
 RETRY_S: Final = 5.0
@@ -100,13 +103,16 @@ class Journal:
         self._index = Index(limits or (IN_MEMORY if folder is None else Limits()))
         self._next_seq = 1
         self._problem: str | None = None
+        self._began_at: float | None = None  # the commit that is under way
         self._loaded = False
         self._thread: threading.Thread | None = None
 
     @property
     def problem(self) -> str | None:
         """Why nothing can be entered now, in words; None where all is well."""
-        return self._problem
+        began_at = self._began_at
+        stuck = began_at is not None and time.monotonic() - began_at > STUCK_S
+        return self._problem or ("the disk does not answer" if stuck else None)
 
     def open(self) -> None:
         """Open or begin the file and start the thread; harmless when it is open.
@@ -147,8 +153,8 @@ class Journal:
             UnavailableError: the disk refuses.
             OverloadedError: requests without an outcome take all the room.
         """
-        if self._problem is not None:
-            raise _refusal(self._problem)
+        if (problem := self.problem) is not None:
+            raise _refusal(problem)
         if self._index.full:
             raise OverloadedError("too many stored requests wait", hint="try again later", retry_after_s=RETRY_S)
 
@@ -279,12 +285,15 @@ class Journal:
                 if self._problem is not None:
                     late += [*self._connect(), _PROBE]
                 assert self._file is not None
+                self._began_at = time.monotonic()
                 self._file.commit([*late, *(change.statement for change in batch)])
             except (OSError, sqlite3.Error, QwedgeError) as error:
                 self._fail(error)
                 self._keep(late, batch)
             else:
                 self._succeed(batch)
+            finally:
+                self._began_at = None
 
     def _wait(self) -> bool:
         """Until there is something to commit, or it is time to try the disk again; False at the end."""

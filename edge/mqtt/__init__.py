@@ -7,7 +7,8 @@
         broker = EmbeddedBroker(settings.mqtt.port)       # our own mosquitto on loopback; also a context manager
         broker.start()                                    # UnavailableError with a hint: no mosquitto, port taken
         address = broker.address
-    bridge = MqttBridge(service, settings.mqtt, address)  # ConfigError: unreadable password file
+    journal = Journal(journal_folder(settings.mqtt, os.environ))
+    bridge = MqttBridge(service, settings.mqtt, address, journal)  # ConfigError: unreadable password file
     bridge.start()                                        # returns at once; a broker that is away is retried forever
     ...
     bridge.connected, bridge.stats()                      # for /health and /metrics
@@ -17,7 +18,9 @@
     broker.stop()
 
 The way of a message: ``connection`` (the network thread) puts it into a bounded inbox; ``intake`` (a thread) checks,
-tokenizes and submits it; the service's events pass through ``answers`` (a thread), which publishes.
+tokenizes and submits it; the service's events pass through ``answers`` (a thread), which publishes. The journal (a
+thread) has requests before they are acknowledged and outcomes before they are published; ``resume`` (a thread) runs
+again what a crash left unanswered.
 """
 
 from __future__ import annotations

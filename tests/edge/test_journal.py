@@ -306,7 +306,7 @@ def test_any_damage_leaves_a_journal_that_works(open_journal: Open, folder: Path
         answer(journal, number, bytes(2000))
     journal.close()
     whole = (folder / FILE).read_bytes()
-    for _ in range(25):
+    for _ in range(15):
         damaged = bytearray(whole)
         at = chance.randrange(len(damaged))
         damaged[at : at + chance.choice([1, 8, 512])] = chance.randbytes(chance.choice([1, 8, 512]))
@@ -367,6 +367,26 @@ def test_while_the_disk_refuses_new_requests_are_refused_and_answers_wait(
     assert (found(journal, 1), found(journal, 2)) == (b"answer", b"answer")
     lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(lines) == 2, "one line when it begins, one when it is over"
+
+
+def test_a_disk_that_does_not_answer_is_a_problem(open_journal: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge.journal, "STUCK_S", 0.1)
+    journal, commit, gate = open_journal(), JournalFile.commit, threading.Event()
+
+    def hang(file: JournalFile, statements: list[tuple[str, tuple[object, ...]]]) -> None:
+        assert gate.wait(20)
+        commit(file, statements)
+
+    monkeypatch.setattr(JournalFile, "commit", hang)
+    told = threading.Event()
+    journal.accept(entry(1), lambda _error: told.set())
+    wait_for(lambda: journal.problem == "the disk does not answer")
+    with pytest.raises(UnavailableError):
+        journal.check()
+    gate.set()
+    assert told.wait(20)
+    wait_for(lambda: journal.problem is None)
+    journal.check()
 
 
 def test_what_was_refused_is_not_there_even_if_the_disk_took_it(
