@@ -45,24 +45,38 @@ def make_bridge(address: BrokerAddress, name: str, speed: Speed, *, root: str = 
     return bridge
 
 
+def start_worker(address: BrokerAddress, number: int, speed: Speed) -> subprocess.Popen[str]:
+    """Start the process of the device ``worker-NUMBER``."""
+    line = [sys.executable, "-m", "tests.edge.mqtt.fleet", str(address.port), f"worker-{number}"]
+    return subprocess.Popen(
+        [*line, str(speed.step_s), str(speed.slots)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_worker(worker: subprocess.Popen[str]) -> None:
+    """Until it is in the pool."""
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "ready\n"
+
+
+def kill_worker(worker: subprocess.Popen[str]) -> None:
+    """SIGKILL."""
+    worker.kill()
+    worker.communicate()
+
+
 @contextmanager
 def fleet(address: BrokerAddress, speeds: Sequence[Speed]) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes of devices ``worker-0``, ``worker-1``, ..., ready for requests."""
-    line = [sys.executable, "-m", "tests.edge.mqtt.fleet", str(address.port)]
-    workers = [
-        subprocess.Popen([*line, f"worker-{i}", str(each.step_s), str(each.slots)],
-                         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for i, each in enumerate(speeds)
-    ]  # fmt: skip
+    """Processes of devices ``worker-0``, ``worker-1``, ..., ready for requests; who replaces one may put it in."""
+    workers = [start_worker(address, i, speed) for i, speed in enumerate(speeds)]
     try:
         for worker in workers:
-            assert worker.stdout is not None
-            assert worker.stdout.readline() == "ready\n"
+            wait_for_worker(worker)
         yield workers
     finally:
         for worker in workers:
-            worker.kill()
-            worker.communicate()
+            kill_worker(worker)
 
 
 def ask_at_once(client: Client, num_jobs: int, num_tokens: int, meanwhile: Callable[[], None]) -> float:
