@@ -100,13 +100,22 @@ class Resumer:
 
     def _take_up(self, entries: list[Entry]) -> None:
         for entry in filter(is_ours, entries):
-            job = unpack_job(entry)
-            if entry.outcome is not None:
-                self._answers.outcome(job.reply, Done.model_validate_json(entry.outcome), entry.key)
-            elif self._ledger.adopt(job):
-                self._waiting.append(_Waiting(job, unpack_message(entry, job, self._layout), entry.starts))
+            try:
+                self._take_up_one(entry)
+            except Exception:  # a disk may change what it holds: one unreadable request must not end every start
+                log.exception("a stored request cannot be read; it is forgotten")
+                self._journal.settle(entry.key, entry.reply, None, lambda _error: None)
         if self._waiting:
             log.warning("%d requests were not answered before the restart: running them now", len(self._waiting))
+
+    def _take_up_one(self, entry: Entry) -> None:
+        job = unpack_job(entry)
+        if entry.outcome is not None:
+            self._answers.outcome(job.reply, Done.model_validate_json(entry.outcome), entry.key)
+            return
+        message = unpack_message(entry, job, self._layout)
+        if self._ledger.adopt(job):
+            self._waiting.append(_Waiting(job, message, entry.starts))
 
     # --- the thread -------------------------------------------------------------------------------------------------
 

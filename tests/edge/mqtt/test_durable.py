@@ -233,6 +233,17 @@ def test_a_request_whose_runs_have_all_ended_in_a_crash_is_not_run(
     assert text_of(client.done("2")) == "You said: y"
 
 
+def test_a_stored_request_that_cannot_be_read_is_forgotten(start: StartDevice, leave: Leave, client: Client) -> None:
+    broken, whole = stored("1", "x"), stored("2", "y")
+    leave(replace(broken, reply=b"\0"), replace(broken, key=replace(broken.key, id="3"), request=b"\0\n{}"), whole)
+    stop(start())
+    device = start()
+    assert text_of(client.done("2")) == "You said: y"
+    assert device.bridge.stats().num_running == 0
+    client.send("1", chat("z"))
+    assert client.done("1").status == 200
+
+
 def test_stopping_leaves_what_has_not_begun_for_the_next_start(
     start: StartDevice, leave: Leave, client: Client
 ) -> None:
