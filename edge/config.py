@@ -260,7 +260,13 @@ class MqttSettings(_Section):
         description="Answers to messages that are no requests, one table `[[mqtt.rule]]` for each rule.",
     )
 
-    @field_validator("pool", mode="before")
+    broker_sync: Literal["on", "off"] = Field(
+        "on",
+        description="`on` has the embedded broker write each change to disk, so that what it confirmed survives its"
+        " crash, for about 20 kB and two waits for the disk a request; `off`, every five minutes and when it stops.",
+    )
+
+    @field_validator("pool", "broker_sync", mode="before")
     @classmethod
     def _on_off(cls, value: Any) -> Any:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value

@@ -72,10 +72,17 @@ class EmbeddedBroker:
             mode 0700. None = in memory only.
         guard: the clients, whose first one ends that anybody is let in. None = everybody on this device, always.
         network: a listener with TLS, which needs a guard. Its port may be 0.
+        sync: what is confirmed survives the end of mosquitto too, where there is a ``state_dir``.
     """
 
     def __init__(
-        self, port: int, *, state_dir: Path | None = None, guard: Guard | None = None, network: Network | None = None
+        self,
+        port: int,
+        *,
+        state_dir: Path | None = None,
+        guard: Guard | None = None,
+        network: Network | None = None,
+        sync: bool = True,
     ) -> None:
         self.address = BrokerAddress(HOST, port)
         """Where it listens on loopback, once it is started."""
@@ -85,6 +92,7 @@ class EmbeddedBroker:
         """Times that the child ended by itself and was started again."""
         self._state_dir = state_dir
         self._guard = guard
+        self._sync = sync
         self._version: tuple[int, ...] = ()
         self._seen: object = None
         self._renewing = False
@@ -186,7 +194,12 @@ class EmbeddedBroker:
             _put(files.acl, make_acl(self._guard.owner, clients or ()))
         guarded = files if clients is not None or self.network is not None else None
         text = make_config(
-            self.address.port, self._state_dir, version=self._version, guarded=guarded, network=self.network
+            self.address.port,
+            self._state_dir,
+            sync=self._sync,
+            version=self._version,
+            guarded=guarded,
+            network=self.network,
         )
         if files.config.exists() and files.config.read_text(encoding="utf-8") == text:
             return False

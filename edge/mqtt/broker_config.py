@@ -82,6 +82,7 @@ def make_config(
     port: int,
     state_dir: Path | None,
     *,
+    sync: bool = True,
     version: tuple[int, ...] = (2, 0),
     guarded: Files | None = None,
     network: Network | None = None,
@@ -91,6 +92,7 @@ def make_config(
     Args:
         port: on loopback, without TLS.
         state_dir: where retained and queued messages are kept; None = in memory.
+        sync: save them after each change, not only now and then.
         version: mosquitto's.
         guarded: users and their rights; without them, everybody on this device may do everything.
         network: the listener with TLS.
@@ -105,7 +107,7 @@ def make_config(
         "log_dest stderr",
         "log_type error",
         "log_type warning",
-        *_persistence(state_dir),
+        *_persistence(state_dir, sync),
         *_access(guarded, version),
         f"listener {port} {HOST}",
         *(_network(network) if network is not None else []),
@@ -150,11 +152,11 @@ def find_plugin(name: str) -> Path | None:
     return next(found, None)
 
 
-def _persistence(state_dir: Path | None) -> list[str]:
+def _persistence(state_dir: Path | None, sync: bool) -> list[str]:
     if state_dir is None:
         return ["persistence false"]
-    # After each change, and with fsync: what the broker has confirmed survives the end of its process.
-    options = ("autosave_on_changes true", "autosave_interval 1")
+    # With fsync: after each change, what the broker has confirmed survives the end of its process.
+    options = ("autosave_on_changes true", "autosave_interval 1") if sync else ("autosave_interval 300",)
     return ["persistence true", f"persistence_location {state_dir.resolve()}/", *options]
 
 

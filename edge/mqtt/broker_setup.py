@@ -39,7 +39,11 @@ def make_broker(settings: MqttSettings, folder: Path) -> EmbeddedBroker:
         hint = "add them with `qwedge mqtt add-client NAME`, or set mqtt.tls_ca to let certificates tell who they are"
         raise ConfigError(f"the embedded broker has no clients to listen to on {settings.listen}", hint=hint)
     return EmbeddedBroker(
-        settings.port, state_dir=folder / "messages", guard=Guard(_owner(settings), clients), network=network
+        settings.port,
+        state_dir=folder / "messages",
+        guard=Guard(_owner(settings), clients),
+        network=network,
+        sync=settings.broker_sync == "on",
     )
 
 
