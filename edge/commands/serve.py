@@ -229,16 +229,38 @@ def _http_example(endpoints: Endpoints) -> str:
 
 
 def _mqtt_examples(settings: MqttSettings, broker: BrokerAddress) -> str:
+    login, client = _mqtt_login(settings, broker)
+    request = f"{settings.root}/v1/dev/{settings.device}/req/{client}"
+    return (
+        f"  mosquitto_sub {login} -v -t '{settings.root}/v1/res/{client}/+/done'    # in a second terminal\n"
+        f'  mosquitto_pub {login} -q 1 -t "{request}/$(date +%s)" \\\n'
+        f"""    -m '{{"v": 1, "body": {{"messages": [{{"role": "user", "content": "{EXAMPLE_PROMPT}"}}]}}}}'"""
+    )
+
+
+def _mqtt_login(settings: MqttSettings, broker: BrokerAddress) -> tuple[str, str]:
+    """The options of mosquitto's clients for a broker, and the name of the client in topics."""
     login = f"-h {broker.host} -p {broker.port}"
+    if settings.address is None:
+        known = _broker_client(settings)
+        return (f"{login} -u {known} -P PASSWORD", known) if known is not None else (login, "me")
     if broker.tls:
-        login += " --tls-use-os-certs"
+        files = {"--cafile": settings.tls_ca, "--cert": settings.tls_cert, "--key": settings.tls_key}
+        given = [f"{option} {shlex.quote(str(path))}" for option, path in files.items() if path is not None]
+        login = " ".join([login, *([] if settings.tls_ca else ["--tls-use-os-certs"]), *given])
     if settings.username is not None:
         login += f" -u {shlex.quote(settings.username)}"
     if settings.password_file is not None:
         login += f' -P "$(head -n 1 {shlex.quote(str(settings.password_file))})"'
-    request = f"{settings.root}/v1/dev/{settings.device}/req/me"
-    return (
-        f"  mosquitto_sub {login} -v -t '{settings.root}/v1/res/me/+/done'    # in a second terminal\n"
-        f'  mosquitto_pub {login} -q 1 -t "{request}/$(date +%s)" \\\n'
-        f"""    -m '{{"v": 1, "body": {{"messages": [{{"role": "user", "content": "{EXAMPLE_PROMPT}"}}]}}}}'"""
-    )
+    return login, "me"
+
+
+def _broker_client(settings: MqttSettings) -> str | None:
+    """A client of the embedded broker to show examples with; None where it lets in anybody on this device."""
+    from edge.mqtt.broker_clients import load_clients
+    from edge.mqtt.broker_setup import clients_folder
+
+    clients = load_clients(clients_folder(broker_folder(settings, os.environ)))
+    if clients is None and settings.tls_cert is None:
+        return None
+    return clients[0].name if clients else "NAME"
