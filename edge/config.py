@@ -262,8 +262,8 @@ class MqttSettings(_Section):
 
     broker_sync: Literal["on", "off"] = Field(
         "on",
-        description="`on` has the embedded broker write each change to disk, so that what it confirmed survives its"
-        " crash, for about 20 kB and two waits for the disk a request; `off`, every five minutes and when it stops.",
+        description="`on` has the embedded broker write each change to disk at once, so that its crash loses what it"
+        " confirmed in the last moment only, for about 20 kB a request; `off`, every five minutes and when it stops.",
     )
 
     @field_validator("pool", "broker_sync", mode="before")

@@ -160,7 +160,7 @@ def _disk(bundle: Path | None) -> Check:
 
 
 def _mosquitto() -> Check:
-    from edge.mqtt.broker import find_mosquitto, mosquitto_version
+    from edge.mqtt.broker_program import find_mosquitto, mosquitto_version
 
     try:
         path = find_mosquitto()

@@ -4,7 +4,7 @@
 
     address = settings.mqtt.address                       # an external broker, or None
     if settings.mqtt.broker == "embedded":
-        broker = EmbeddedBroker(settings.mqtt.port)       # our own mosquitto on loopback; also a context manager
+        broker = make_broker(settings.mqtt, folder)       # our own mosquitto (broker_setup); also a context manager
         broker.start()                                    # UnavailableError with a hint: no mosquitto, port taken
         address = broker.address
     journal = Journal(journal_folder(settings.mqtt, os.environ))

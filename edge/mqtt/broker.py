@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +26,7 @@ from edge.errors import ConfigError, UnavailableError
 from edge.mqtt.broker_clients import FILE as CLIENTS_FILE
 from edge.mqtt.broker_clients import BrokerClient, load_clients
 from edge.mqtt.broker_config import HOST, Files, Network, Owner, make_acl, make_config, make_passwords
+from edge.mqtt.broker_program import find_mosquitto, mosquitto_version
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +38,6 @@ _STABLE_S: Final = 10.0
 """A child that lived this long starts the backoff anew."""
 _LOOK_S: Final = 0.5
 """How often to look whether clients were added or removed."""
-_SEARCH_PATH: Final = "/usr/sbin:/usr/local/sbin"
-_MIN_VERSION: Final = (2, 0)
 
 # The child asks the kernel to be ended with its parent and then becomes mosquitto. It does so after exec, in a Python
 # of its own: between fork and exec a threaded parent may not run Python. The signal follows the *thread* that started
@@ -72,7 +69,7 @@ class EmbeddedBroker:
             mode 0700. None = in memory only.
         guard: the clients, whose first one ends that anybody is let in. None = everybody on this device, always.
         network: a listener with TLS, which needs a guard. Its port may be 0.
-        sync: what is confirmed survives the end of mosquitto too, where there is a ``state_dir``.
+        sync: write each change to the ``state_dir`` at once, so that the sudden end of mosquitto loses next to nothing.
     """
 
     def __init__(
@@ -271,37 +268,6 @@ class EmbeddedBroker:
             with contextlib.suppress(OSError), socket.create_connection((HOST, self.address.port), timeout=1):
                 self._ready.set()
             time.sleep(0.02)
-
-
-def find_mosquitto() -> str:
-    """Path of the mosquitto program, also where it is not on an ordinary user's PATH.
-
-    Raises:
-        UnavailableError: it is not installed.
-    """
-    program = shutil.which("mosquitto") or shutil.which("mosquitto", path=_SEARCH_PATH)
-    if program is None:
-        hint = "apt-get install mosquitto, name a broker by --broker mqtt://HOST:PORT, or serve with --broker none"
-        raise UnavailableError("mosquitto is not installed", hint=hint)
-    return program
-
-
-def mosquitto_version(program: str) -> tuple[int, ...]:
-    """The version that ``mosquitto -h`` prints, for example (2, 0, 11).
-
-    Raises:
-        UnavailableError: it does not run, or is too old for the generated configuration.
-    """
-    try:
-        output = subprocess.run([program, "-h"], capture_output=True, text=True, timeout=10, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UnavailableError(f"{program} does not run: {error}", hint="reinstall mosquitto") from None
-    match = re.search(r"mosquitto version (\d+)\.(\d+)\.(\d+)", output)
-    version = tuple(int(part) for part in match.groups()) if match else ()
-    if version < _MIN_VERSION:
-        found = ".".join(map(str, version)) or "of unknown version"
-        raise UnavailableError(f"mosquitto {found} is too old", hint="install mosquitto 2.0 or newer")
-    return version
 
 
 def _level(line: str) -> int:

@@ -155,7 +155,7 @@ def find_plugin(name: str) -> Path | None:
 def _persistence(state_dir: Path | None, sync: bool) -> list[str]:
     if state_dir is None:
         return ["persistence false"]
-    # With fsync: after each change, what the broker has confirmed survives the end of its process.
+    # With fsync, just after the broker has confirmed: the end of its process loses a message or two, not all.
     options = ("autosave_on_changes true", "autosave_interval 1") if sync else ("autosave_interval 300",)
     return ["persistence true", f"persistence_location {state_dir.resolve()}/", *options]
 

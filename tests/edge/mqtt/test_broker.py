@@ -14,8 +14,9 @@ import pytest
 
 from edge.config import BrokerAddress
 from edge.errors import UnavailableError
-from edge.mqtt import EmbeddedBroker, broker
-from edge.mqtt.broker import find_mosquitto, make_config, mosquitto_version
+from edge.mqtt import EmbeddedBroker, broker_program
+from edge.mqtt.broker_config import make_config
+from edge.mqtt.broker_program import find_mosquitto, mosquitto_version
 from tests.edge.mqtt.client import Client
 from tests.edge.mqtt.conftest import accepts, wait_until
 
@@ -91,7 +92,7 @@ def test_a_taken_port_is_told_with_a_hint() -> None:
 
 def test_a_missing_mosquitto_is_told_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(broker, "_SEARCH_PATH", "/nowhere")
+    monkeypatch.setattr(broker_program, "_SEARCH_PATH", "/nowhere")
     with pytest.raises(UnavailableError, match="not installed") as caught:
         EmbeddedBroker(0).start()
     assert "apt-get install mosquitto" in caught.value.hint

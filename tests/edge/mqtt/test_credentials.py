@@ -15,7 +15,7 @@ import pytest
 from edge.config import BrokerAddress, MqttSettings
 from edge.errors import ConfigError
 from edge.mqtt import MqttBridge
-from edge.mqtt.broker import find_mosquitto
+from edge.mqtt.broker_program import find_mosquitto
 from tests.edge.mqtt.conftest import accepts, wait_until
 from tests.fakes import make_service
 

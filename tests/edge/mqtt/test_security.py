@@ -17,6 +17,7 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from edge.config import MqttSettings
+from edge.errors import ConfigError
 from edge.mqtt import EmbeddedBroker, MqttBridge
 from edge.mqtt.broker_clients import BrokerClient, add_client, hash_password, remove_client
 from edge.mqtt.broker_setup import as_owner, clients_folder, make_broker
@@ -294,6 +295,24 @@ def test_certificates_tell_who_clients_are(make_site: Any, authority: Authority,
     for context in (trust(authority), trust(authority, stranger.issue("press-4"))):
         with pytest.raises((ssl.SSLError, ConnectionError, AssertionError)):
             assert site.connect(None, None, context, client_id="x").outcome == "Success"
+
+
+def test_a_network_is_not_listened_to_without_clients(tmp_path: Path, server: Pair) -> None:
+    tls: dict[str, Any] = {"tls_cert": server.cert, "tls_key": server.key}
+    settings = MqttSettings(broker="embedded", listen="0.0.0.0", device=DEVICE, **tls)
+    with pytest.raises(ConfigError, match="has no clients") as caught:
+        make_broker(settings, tmp_path)
+    assert "qwedge mqtt add-client" in caught.value.hint
+
+
+def test_a_damaged_file_of_clients_changes_nothing(make_site: Any, caplog: pytest.LogCaptureFixture) -> None:
+    site = make_site("gateway")
+    (clients_folder(site.folder) / "clients.json").write_text("{")
+    wait_until(lambda: "goes on with the clients that it knows" in caplog.text)
+    assert site.connect("gateway", "open sesame", None).outcome == "Success"
+    time.sleep(1.2)
+    assert caplog.text.count("goes on with the clients") == 1
+    assert site.connect(None, None, None).outcome == "Not authorized"
 
 
 def _let_in(site: Site, name: str, authority: Authority) -> bool:

@@ -16,7 +16,8 @@ import pytest
 from edge.config import BrokerAddress, MqttSettings
 from edge.errors import ConfigError
 from edge.mqtt import MqttBridge
-from edge.mqtt.broker import _free_port, find_mosquitto
+from edge.mqtt.broker import _free_port
+from edge.mqtt.broker_program import find_mosquitto
 from edge.mqtt.password import read_password
 from edge.mqtt.tls import client_context
 from tests.edge.mqtt.certificates import Authority, Pair
@@ -134,7 +135,7 @@ def test_a_refused_handshake_is_told_once_with_what_to_do(
         bridge, reason = refused()
         wait_until(lambda: "trying again" in caplog.text)
         link = bridge._connection
-        for _ in range(3):
+        for _ in range(2):
             link._last_reason = ""
             wait_until(lambda: link._last_reason)
     lines = [record.getMessage() for record in caplog.records]
