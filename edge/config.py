@@ -261,7 +261,7 @@ class MqttSettings(_Section):
     )
 
     broker_sync: Literal["on", "off"] = Field(
-        "on",
+        "off",
         description="`on` has the embedded broker write each change to disk at once, so that its crash loses what it"
         " confirmed in the last moment only, for about 20 kB a request; `off`, every five minutes and when it stops.",
     )

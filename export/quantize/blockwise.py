@@ -47,11 +47,12 @@ def block_grid(weights: NDArray[np.float32], bits: int) -> tuple[NDArray[np.floa
     high = np.maximum(weights.max(axis=-1), 0.0)
     top = float(2**bits - 1)
     # Divided before they are subtracted: the range of two large floats is none.
-    scales = high / top - low / top
+    # And no code may stand for more than the largest float.
+    scales = np.minimum(high / top - low / top, np.finfo(np.float32).max / (top + 1))
     # A range of denormals has no inverse: such a block is zero.
     scales[scales < np.finfo(np.float32).tiny] = 0.0
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0)
-    return scales, np.rint(-low * inverse).astype(np.uint8)
+    return scales, np.minimum(np.rint(-low * inverse), top).astype(np.uint8)
 
 
 def pack_rows(

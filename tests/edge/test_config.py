@@ -85,7 +85,7 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
             "listen": "192.0.2.7",
             "tls_port": 8884,
             "broker_folder": tmp_path / "broker",
-            "broker_sync": "off",
+            "broker_sync": "on",
             "keepalive_s": 5,
             "home_assistant": "ha/discovery",
             "journal": tmp_path / "journal",

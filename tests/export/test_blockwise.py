@@ -58,6 +58,7 @@ def test_no_value_moves_further_than_half_a_step(form: Blockwise, columns: int) 
 )
 @example(weights=np.full((3, 40), 1e-42, np.float32), form=FORMS[0])
 @example(weights=np.full((3, 40), -1.2e-38, np.float32), form=FORMS[2])
+@example(weights=np.full((3, 40), 3.402288e38, np.float32), form=FORMS[0])
 @settings(max_examples=200, deadline=None)
 def test_any_finite_value_survives(weights: Rows, form: Blockwise) -> None:
     """The smallest floats, the largest and mixtures of both: always finite, zeros stay zeros, signs never flip."""
