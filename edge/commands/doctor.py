@@ -28,7 +28,7 @@ Status = Literal["ok", "warn", "fail"]
 INT8_FEATURE = {"x86_64": "avx2", "aarch64": "asimddp"}
 """Without it the engine falls back to floating-point kernels: several times slower."""
 MIN_FREE_RAM = 1 << 30
-"""Bytes; the 0.5B model at int4 needs about 700 MB."""
+"""Bytes; the 0.5B model in 4 bits needs about 700 MB."""
 MIN_FREE_DISK = 2 << 30
 """Bytes; an export of the 0.5B model needs its download and its bundle."""
 
@@ -124,7 +124,7 @@ def _isa() -> Check:
     detail = " ".join(found) or "none known"
     if needed is None or needed in found:
         return Check("instructions", "ok", detail)
-    hint = f"this processor lacks {needed}: int4 and int8 models run several times slower; take a small model"
+    hint = f"this processor lacks {needed}: quantized models run several times slower; take a small model"
     return Check("instructions", "warn", detail, hint)
 
 

@@ -10,7 +10,7 @@ ISA_FEATURES = {
     "x86_64": ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8"),
     "aarch64": ("asimd", "asimddp", "i8mm", "bf16", "sve"),
 }
-"""Features of /proc/cpuinfo that the int4 and int8 kernels use, by machine."""
+"""Features of /proc/cpuinfo that the kernels of quantized models use, by machine."""
 
 
 def cpu_model() -> str:
