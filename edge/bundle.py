@@ -77,6 +77,7 @@ class KVLayout(_Model):
     """Shape of the attention cache: per layer two arrays [slots, kv_heads, context, head_dim]."""
 
     layers: Annotated[int, Field(gt=0)]
+    """Layers that have a cache: those of full attention."""
     kv_heads: Annotated[int, Field(gt=0)]
     head_dim: Annotated[int, Field(gt=0)]
     dtype: CacheType = "float32"
@@ -85,6 +86,29 @@ class KVLayout(_Model):
     def bytes_per_token(self) -> int:
         """Bytes of cache that one token of one sequence occupies."""
         return 2 * self.layers * self.kv_heads * self.head_dim * _ITEM_BYTES[self.dtype]
+
+
+class StateLayout(_Model):
+    """Shape of the state of linear attention: per layer one array of the convolution and one of the recurrence.
+
+    Both are float32 and of one size however long the sequence: [slots, conv_channels, conv_kernel] and
+    [slots, value_heads, key_dim, value_dim]. A sequence starts with zeros.
+    """
+
+    layers: Annotated[int, Field(gt=0)]
+    """Layers of linear attention."""
+    conv_channels: Annotated[int, Field(gt=0)]
+    conv_kernel: Annotated[int, Field(gt=0)]
+    """Positions that the convolution remembers: its kernel's width less one."""
+    value_heads: Annotated[int, Field(gt=0)]
+    key_dim: Annotated[int, Field(gt=0)]
+    value_dim: Annotated[int, Field(gt=0)]
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes of state of one sequence."""
+        recurrent = self.value_heads * self.key_dim * self.value_dim
+        return 4 * self.layers * (self.conv_channels * self.conv_kernel + recurrent)
 
 
 class AdapterEntry(_Model):
@@ -107,7 +131,7 @@ class Manifest(_Model):
     """The model name that requests use."""
     version: str
     model_type: str
-    """The checkpoint's ``model_type``: ``qwen2``, ``qwen3``."""
+    """The checkpoint's ``model_type``: ``qwen2``, ``qwen3``, ``qwen3_5``."""
     parameter_count: Annotated[int, Field(gt=0)]
     """Parameters; tied tables count once."""
     recipe: dict[str, Any]
@@ -119,6 +143,8 @@ class Manifest(_Model):
     padded_vocab_size: Annotated[int, Field(gt=0)]
     """Width of the logits."""
     kv: KVLayout
+    state: StateLayout | None = None
+    """What the layers of linear attention remember; None where every layer has full attention."""
     weight_bytes_per_token: Annotated[int, Field(gt=0)]
     """Bytes of weights that one decode step reads from disk layout (codes, scales, zero points)."""
     row_multiple: Annotated[int, Field(ge=1, le=8)] = 1
