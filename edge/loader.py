@@ -16,7 +16,7 @@ from edge.adapters import Adapters
 from edge.background import in_background
 from edge.bundle import CHAT_TEMPLATE, GENERATION, TOKENIZER, Manifest
 from edge.chat import ChatTemplate
-from edge.config import EngineSettings, Settings
+from edge.config import Settings
 from edge.engine.engine import Engine
 from edge.engine.heap import trim_heap
 from edge.engine.lora import Places
@@ -27,6 +27,7 @@ from edge.metrics import Metrics
 from edge.model import Model
 from edge.scheduler import Scheduler
 from edge.service import Service
+from edge.settings.engine import EngineSettings
 from edge.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096

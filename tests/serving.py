@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import httpx
 
-from edge.config import ServerSettings
 from edge.http.app import create_app
 from edge.http.listening import bind
 from edge.http.server import HttpServer
 from edge.service import Service
+from edge.settings.server import ServerSettings
 from tests.fakes import FakeEngine, make_service
 
 

@@ -25,7 +25,7 @@ WORKSTATION_ONLY = {
     "transformers",
 }
 LAYERS = (
-    {"edge", "edge.errors", "edge.adapter", "edge.background", "edge.bundle", "edge.config", "edge.rule_settings"},
+    {"edge", "edge.errors", "edge.adapter", "edge.background", "edge.bundle", "edge.config", "edge.settings"},
     {"edge.engine"},
     {
         "edge.adapters",

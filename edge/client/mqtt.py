@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from edge.client.wire import CLOSED, Ended, Event, Lost, Progress, Question, Tell, Text
-from edge.config import BrokerAddress
 from edge.errors import ConflictError, OverloadedError, UnavailableError
 from edge.mqtt.connection import Connection, Identity, Incoming, Outgoing
 from edge.mqtt.topics import (
@@ -23,6 +22,7 @@ from edge.mqtt.topics import (
     devices_filter,
     pool_request,
 )
+from edge.settings.mqtt import BrokerAddress
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from urllib.parse import SplitResult, urlsplit
 from edge.client.http import HttpTransport
 from edge.client.mqtt import MqttTransport
 from edge.client.wire import Question, Transport
-from edge.config import BrokerAddress
 from edge.errors import ConfigError, RequestError
 from edge.mqtt.connection import Identity
 from edge.mqtt.topics import is_segment
+from edge.settings.mqtt import BrokerAddress
 
 DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edge.commands import options
-from edge.config import MqttSettings
+from edge.settings.mqtt import MqttSettings
 
 if TYPE_CHECKING:  # these bring paho, which `qwedge --help` does without
     from edge.client import Client, Progress

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from edge.commands import options
-from edge.config import MqttSettings, broker_folder
 from edge.errors import ConfigError
+from edge.settings.folders import broker_folder
+from edge.settings.mqtt import MqttSettings
 
 _PASSWORD_BYTES = 18
 

@@ -18,8 +18,10 @@ import typer
 
 from edge.commands import options
 from edge.commands.loading import bundle_of, load
-from edge.config import BrokerAddress, MqttSettings, Settings, broker_folder, journal_folder
+from edge.config import Settings
 from edge.errors import ConfigError, UnavailableError
+from edge.settings.folders import broker_folder, journal_folder
+from edge.settings.mqtt import BrokerAddress, MqttSettings
 
 if TYPE_CHECKING:  # these bring onnxruntime and the web framework, which `qwedge --help` does without
     from edge.journal import Journal

@@ -26,7 +26,6 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from edge import __version__
-from edge.config import ServerSettings
 from edge.errors import CancelledError, QwedgeError, RequestError
 from edge.http import openapi
 from edge.http.disconnect import unless_disconnected
@@ -35,6 +34,7 @@ from edge.metrics import CONTENT_TYPE
 from edge.model import Model
 from edge.openai import Answer, ChatRequest, CompletionRequest, parse_body, parse_chat, parse_completion, prepare
 from edge.service import Event, Failed, GenerationRequest, Queued, Service, events
+from edge.settings.server import ServerSettings
 
 log = logging.getLogger(__name__)
 

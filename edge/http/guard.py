@@ -19,9 +19,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edge.config import ServerSettings
 from edge.errors import QwedgeError, RequestError, TooLargeError
 from edge.openai import error_body
+from edge.settings.server import ServerSettings
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from typing import Final
 
-from edge.config import BrokerAddress, MqttSettings
 from edge.errors import UnavailableError
 from edge.journal import Journal
 from edge.mqtt import homeassistant
@@ -24,6 +23,7 @@ from edge.mqtt.rules_topics import disjoint, match
 from edge.mqtt.tls import client_context
 from edge.mqtt.topics import Layout, pool_filter
 from edge.service import Service
+from edge.settings.mqtt import BrokerAddress, MqttSettings
 
 log = logging.getLogger(__name__)
 

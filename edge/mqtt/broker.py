@@ -21,12 +21,12 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Final, Self
 
-from edge.config import BrokerAddress
 from edge.errors import ConfigError, UnavailableError
 from edge.mqtt.broker_clients import FILE as CLIENTS_FILE
 from edge.mqtt.broker_clients import BrokerClient, load_clients
 from edge.mqtt.broker_config import HOST, Files, Network, Owner, make_acl, make_config, make_passwords
 from edge.mqtt.broker_program import find_mosquitto, mosquitto_version
+from edge.settings.mqtt import BrokerAddress
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ import secrets
 import ssl
 from pathlib import Path
 
-from edge.config import MqttSettings
 from edge.errors import ConfigError
 from edge.mqtt import homeassistant
 from edge.mqtt.broker import EmbeddedBroker, Guard
@@ -16,6 +15,7 @@ from edge.mqtt.broker_config import Network, Owner
 from edge.mqtt.rules import load_rules
 from edge.mqtt.tls import load_ca, load_pair
 from edge.mqtt.topics import Layout
+from edge.settings.mqtt import MqttSettings
 
 
 def make_broker(settings: MqttSettings, folder: Path) -> EmbeddedBroker:
@@ -23,7 +23,7 @@ def make_broker(settings: MqttSettings, folder: Path) -> EmbeddedBroker:
 
     Args:
         settings: where it listens, and what the device needs of it.
-        folder: what :func:`edge.config.broker_folder` says.
+        folder: what :func:`edge.settings.folders.broker_folder` says.
 
     Raises:
         ConfigError: it would listen on a network without TLS or without knowing its clients, a certificate, key or CA

@@ -31,8 +31,8 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from edge.config import BrokerAddress
 from edge.mqtt import tls
+from edge.settings.mqtt import BrokerAddress
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import Any, Final
 
 from edge import __version__
-from edge.config import DISCOVERY_OFF, DISCOVERY_PREFIX, MqttSettings
 from edge.mqtt.connection import Incoming, Outgoing
 from edge.mqtt.topics import Layout, RequestId, answers_filter
+from edge.settings.mqtt import DISCOVERY_OFF, DISCOVERY_PREFIX, MqttSettings
 
 CLIENT: Final = "home-assistant"
 """Client name of prompts from Home Assistant."""

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from edge.config import BrokerAddress
 from edge.mqtt.connection import Connection, Identity, Incoming
 from edge.mqtt.messages import MAX_PAYLOAD_BYTES
 from edge.service import Service
+from edge.settings.mqtt import BrokerAddress
 
 log = logging.getLogger(__name__)
 

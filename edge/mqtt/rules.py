@@ -17,13 +17,13 @@ from typing import Any, Final
 
 import minijinja
 
-from edge.config import MqttSettings
 from edge.errors import ConfigError, EngineError, RequestError, TooLargeError
 from edge.model import Model
 from edge.mqtt.rules_topics import match, overlap
 from edge.mqtt.topics import MAX_TOPIC_BYTES, Layout
 from edge.openai import parse_chat, parse_json, prepare
-from edge.rule_settings import RuleSettings
+from edge.settings.mqtt import MqttSettings
+from edge.settings.rules import RuleSettings
 
 FUEL: Final = 200_000
 """Template instructions for one rendering."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from edge.mqtt.rules import RuleMessage
-from edge.rule_settings import RuleSettings
+from edge.settings.rules import RuleSettings
 
 MAX_TOPICS: Final = 1024
 """Topics of a rule whose last answer is remembered."""

@@ -6,9 +6,9 @@ import ssl
 from pathlib import Path
 from typing import Final
 
-from edge.config import MqttSettings
 from edge.errors import ConfigError
 from edge.mqtt.secret_files import find_secret
+from edge.settings.mqtt import MqttSettings
 
 _HOSTNAME_MISMATCH: Final = {62, 64}
 """OpenSSL's verdicts that a certificate is for another name, or another IP address [1].

@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edge.config import MqttSettings
 from edge.journal import Journal
 from edge.mqtt import EmbeddedBroker, MqttBridge
 from edge.openai import parse_chat, prepare
 from edge.service import Delta, Event, Failed, Finished, Service
+from edge.settings.mqtt import MqttSettings
 from tests.edge.mqtt.client import Client, chat
 from tests.fakes import FakeEngine, make_service
 

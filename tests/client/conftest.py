@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from edge.client import AsyncClient, Client
-from edge.config import ServerSettings
 from edge.service import Service
+from edge.settings.server import ServerSettings
 from tests.edge.mqtt.conftest import MakeDevice, _mosquitto_is_there, broker, make_device
 from tests.fakes import FakeEngine
 from tests.serving import served

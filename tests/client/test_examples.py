@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from edge.config import MqttSettings
 from edge.mqtt import EmbeddedBroker, MqttBridge
 from edge.mqtt.connection import Incoming
 from edge.mqtt.intake import read
 from edge.mqtt.topics import Layout, RequestTopic
+from edge.settings.mqtt import MqttSettings
 from tests.edge.mqtt.conftest import MakeDevice, wait_until
 from tests.fakes import MODEL_NAME, FakeEngine, make_service
 

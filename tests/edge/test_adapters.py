@@ -16,7 +16,7 @@ import pytest
 
 from edge.adapter import AdapterConfig, read_adapter, read_config
 from edge.bundle import read_manifest
-from edge.config import ServerSettings, load_settings
+from edge.config import load_settings
 from edge.engine.engine import Engine
 from edge.engine.lora import Adapter
 from edge.engine.prefix import EVERYONE, is_everyones, owned_by, owners
@@ -24,6 +24,7 @@ from edge.engine.sampler import SamplingParams
 from edge.errors import AdapterError, BundleError, ModelNotFoundError
 from edge.loader import load_service
 from edge.service import Delta, Event, Failed, Finished, GenerationRequest
+from edge.settings.server import ServerSettings
 from export.architectures import architecture_for
 from export.checkpoint import open_checkpoint
 from export.lora import projection_sizes

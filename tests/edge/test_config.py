@@ -9,19 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.config import (
-    DISCOVERY_OFF,
-    FILE_ONLY,
-    FLAGS,
-    SECTIONS,
-    BrokerAddress,
-    Settings,
-    environment_name,
-    journal_folder,
-    load_settings,
-    sanitize_device,
-)
+from edge.config import FILE_ONLY, FLAGS, SECTIONS, Settings, environment_name, load_settings
 from edge.errors import ConfigError
+from edge.settings.folders import journal_folder
+from edge.settings.mqtt import DISCOVERY_OFF, BrokerAddress, sanitize_device
 
 
 def write(folder: Path, text: str) -> Path:

@@ -15,9 +15,9 @@ import threading
 import time
 from pathlib import Path
 
-from edge.config import MqttSettings
 from edge.journal import Journal
 from edge.mqtt import EmbeddedBroker, MqttBridge
+from edge.settings.mqtt import MqttSettings
 from tests.fakes import FakeEngine, make_service
 from tests.faults.requester import Requester
 from tests.faults.runtime import answer

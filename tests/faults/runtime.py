@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edge.config import BrokerAddress, MqttSettings
 from edge.journal import Journal
 from edge.mqtt import MqttBridge
+from edge.settings.mqtt import BrokerAddress, MqttSettings
 from tests.fakes import FakeEngine, last_user_message, make_service
 
 ROOT = Path(__file__).parents[2]

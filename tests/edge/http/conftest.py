@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from edge.config import ServerSettings
+from edge.settings.server import ServerSettings
 from tests.fakes import FakeEngine
 from tests.serving import Served, served
 

@@ -18,9 +18,10 @@ import pytest
 from numpy.typing import NDArray
 
 from edge.bundle import Manifest, read_manifest
-from edge.config import ServerSettings, load_settings
+from edge.config import load_settings
 from edge.loader import load_service
 from edge.service import Service
+from edge.settings.server import ServerSettings
 from export.checkpoint import open_checkpoint
 from export.oracle import Decoder
 from export.pipeline import export_bundle

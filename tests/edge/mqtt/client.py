@@ -20,8 +20,8 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from edge.config import BrokerAddress
 from edge.mqtt.messages import Accepted, Done, Info, Load, Message, Queued, RuleFailure, Started, Tokens
+from edge.settings.mqtt import BrokerAddress
 from tests.json_schema import validate
 
 TIMEOUT_S = 20.0

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from edge.config import BrokerAddress, MqttSettings
 from edge.mqtt import EmbeddedBroker, MqttBridge
 from edge.service import Service
+from edge.settings.mqtt import BrokerAddress, MqttSettings
 from tests.edge.mqtt.client import TIMEOUT_S, Client
 from tests.fakes import FakeEngine, make_service
 

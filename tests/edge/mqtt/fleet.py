@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge.client import Client
-from edge.config import BrokerAddress, MqttSettings
 from edge.mqtt import MqttBridge
+from edge.settings.mqtt import BrokerAddress, MqttSettings
 from tests.fakes import FakeEngine, make_service
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -8,7 +8,7 @@ import threading
 from types import TracebackType
 from typing import Literal, Self
 
-from edge.config import BrokerAddress
+from edge.settings.mqtt import BrokerAddress
 
 Treatment = Literal["pass", "refuse", "unauthorized", "close", "garbage"]
 _REPLIES: dict[Treatment, bytes] = {

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from edge.config import BrokerAddress
 from edge.errors import UnavailableError
 from edge.mqtt import EmbeddedBroker, broker_program
 from edge.mqtt.broker_config import make_config
 from edge.mqtt.broker_program import find_mosquitto, mosquitto_version
+from edge.settings.mqtt import BrokerAddress
 from tests.edge.mqtt.client import Client
 from tests.edge.mqtt.conftest import accepts, wait_until
 

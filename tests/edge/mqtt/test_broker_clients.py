@@ -19,12 +19,12 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from edge.cli import build_app
-from edge.config import MqttSettings
 from edge.errors import ConfigError
 from edge.mqtt import EmbeddedBroker, broker_config
 from edge.mqtt.broker_clients import BrokerClient, add_client, hash_password, load_clients, remove_client
 from edge.mqtt.broker_config import Files, Network, Owner, make_acl, make_config
 from edge.mqtt.broker_setup import make_broker
+from edge.settings.mqtt import MqttSettings
 from tests.edge.mqtt.client import Client
 from tests.edge.mqtt.conftest import accepts, wait_until
 

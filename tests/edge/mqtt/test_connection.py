@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from edge.config import MqttSettings
 from edge.mqtt import EmbeddedBroker, MqttBridge
 from edge.mqtt.connection import BACKOFF_S, backoff_s
+from edge.settings.mqtt import MqttSettings
 from tests.edge.mqtt.client import Client, chat, text_of
 from tests.edge.mqtt.conftest import MakeDevice, wait_until
 from tests.edge.mqtt.proxy import Proxy, Treatment

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from edge.config import BrokerAddress, MqttSettings
 from edge.errors import ConfigError
 from edge.mqtt import MqttBridge
 from edge.mqtt.broker_program import find_mosquitto
+from edge.settings.mqtt import BrokerAddress, MqttSettings
 from tests.edge.mqtt.conftest import accepts, wait_until
 from tests.fakes import make_service
 

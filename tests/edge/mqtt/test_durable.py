@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 import edge.journal
-from edge.config import MqttSettings
 from edge.journal import Entry, Journal
 from edge.journal_file import JournalFile
 from edge.mqtt import EmbeddedBroker, MqttBridge
@@ -26,6 +25,7 @@ from edge.mqtt.ledger import Job, Reply
 from edge.mqtt.messages import Done
 from edge.mqtt.stored import pack
 from edge.mqtt.topics import Layout, RequestId
+from edge.settings.mqtt import MqttSettings
 from tests.edge.journals import settled
 from tests.edge.mqtt.client import Client, chat, text_of
 from tests.edge.mqtt.conftest import Device, wait_until

@@ -10,11 +10,11 @@ from typing import Any
 import jinja2
 import pytest
 
-from edge.config import DISCOVERY_OFF, MqttSettings
 from edge.mqtt.homeassistant import MAX_STATE_CHARS, discovery
 from edge.mqtt.messages import Done
 from edge.mqtt.presence import Thermometer
 from edge.mqtt.topics import Layout
+from edge.settings.mqtt import DISCOVERY_OFF, MqttSettings
 from tests.edge.mqtt.client import Client
 from tests.edge.mqtt.conftest import Device, MakeDevice
 from tests.fakes import MODEL_NAME, FakeEngine

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from edge.client import AsyncClient, Client, Progress
-from edge.config import BrokerAddress, MqttSettings
 from edge.errors import OverloadedError, UnavailableError
 from edge.mqtt import EmbeddedBroker, MqttBridge
 from edge.mqtt.connection import Identity
 from edge.mqtt.pool import Pool
 from edge.service import Service
+from edge.settings.mqtt import BrokerAddress, MqttSettings
 from tests.edge.mqtt import client as requester
 from tests.edge.mqtt.conftest import wait_until
 from tests.edge.mqtt.fleet import Speed, ask_at_once, fleet, ideal_makespan_s

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.config import MqttSettings, load_settings
+from edge.config import load_settings
 from edge.errors import ConfigError, RequestError, TooLargeError
 from edge.mqtt.rules import MAX_PROMPT_BYTES, Rule, RuleMessage, check_with, load_rules
 from edge.mqtt.rules_topics import disjoint, match, overlap
-from edge.rule_settings import RuleSettings
+from edge.settings.mqtt import MqttSettings
+from edge.settings.rules import RuleSettings
 from tests.fakes import make_model
 
 BRANCH = "qwedge/v1"

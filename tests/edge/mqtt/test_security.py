@@ -16,12 +16,12 @@ import paho.mqtt.client as paho
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
-from edge.config import MqttSettings
 from edge.errors import ConfigError
 from edge.mqtt import EmbeddedBroker, MqttBridge
 from edge.mqtt.broker_clients import BrokerClient, add_client, hash_password, remove_client
 from edge.mqtt.broker_setup import as_owner, clients_folder, make_broker
-from edge.rule_settings import RuleSettings
+from edge.settings.mqtt import MqttSettings
+from edge.settings.rules import RuleSettings
 from tests.edge.mqtt.certificates import Authority, Pair
 from tests.edge.mqtt.client import chat
 from tests.edge.mqtt.conftest import accepts, wait_until

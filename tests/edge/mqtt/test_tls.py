@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from edge.config import BrokerAddress, MqttSettings
 from edge.errors import ConfigError
 from edge.mqtt import MqttBridge
 from edge.mqtt.broker import _free_port
 from edge.mqtt.broker_program import find_mosquitto
 from edge.mqtt.password import read_password
 from edge.mqtt.tls import client_context
+from edge.settings.mqtt import BrokerAddress, MqttSettings
 from tests.edge.mqtt.certificates import Authority, Pair
 from tests.edge.mqtt.conftest import accepts, wait_until
 from tests.fakes import make_service

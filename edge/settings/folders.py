@@ -1,0 +1,52 @@
+"""Where state is kept when no setting names a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from edge.errors import ConfigError
+from edge.settings.mqtt import MqttSettings
+
+
+def journal_folder(settings: MqttSettings, env: Mapping[str, str]) -> Path | None:
+    """Where requests over MQTT are kept; None where they are kept in memory.
+
+    Args:
+        settings: the configured folder, or none.
+        env: the environment; systemd's ``STATE_DIRECTORY`` comes before ``XDG_STATE_HOME``.
+
+    Raises:
+        ConfigError: no folder is configured, and the user has no home.
+    """
+    if settings.journal is not None:
+        return None if settings.journal == Path("none") else settings.journal.expanduser()
+    return state_folder(env) / settings.device / "journal"
+
+
+def broker_folder(settings: MqttSettings, env: Mapping[str, str]) -> Path:
+    """Where the embedded broker keeps its clients and messages; ``env`` as for :func:`journal_folder`.
+
+    Raises:
+        ConfigError: no folder is configured, and the user has no home.
+    """
+    if settings.broker_folder is not None:
+        return settings.broker_folder.expanduser()
+    return state_folder(env) / settings.device / "broker"
+
+
+def state_folder(env: Mapping[str, str]) -> Path:
+    """The folder of everything that outlives a process: systemd's, or the user's.
+
+    Raises:
+        ConfigError: the user has no home.
+    """
+    if given := env.get("STATE_DIRECTORY", "").split(":")[0]:  # several are separated by colons
+        return Path(given)
+    if home := env.get("XDG_STATE_HOME"):
+        return Path(home) / "qwedge"
+    try:
+        return Path.home() / ".local" / "state" / "qwedge"
+    except RuntimeError:
+        hint = "set mqtt.journal and mqtt.broker_folder to folders, or mqtt.journal to none"
+        raise ConfigError("there is no folder for requests and messages: the user has no home", hint=hint) from None
