@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from edge.http.app import STATIC
+from edge.http.routes.information import STATIC
 from tests.browser import ENTER, ESCAPE, MISSING, Browser, chromium
 from tests.fakes import FakeEngine, last_user_message
 from tests.serving import Served, wait_for

@@ -1,0 +1,97 @@
+"""What a server tells of itself: models, health, metrics, and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from edge import __version__
+from edge.metrics import CONTENT_TYPE
+from edge.model import Model
+from edge.service import Service
+
+STATIC = Path(__file__).parent.parent / "static"
+STALLED_AFTER_S = 30.0
+"""Seconds without a finished engine step, while there is work, after which the server calls itself stalled."""
+
+
+def information_routes(service: Service, problem: Callable[[], str | None]) -> list[Route]:
+    """The routes.
+
+    Args:
+        service: what is served.
+        problem: tells what else does not work as it should; None where all is well.
+    """
+
+    async def list_models(_request: Request) -> Response:
+        """The served model, by itself and with each adapter."""
+        names = await run_in_threadpool(service.model.names)
+        return JSONResponse({"object": "list", "data": [_describe_model(service.model, name) for name in names]})
+
+    async def get_model(request: Request) -> Response:
+        """The served model, or the model with an adapter; 404 for another name."""
+        name = request.path_params["name"]
+        await run_in_threadpool(service.model.find_adapter, name)
+        return JSONResponse(_describe_model(service.model, name))
+
+    async def health(_request: Request) -> Response:
+        """Whether the server makes progress: 200 with status ok or degraded, or 503 with draining or stalled."""
+        body = _health(service, problem())
+        return JSONResponse(body, 200 if body["status"] in {"ok", "degraded"} else 503)
+
+    async def metrics(_request: Request) -> Response:
+        """Prometheus' text format."""
+        return Response(service.metrics.render(service.stats()), media_type=CONTENT_TYPE)
+
+    async def page(_request: Request) -> Response:
+        return FileResponse(STATIC / "index.html")
+
+    return [
+        Route("/v1/models", list_models),
+        Route("/v1/models/{name}", get_model),
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/", page, include_in_schema=False),
+    ]
+
+
+def _describe_model(model: Model, name: str) -> dict[str, Any]:
+    manifest = model.manifest
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(model.loaded_at),
+        "owned_by": "qwedge",
+        "context_length": model.context_length,
+        "parameter_count": manifest.parameter_count,
+        "version": manifest.version,
+    }
+
+
+def _health(service: Service, problem: str | None) -> dict[str, Any]:
+    stats = service.stats()
+    status = "ok" if problem is None else "degraded"
+    if not stats.accepting:
+        status = "draining"
+    elif stats.seconds_since_progress > STALLED_AFTER_S:
+        status = "stalled"
+    return {
+        "status": status,
+        **({} if problem is None else {"problem": problem}),
+        "model": service.model.manifest.name,
+        "version": __version__,
+        "queue": {
+            "waiting": stats.num_waiting,
+            "running": stats.num_running,
+            "slots": stats.slots,
+            "max_waiting": stats.max_queue,
+        },
+        "asleep": stats.asleep,
+        "seconds_since_progress": round(stats.seconds_since_progress, 3),
+    }

@@ -1,0 +1,84 @@
+"""OpenAI's API: ``/v1/chat/completions`` and ``/v1/completions``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from edge.http.disconnect import unless_disconnected
+from edge.http.event_stream import EventStream, comment, to_json
+from edge.model import Model
+from edge.openai import Answer, ChatRequest, CompletionRequest, parse_body, parse_chat, parse_completion, prepare
+from edge.service import Event, Failed, GenerationRequest, Service, events
+
+log = logging.getLogger(__name__)
+
+Parse = Callable[[Mapping[str, Any]], ChatRequest | CompletionRequest]
+
+
+def openai_routes(service: Service) -> list[Route]:
+    """The routes of the API."""
+
+    async def chat_completions(request: Request) -> Response:
+        """The model's next message in a conversation, streamed with ``"stream": true``."""
+        return await _generate(service, parse_chat, request)
+
+    async def completions(request: Request) -> Response:
+        """The continuation of a text, streamed with ``"stream": true``."""
+        return await _generate(service, parse_completion, request)
+
+    return [
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/completions", completions, methods=["POST"]),
+    ]
+
+
+async def _generate(service: Service, parse: Parse, request: Request) -> Response:
+    payload = await request.body()
+    wanted, generations = await run_in_threadpool(_read, service.model, parse, payload)
+    answer = Answer(service.model, wanted, generations)
+    if wanted.stream:
+        stream = events(service, generations)
+        first = await anext(stream)  # a refusal is raised here, while the status can still say so
+        return EventStream(_server_sent(answer, first, stream))
+    body = await unless_disconnected(request.receive, _complete(service, answer, generations))
+    return JSONResponse(body)
+
+
+def _read(
+    model: Model, parse: Parse, payload: bytes
+) -> tuple[ChatRequest | CompletionRequest, Sequence[GenerationRequest]]:
+    request = parse(parse_body(payload))
+    return request, prepare(model, request)
+
+
+async def _complete(service: Service, answer: Answer, generations: Sequence[GenerationRequest]) -> dict[str, Any]:
+    async with aclosing(events(service, generations)) as stream:
+        async for index, event in stream:
+            answer.chunks(index, event)
+    return answer.body()
+
+
+async def _server_sent(
+    answer: Answer, first: tuple[int, Event], rest: AsyncGenerator[tuple[int, Event], None]
+) -> AsyncGenerator[bytes, None]:
+    """The events of an answer as server-sent events; ``[DONE]`` is the last one whatever happens.
+
+    The place in the queue is a comment, which clients that do not know it skip.
+    """
+    async with aclosing(rest):
+        yield comment(first[1])
+        async for index, event in rest:
+            yield comment(event)
+            for chunk in answer.chunks(index, event):
+                yield b"data: %s\n\n" % to_json(chunk)
+            if isinstance(event, Failed):
+                log.info("%s ended in mid-stream: %s", answer.id, event.error.code)
+    yield b"data: [DONE]\n\n"
