@@ -41,8 +41,9 @@ one line `hint: ...`.
 | 2 | wrong command line, setting or request |
 | 3 | the checkpoint cannot be read |
 | 4 | the export failed |
-| 5 | the bundle is damaged or no bundle |
+| 5 | the bundle is damaged, no bundle, or not signed by a trusted key |
 | 6 | not available: a port or broker cannot be had |
+| 7 | the model store refuses: no such bundle, no space, a lower counter, a failed self-test |
 | 70 | a fault of qwedge; `qwedge --debug ...` shows where |
 | 130 | interrupted |
 """

@@ -7,21 +7,29 @@ does not list, before onnxruntime opens anything (onnxruntime itself has no inte
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edge import __version__
+from edge.durable import fsync_path, replace_durably
 from edge.errors import BundleError
+
+if TYPE_CHECKING:  # this brings the cryptography, which only those need who sign or trust
+    from edge.signing import PrivateKey, Trust
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 TOKENIZER = "tokenizer.json"
@@ -29,6 +37,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION = "generation.json"
 REQUIRED_FILES = frozenset({GRAPH, WEIGHTS, TOKENIZER, GENERATION})
 MAX_MANIFEST_BYTES = 1 << 20
+MAX_SIGNATURE_BYTES = 1 << 12
 _CHUNK = 16 << 20
 """Bytes hashed at a time: a thread that hashes while another one imports waits milliseconds for Python after each."""
 
@@ -56,7 +65,7 @@ class FileEntry(_Model):
     @field_validator("path")
     @classmethod
     def _plain_name(cls, value: str) -> str:
-        if value in {"", ".", "..", MANIFEST} or "/" in value or "\\" in value or "\0" in value:
+        if value in {"", ".", "..", MANIFEST, SIGNATURE} or "/" in value or "\\" in value or "\0" in value:
             raise ValueError("must be a plain file name")
         return value
 
@@ -130,6 +139,8 @@ class Manifest(_Model):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,95}$")]
     """The model name that requests use."""
     version: str
+    counter: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    """Grows where older bundles of this name must not come back: a device refuses lower ones (docs/model-store.md)."""
     model_type: str
     """The checkpoint's ``model_type``: ``qwen2``, ``qwen3``, ``qwen3_5``."""
     parameter_count: Annotated[int, Field(gt=0)]
@@ -142,6 +153,8 @@ class Manifest(_Model):
     """Ids the tokenizer can produce; logits beyond are padding and never sampled."""
     padded_vocab_size: Annotated[int, Field(gt=0)]
     """Width of the logits."""
+    hidden_size: Annotated[int, Field(gt=0)] | None = None
+    """Width of the output ``hidden_states``, which embeddings are made of; None where the graph has none."""
     kv: KVLayout
     state: StateLayout | None = None
     """What the layers of linear attention remember; None where every layer has full attention."""
@@ -150,6 +163,8 @@ class Manifest(_Model):
     row_multiple: Annotated[int, Field(ge=1, le=8)] = 1
     """Rows that a product must have a multiple of, for a row to be rounded alike in every one."""
     source: Source
+    tools: dict[str, str] = Field(default_factory=dict)
+    """Versions of what made the bundle."""
     files: list[FileEntry]
     adapters: list[AdapterEntry] = Field(default_factory=list)
     """LoRA adapters; where there are any, the graph has places for more."""
@@ -178,21 +193,54 @@ class Manifest(_Model):
         return self
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check ``manifest.json`` alone; the files are not touched.
+def read_manifest(folder: Path, *, trust: Trust | None = None) -> Manifest:
+    """Read and check ``manifest.json`` and, where there is ``trust``, its signature; the files are not touched.
 
     Raises:
         BundleError: there is no manifest, it is malformed, or it needs a newer runtime.
+        SignatureError: no trusted key signed it.
     """
-    path = folder / MANIFEST
-    try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes", hint="this is not a qwedge bundle")
-        raw = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    raw = read_manifest_bytes(folder)
+    if trust is not None:
+        trust.check(raw, read_signature(folder), str(folder))
+    return parse_manifest(raw, folder / MANIFEST)
+
+
+def read_manifest_bytes(folder: Path) -> bytes:
+    """``manifest.json`` as it lies there.
+
+    Raises:
+        BundleError: there is none, or it cannot be read.
+    """
+    raw = _read_small(folder / MANIFEST, MAX_MANIFEST_BYTES)
+    if raw is None:
         hint = "make one with: qwedge export MODEL -o DIR"
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint=hint) from None
-    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint=hint)
+    return raw
+
+
+def read_signature(folder: Path) -> bytes | None:
+    """``manifest.sig`` as it lies there; None where there is none.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    return _read_small(folder / SIGNATURE, MAX_SIGNATURE_BYTES)
+
+
+def parse_manifest(data: bytes, path: Path) -> Manifest:
+    """Check a manifest.
+
+    Args:
+        data: the bytes of ``manifest.json``.
+        path: where they come from, for messages.
+
+    Raises:
+        BundleError: it is malformed, or needs a newer runtime.
+    """
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {error}", hint="export or copy the bundle again") from None
     if isinstance(raw, dict) and raw.get("schema_version") != SCHEMA_VERSION:
         version = raw.get("schema_version")
@@ -211,11 +259,12 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify_bundle(folder: Path, *, progress: Progress | None = None) -> Manifest:
+def verify_bundle(folder: Path, *, trust: Trust | None = None, progress: Progress | None = None) -> Manifest:
     """Check every file of a bundle against its manifest.
 
     Args:
         folder: the bundle.
+        trust: the keys of which one must have signed the manifest; None = the signature is not looked at.
         progress: called with bytes hashed since the last call.
 
     Returns:
@@ -223,11 +272,12 @@ def verify_bundle(folder: Path, *, progress: Progress | None = None) -> Manifest
 
     Raises:
         BundleError: a file is missing, extra, not a regular file, of another size, or its SHA-256 differs.
+        SignatureError: no trusted key signed it.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, trust=trust)
     listed = {entry.path for entry in manifest.files}
     hint = "the copy is damaged or was changed: copy or export the bundle again"
-    if extra := sorted({path.name for path in folder.iterdir()} - listed - {MANIFEST}):
+    if extra := sorted({path.name for path in folder.iterdir()} - listed - {MANIFEST, SIGNATURE}):
         raise BundleError(f"{folder} holds a file that its manifest does not list: {extra[0]}", hint=hint)
     for entry in manifest.files:
         _verify_file(folder / entry.path, entry, hint, progress)
@@ -241,7 +291,7 @@ def hash_file(path: Path, *, progress: Progress | None = None) -> FileEntry:
         OSError: the file cannot be opened.
         BundleError: it is a link, a hard link, or no regular file.
     """
-    with _open_regular(path) as file:
+    with open_regular(path) as file:
         digest, size = hashlib.sha256(), 0
         chunk = memoryview(bytearray(min(_CHUNK, os.fstat(file.fileno()).st_size + 1)))
         while count := file.readinto(chunk):
@@ -252,26 +302,56 @@ def hash_file(path: Path, *, progress: Progress | None = None) -> FileEntry:
     return FileEntry(path=path.name, size=size, sha256=digest.hexdigest())
 
 
-def publish_bundle(staging: Path, destination: Path, manifest: Manifest) -> None:
+def publish_bundle(staging: Path, destination: Path, manifest: Manifest, *, key: PrivateKey | None = None) -> None:
     """Write the manifest into ``staging`` and move the finished folder to ``destination``, surviving a power cut.
 
     Files are flushed to disk first, then the folder is renamed, then its parent is flushed: after a crash there is
     either the whole bundle or nothing under its name (docs/bundle-format.md).
 
+    Args:
+        staging: a folder with all files of the manifest.
+        destination: the bundle's folder.
+        manifest: what the bundle is.
+        key: signs the manifest; None = the bundle is not signed.
+
     Raises:
         BundleError: ``destination`` exists already.
         OSError: the disk refused.
     """
-    with (staging / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(manifest.model_dump(mode="json"), file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    raw = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False).encode() + b"\n"
+    (staging / MANIFEST).write_bytes(raw)
+    if key is not None:
+        (staging / SIGNATURE).write_bytes(key.sign(raw))
     for path in staging.iterdir():
-        _fsync(path)
-    _fsync(staging)
+        fsync_path(path)
+    move_durably(staging, destination)
+
+
+def sign_bundle(folder: Path, key: PrivateKey, *, progress: Progress | None = None) -> Manifest:
+    """Verify the files and write ``manifest.sig``, in place of one that may be there.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        OSError: the disk refused.
+    """
+    manifest = verify_bundle(folder, progress=progress)
+    raw = read_manifest_bytes(folder)
+    replace_durably(folder / SIGNATURE, key.sign(raw))
+    return manifest
+
+
+def move_durably(staging: Path, destination: Path) -> None:
+    """Give a folder whose files are on disk its final name, surviving a power cut.
+
+    Raises:
+        BundleError: ``destination`` exists already.
+        OSError: the disk refused.
+    """
+    fsync_path(staging)
     if destination.exists():
         raise BundleError(f"{destination} exists already", hint="choose another folder or remove it first")
     staging.rename(destination)
-    _fsync(destination.parent)
+    fsync_path(destination.parent)
 
 
 def _verify_file(path: Path, entry: FileEntry, hint: str, progress: Progress | None) -> None:
@@ -289,11 +369,20 @@ def _verify_file(path: Path, entry: FileEntry, hint: str, progress: Progress | N
         raise BundleError(f"{path} was changed: its SHA-256 is not the manifest's", hint=hint)
 
 
-def _open_regular(path: Path) -> Any:
+def open_regular(path: Path) -> FileIO:
+    """Open a plain file for reading, unbuffered, without following links.
+
+    Its only other names may be those in the bundles beside its own: an installed bundle shares with them what they have
+    in common (docs/model-store.md).
+
+    Raises:
+        OSError: it cannot be opened.
+        BundleError: it is a link, has a name elsewhere, or is no regular file.
+    """
     # Without O_NONBLOCK, opening a pipe would wait for somebody to write into it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     info = os.fstat(descriptor)
-    if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+    if not stat.S_ISREG(info.st_mode) or (info.st_nlink != 1 and info.st_nlink != _names_beside(path, info)):
         os.close(descriptor)
         raise BundleError(
             f"{path} is not a plain file", hint="bundles hold regular files without hard or symbolic links"
@@ -301,12 +390,32 @@ def _open_regular(path: Path) -> Any:
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _names_beside(path: Path, info: os.stat_result) -> int:
+    """How many bundles, this one and those beside it, have this file under this name."""
+    count = 0
+    for other in path.absolute().parent.parent.glob(f"*/{glob.escape(path.name)}"):
+        with suppress(FileNotFoundError):  # a bundle that is being removed
+            count += os.path.samestat(other.lstat(), info)
+    return count
+
+
+def _read_small(path: Path, most: int) -> bytes | None:
+    """A whole file of at most ``most`` bytes; None where there is none.
+
+    Raises:
+        BundleError: it is larger, no plain file, or cannot be read.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with open_regular(path) as file:
+            data = b"".join(iter(lambda: file.read(most + 1 - file.tell()), b""))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        hint = "export or copy the bundle again"
+        raise BundleError(f"{path} cannot be read: {error.strerror}", hint=hint) from None
+    if len(data) > most:
+        raise BundleError(f"{path} is larger than {most} bytes", hint="this is not a qwedge bundle")
+    return data
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -7,6 +7,8 @@
     ├── CheckpointError              an export source cannot be read as a model
     ├── ExportError                  a readable model cannot become a bundle (or failed verification)
     ├── BundleError                  a bundle is damaged, incomplete or not a bundle
+    │   └── SignatureError           a bundle is not signed by a trusted key
+    ├── StoreError                   the model store refuses: no such bundle, no space, a failed self-test
     ├── AdapterError                 a LoRA adapter is damaged, of an unsupported kind, or made for another model
     ├── UnavailableError             503: starting, draining, or the broker/port cannot be had
     ├── EngineError                  500: the engine failed while working on a request
@@ -78,6 +80,20 @@ class BundleError(QwedgeError):
 
     code = "bundle_invalid"
     exit_code = 5
+
+
+class SignatureError(BundleError):
+    """A bundle is unsigned, signed by an unknown key, or its signature does not fit; or a key cannot be used."""
+
+    code = "signature_invalid"
+
+
+class StoreError(QwedgeError):
+    """The model store cannot do what is asked: no such bundle, no space, a lower counter, a failed self-test."""
+
+    code = "store_refused"
+    status = 409
+    exit_code = 7
 
 
 class AdapterError(QwedgeError):

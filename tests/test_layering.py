@@ -25,7 +25,18 @@ WORKSTATION_ONLY = {
     "transformers",
 }
 LAYERS = (
-    {"edge", "edge.errors", "edge.adapter", "edge.background", "edge.bundle", "edge.config", "edge.settings"},
+    {
+        "edge",
+        "edge.errors",
+        "edge.adapter",
+        "edge.background",
+        "edge.bundle",
+        "edge.config",
+        "edge.durable",
+        "edge.settings",
+        "edge.signing",
+        "edge.store",
+    },
     {"edge.engine"},
     {
         "edge.adapters",
@@ -99,7 +110,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources("export"), ids=module_name)
 def test_the_exporter_knows_only_what_lies_in_a_bundle_and_the_errors(path: Path) -> None:
-    allowed = re.compile(r"edge|edge\.__version__|edge\.(adapter|bundle|errors)(\.\w+)?")
+    allowed = re.compile(r"edge|edge\.__version__|edge\.(adapter|bundle|errors|signing)(\.\w+)?")
     names = {name for name in imports_of(path) if name.split(".")[0] == "edge"}
     assert {name for name in names if not allowed.fullmatch(name)} == set()
 

@@ -12,7 +12,20 @@ from edge.settings.section import Section
 class ModelSettings(Section):
     """What is served."""
 
-    bundle: Path | None = Field(None, description="The bundle's folder, as `qwedge export` writes it.")
+    bundle: Path | None = Field(
+        None,
+        description="A bundle's folder, as `qwedge export` writes it. Without it, the active one of `store`.",
+    )
+    store: Path | None = Field(
+        None,
+        description="Folder of the installed bundles; see docs/model-store.md. Without it, `models` in"
+        " `$STATE_DIRECTORY`, `$XDG_STATE_HOME/qwedge` or `~/.local/state/qwedge`.",
+    )
+    trust: Path | None = Field(
+        None,
+        description="Folder of public keys (`*.pub` of `qwedge keys init`): a bundle that none of them signed is"
+        " refused. Without it, signatures are not looked at.",
+    )
     adapters: Path | None = Field(
         None, description="A folder of further LoRA adapters, each a folder as PEFT saves it; looked at while serving."
     )

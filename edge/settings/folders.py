@@ -6,7 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from edge.errors import ConfigError
+from edge.settings.engine import ModelSettings
 from edge.settings.mqtt import MqttSettings
+
+
+def store_folder(settings: ModelSettings, env: Mapping[str, str]) -> Path:
+    """Where bundles are installed; ``env`` as for :func:`journal_folder`.
+
+    Raises:
+        ConfigError: no folder is configured, and the user has no home.
+    """
+    if settings.store is not None:
+        return settings.store.expanduser()
+    return state_folder(env) / "models"
 
 
 def journal_folder(settings: MqttSettings, env: Mapping[str, str]) -> Path | None:
@@ -48,5 +60,5 @@ def state_folder(env: Mapping[str, str]) -> Path:
     try:
         return Path.home() / ".local" / "state" / "qwedge"
     except RuntimeError:
-        hint = "set mqtt.journal and mqtt.broker_folder to folders, or mqtt.journal to none"
-        raise ConfigError("there is no folder for requests and messages: the user has no home", hint=hint) from None
+        hint = "set model.store, mqtt.journal and mqtt.broker_folder to folders, or mqtt.journal to none"
+        raise ConfigError("there is no folder for models and messages: the user has no home", hint=hint) from None
