@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -11,8 +15,31 @@ from edge.scheduler import SchedulerStats
 from edge.sequence import FinishReason, Timings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+RECENT_S = 60.0
+"""What :meth:`Metrics.recent` looks back on."""
+_MAX_RECENT = 256
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TPOT_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+
+
+@dataclass(frozen=True)
+class RecentFigures:
+    """What recent answers were like; None where there were none."""
+
+    ttft_s: float | None
+    """Median time to first token, the queue included."""
+    tokens_per_s: float | None
+    """Of one answer, by its median time per token."""
+    cache_hit_ratio: float | None
+    """The part of the prompts' tokens that the prefix cache knew, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class _Recent:
+    """An answer and when it was complete."""
+
+    at: float
+    timings: Timings
 
 
 class Metrics:
@@ -56,11 +83,13 @@ class Metrics:
             "qwedge_rule_messages", "Messages that MQTT rules took, by outcome", ["rule", "outcome"],
             registry=self._registry,
         )  # fmt: skip
+        self._recent: deque[_Recent] = deque(maxlen=_MAX_RECENT)
         self._rendering = threading.Lock()
         self._rendered: SchedulerStats | None = None  # guarded by _rendering
 
     def finished(self, reason: FinishReason, timings: Timings) -> None:
         """Count a complete answer."""
+        self._recent.append(_Recent(time.monotonic(), timings))
         self._requests.labels(reason).inc()
         self._count_work(timings)
         self._queue.observe(timings.queue_s)
@@ -83,6 +112,19 @@ class Metrics:
     def rule(self, name: str, outcome: str) -> None:
         """Count a message of a rule: answered, failed, unchanged, superseded or dropped."""
         self._rule_messages.labels(name, outcome).inc()
+
+    def recent(self, within_s: float = RECENT_S) -> RecentFigures:
+        """What the answers of the last seconds were like."""
+        now = time.monotonic()
+        timings = [each.timings for each in list(self._recent) if now - each.at <= within_s]
+        ttft = [each.ttft_s for each in timings if each.num_output_tokens]
+        tpot = [each.tpot_s for each in timings if each.tpot_s]
+        num_prompt = sum(each.num_prompt_tokens for each in timings)
+        return RecentFigures(
+            ttft_s=median(ttft) if ttft else None,
+            tokens_per_s=1 / median(tpot) if tpot else None,
+            cache_hit_ratio=sum(each.num_cached_tokens for each in timings) / num_prompt if num_prompt else None,
+        )
 
     def render(self, stats: SchedulerStats) -> bytes:
         """The text exposition, with the gauges set from ``stats``."""

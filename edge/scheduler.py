@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,19 @@ class SchedulerStats:
     """Guessed tokens that were verified, since the start."""
     num_accepted: int = 0
     """Guessed tokens that were right, since the start."""
+
+
+@dataclass(frozen=True)
+class SlotStats:
+    """What one occupied slot works on."""
+
+    slot: int
+    status: Literal["prefill", "decode"]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    age_s: float
+    """Since the request was taken."""
 
 
 class Scheduler:
@@ -168,6 +182,23 @@ class Scheduler:
                 num_drafted=self._num_drafted,
                 num_accepted=self._num_accepted,
             )
+
+    def busy_slots(self) -> list[SlotStats]:
+        """What the occupied slots work on right now."""
+        now = time.monotonic()
+        with self._changed:
+            return [
+                SlotStats(
+                    slot=sequence.slot,
+                    status="prefill" if sequence.status is SequenceStatus.PREFILL else "decode",
+                    num_prompt_tokens=len(sequence.prompt_ids),
+                    num_cached_tokens=sequence.num_cached_tokens,
+                    num_output_tokens=sequence.num_output_tokens,
+                    age_s=now - sequence.submitted_at,
+                )
+                for sequence in self._active()
+                if sequence.slot >= 0
+            ]
 
     def _active(self) -> list[Sequence]:
         """The sequences that have a slot."""

@@ -29,7 +29,7 @@ from edge.engine.sampler import Sampler, SamplingParams
 from edge.errors import ContextOverflowError, QwedgeError, RequestError
 from edge.metrics import Metrics
 from edge.model import Model
-from edge.scheduler import Scheduler, SchedulerStats
+from edge.scheduler import Scheduler, SchedulerStats, SlotStats
 from edge.sequence import FinishReason, Timings
 from edge.sequence import Sequence as EngineSequence
 from edge.text_stream import TextStream
@@ -162,6 +162,10 @@ class Service:
     def stats(self) -> SchedulerStats:
         """How busy the service is."""
         return self._scheduler.stats()
+
+    def busy_slots(self) -> list[SlotStats]:
+        """What the engine works on right now."""
+        return self._scheduler.busy_slots()
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> Ticket:
         """Queue a request; its events arrive at ``on_event`` until a terminal one.

@@ -22,6 +22,7 @@ from edge.mqtt.rules_runner import RuleRunner
 from edge.mqtt.rules_topics import disjoint, match
 from edge.mqtt.tls import client_context
 from edge.mqtt.topics import Layout, pool_filter
+from edge.mqtt.trace import Trace
 from edge.service import Service
 from edge.settings.mqtt import BrokerAddress, MqttSettings
 
@@ -42,6 +43,8 @@ class BridgeStats:
     connected: bool
     protocol: str
     """MQTT version in use: ``5`` or ``3.1.1``."""
+    problem: str
+    """Why there is no link; empty where there is one, and before the first attempt has failed."""
     num_running: int
     """Requests that came over MQTT and have no outcome yet."""
     num_requests: int
@@ -72,6 +75,10 @@ class MqttBridge:
         self._thermometer = Thermometer()
         self.layout = Layout(settings.root, settings.device)
         """Our topics."""
+        self.trace = Trace(settings.root)
+        """The newest messages, those of a pool aside."""
+        self.address = address
+        """The broker."""
         rules = load_rules(settings)
         check_with(service.model, rules)
         self._connection = Connection(
@@ -89,6 +96,7 @@ class MqttBridge:
             max_payload=MAX_PAYLOAD_BYTES,
             on_ready=self._announce,
             on_message=self._receive,
+            trace=self.trace,
         )
         self._journal = journal or Journal()
         self._ledger = Ledger(self._journal)
@@ -130,6 +138,7 @@ class MqttBridge:
         return BridgeStats(
             connected=self.connected,
             protocol=self._connection.protocol,
+            problem="" if self.connected else self._connection.reason,
             num_running=len(self._ledger.running()),
             num_requests=self._intake.num_requests,
             num_outcomes=self._answers.num_outcomes,

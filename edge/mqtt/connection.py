@@ -32,6 +32,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge.mqtt import tls
+from edge.mqtt.trace import Trace
 from edge.settings.mqtt import BrokerAddress
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ class Connection:
         will: published by the broker when the link is lost.
         keep_session: the broker keeps messages for us while the link is down.
         retained: subscriptions bring the retained messages. MQTT 3.1.1 brings them in any case.
+        trace: notes every message that comes or goes.
     """
 
     def __init__(
@@ -147,6 +149,7 @@ class Connection:
         will: Outgoing | None = None,
         keep_session: bool = True,
         retained: bool = False,
+        trace: Trace | None = None,
     ) -> None:
         self._address = address
         self._identity = identity
@@ -159,6 +162,7 @@ class Connection:
         self._will = will
         self._keep_session = keep_session
         self._retained = retained
+        self._trace = trace
         self._client = self._make_client(MQTTProtocolVersion.MQTTv5)
         self._ready = threading.Event()
         self._stopping = threading.Event()
@@ -249,6 +253,8 @@ class Connection:
 
     def _publish(self, message: Outgoing) -> paho.MQTTMessageInfo:
         client = self._client
+        if self._trace is not None:
+            self._trace.add("out", message.topic, len(message.payload))
         properties = _publish_properties(message) if client.protocol == MQTTProtocolVersion.MQTTv5 else None
         return client.publish(message.topic, message.payload, message.qos, message.retain, properties)
 
@@ -418,6 +424,8 @@ class Connection:
 
     def _received(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
         ack = self._expect_ack(message.mid) if message.qos else _nothing
+        if self._trace is not None:
+            self._trace.add("in", message.topic, len(message.payload))
         # An exception would end the link before the message is acknowledged, and so bring it back for ever.
         try:
             self._on_message(self._incoming(message, ack))
