@@ -20,8 +20,10 @@ UV_VERSION := 0.13.9
 PIP := -m pip --disable-pip-version-check --no-input -qq
 STAMP := $(VENV)/.installed
 ORACLE_STAMP := $(ORACLE_VENV)/.installed
+CLIENTS_VENV := .venv-clients
+CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 
-.PHONY: help setup model run test bench-peers check docs lock oracle clean
+.PHONY: help setup model run test bench-peers check docs lock oracle clients clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -85,6 +87,16 @@ $(ORACLE_STAMP): .locks/oracle.txt pyproject.toml .ci/make-venv.sh
 	@$(ORACLE_VENV)/bin/python $(PIP) install --no-deps --editable .
 	@touch $@
 
+clients: $(CLIENTS_STAMP) ## the environment of tests/clients, in .venv-clients
+	@:
+
+$(CLIENTS_STAMP): .locks/clients.txt pyproject.toml .ci/make-venv.sh
+	@.ci/make-venv.sh $(CLIENTS_VENV)
+	@echo "clients: installing the locked client libraries into $(CLIENTS_VENV)"
+	@$(CLIENTS_VENV)/bin/python $(PIP) install --no-deps --require-hashes -r .locks/clients.txt
+	@$(CLIENTS_VENV)/bin/python $(PIP) install --no-deps --editable .
+	@touch $@
+
 LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" .cache/uv/bin/uv pip compile --quiet --universal --generate-hashes \
 	--python-version 3.11 --fork-strategy fewest --no-emit-index-url pyproject.toml
 
@@ -95,8 +107,9 @@ lock: ## resolve pyproject.toml into .locks/
 	@$(LOCK) --constraints .locks/runtime.txt --extra export -o .locks/export.txt
 	@$(LOCK) --constraints .locks/export.txt --extra export --extra dev -o .locks/dev.txt
 	@$(LOCK) --extra export --extra optimum --group oracle --excludes .locks/oracle-excludes.txt --no-emit-package torch -o .locks/oracle.txt
+	@$(LOCK) --constraints .locks/runtime.txt --group clients -o .locks/clients.txt
 	@if grep -nE '^ *--(index-url|extra-index-url|find-links)|https?://' .locks/*.txt; then echo "lock: an index got into .locks/" >&2; exit 1; fi
-	@for name in runtime export dev oracle; do echo "lock: $$name has $$(grep -c '^[a-z].*==' .locks/$$name.txt) packages"; done
+	@for name in runtime export dev oracle clients; do echo "lock: $$name has $$(grep -c '^[a-z].*==' .locks/$$name.txt) packages"; done
 
 clean: ## remove environments and caches; models stay
-	@rm -rf $(VENV) $(ORACLE_VENV) .cache/uv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(ORACLE_VENV) $(CLIENTS_VENV) .cache/uv .pytest_cache .mypy_cache .ruff_cache .hypothesis

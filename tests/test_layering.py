@@ -54,6 +54,7 @@ LAYERS = (
     },
     {"edge.model", "edge.service", "edge.loader"},
     {"edge.openai"},
+    {"edge.anthropic", "edge.ollama"},
     {"edge.http", "edge.mqtt"},
     {"edge.client"},
     {"edge.commands"},
@@ -176,7 +177,7 @@ def test_the_device_installs_few_packages() -> None:
     assert len(packages) <= MAX_RUNTIME_PACKAGES
 
 
-@pytest.mark.parametrize("name", ["runtime", "export", "dev", "oracle"])
+@pytest.mark.parametrize("name", ["runtime", "export", "dev", "oracle", "clients"])
 def test_locks_pin_hashes_and_name_no_index(name: str) -> None:
     lock = (ROOT / ".locks" / f"{name}.txt").read_text(encoding="utf-8")
     entries = re.split(r"^(?=[a-z0-9])", lock, flags=re.MULTILINE)[1:]
