@@ -35,7 +35,7 @@ class Choice:
         """How the answer ended; None while it grows."""
         self._index = index
         self._shape = shape_of(request)
-        self._parser = _make_parser(model, request, generation)
+        self._parser = block_parser(model, request, generation)
         self._first_id = generation.prompt_ids[0]
         self._prefix = _echo(model, request, generation)
         self._pieces: list[Piece] = []
@@ -104,7 +104,8 @@ def _echo(model: Model, request: ChatRequest | CompletionRequest, generation: Ge
     return model.tokenizer.decode(generation.prompt_ids, skip_special=False)
 
 
-def _make_parser(model: Model, request: ChatRequest | CompletionRequest, generation: GenerationRequest) -> BlockParser:
+def block_parser(model: Model, request: ChatRequest | CompletionRequest, generation: GenerationRequest) -> BlockParser:
+    """What splits the answer to a request into content, reasoning and tool calls."""
     if isinstance(request, CompletionRequest):
         return BlockParser(reasoning=False, tools=False)
     if generation.grammar is not None:

@@ -7,13 +7,14 @@ fields are checked by :class:`edge.engine.sampler.SamplingParams`, once for ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from edge.engine.logprobs import MAX_TOP
 from edge.errors import RequestError
+from edge.openai.wire import Unsupported, Wire, refuse_unsupported, validate
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -24,7 +25,7 @@ MAX_CHOICES = 8
 MAX_PROMPTS = 256
 _MAX_NAME = 256
 
-_UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+_UNSUPPORTED: Unsupported = {
     "best_of": ((1,), "leave it out"),
     "suffix": (("",), "use the model's fill-in-the-middle tokens in the prompt"),
     "functions": ((), "use tools"),
@@ -34,22 +35,16 @@ _UNSUPPORTED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "json_schema": ((), "use response_format"),
     "use_beam_search": ((False,), "leave it out"),
 }
-"""Field -> values that ask for nothing (null always does), and the hint for every other value."""
 _UNSUPPORTED_IN_CHAT = {**_UNSUPPORTED, "echo": ((False,), "use /v1/completions")}
 
 
-class _Wire(BaseModel):
-    # Strict: a temperature of "0.7" is a client's mistake that should show, not work by luck.
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-
-
-class StreamOptions(_Wire):
+class StreamOptions(Wire):
     """What a stream carries besides the answer."""
 
     include_usage: bool | None = None
 
 
-class JsonSchema(_Wire):
+class JsonSchema(Wire):
     """A named JSON schema; answers follow it, whether ``strict`` is set or not."""
 
     name: str | None = None
@@ -57,7 +52,7 @@ class JsonSchema(_Wire):
     definition: Annotated[dict[str, Any], Field(alias="schema")]
 
 
-class ResponseFormat(_Wire):
+class ResponseFormat(Wire):
     """Free text, any JSON object, or JSON by a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -72,7 +67,7 @@ class ResponseFormat(_Wire):
         return self
 
 
-class StructuredOutputs(_Wire):
+class StructuredOutputs(Wire):
     """vLLM's way to say what form an answer has; one of the fields."""
 
     model_config = ConfigDict(extra="forbid")
@@ -86,7 +81,7 @@ class StructuredOutputs(_Wire):
     choice: Annotated[list[str], Field(min_length=1)] | None = None
 
 
-class ToolFunction(_Wire):
+class ToolFunction(Wire):
     """A function the model may call; the template shows all of its fields to the model."""
 
     model_config = ConfigDict(extra="allow")
@@ -97,7 +92,7 @@ class ToolFunction(_Wire):
     """A JSON schema."""
 
 
-class Tool(_Wire):
+class Tool(Wire):
     """A tool the model may call."""
 
     model_config = ConfigDict(extra="allow")
@@ -106,20 +101,20 @@ class Tool(_Wire):
     function: ToolFunction
 
 
-class FunctionName(_Wire):
+class FunctionName(Wire):
     """A function by its name."""
 
     name: str
 
 
-class NamedTool(_Wire):
+class NamedTool(Wire):
     """The tool that must be called."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class _Generation(_Wire):
+class _Generation(Wire):
     """Fields that chat and text completions share."""
 
     model: Annotated[str, Field(max_length=_MAX_NAME)] | None = None
@@ -302,17 +297,14 @@ def _one_prompt(prompt: Any) -> str | tuple[int, ...]:
     return tuple(prompt)
 
 
-_Request = TypeVar("_Request", ChatRequest, CompletionRequest)
-
-
 def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
     """Check the body of a chat request.
 
     Raises:
         RequestError: a field is missing, of the wrong type, out of range or not supported; ``param`` names it.
     """
-    _refuse_unsupported(body, _UNSUPPORTED_IN_CHAT)
-    return _parse(ChatRequest, body)
+    refuse_unsupported(body, _UNSUPPORTED_IN_CHAT)
+    return validate(ChatRequest, body)
 
 
 def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
@@ -321,54 +313,5 @@ def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
     Raises:
         RequestError: a field is missing, of the wrong type, out of range or not supported; ``param`` names it.
     """
-    _refuse_unsupported(body, _UNSUPPORTED)
-    return _parse(CompletionRequest, body)
-
-
-def _parse(schema: type[_Request], body: Mapping[str, Any]) -> _Request:
-    try:
-        return schema.model_validate(body)
-    except ValidationError as error:
-        raise _explain(error, body) from None
-
-
-def _refuse_unsupported(body: Mapping[str, Any], fields: Mapping[str, tuple[tuple[Any, ...], str]]) -> None:
-    for name, (harmless, hint) in fields.items():
-        value = body.get(name)
-        # `type(...)`: 1 == True in Python, but not in JSON.
-        if value is not None and not any(value == ok and type(value) is type(ok) for ok in harmless):
-            raise RequestError(f"this value of {name} is not supported", hint=hint, param=name)
-
-
-def _explain(error: ValidationError, body: Mapping[str, Any]) -> RequestError:
-    """The first violation, in words that never repeat what was sent."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = _path(first["loc"], body)
-    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("Field ", "is ")
-    return RequestError(f"{param}: {reason}", hint="see docs/http-api.md", param=param)
-
-
-def _path(location: Sequence[int | str], body: Any) -> str:
-    """A pydantic location as ``messages[0].content``, without the names of union members in it."""
-    path, node = "", body
-    for step in location:
-        if isinstance(step, int) and isinstance(node, list) and step < len(node):
-            path, node = f"{path}[{step}]", node[step]
-        elif isinstance(step, str) and isinstance(node, dict) and (step in node or step in _FIELDS):
-            path, node = f"{path}.{step}" if path else step, node.get(step)
-    return path
-
-
-_SCHEMAS = (
-    ChatRequest,
-    CompletionRequest,
-    StreamOptions,
-    ResponseFormat,
-    JsonSchema,
-    StructuredOutputs,
-    Tool,
-    ToolFunction,
-    NamedTool,
-    FunctionName,
-)
-_FIELDS = frozenset(field.alias or name for schema in _SCHEMAS for name, field in schema.model_fields.items())
+    refuse_unsupported(body, _UNSUPPORTED)
+    return validate(CompletionRequest, body)
