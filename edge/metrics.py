@@ -83,6 +83,7 @@ class Metrics:
             "qwedge_rule_messages", "Messages that MQTT rules took, by outcome", ["rule", "outcome"],
             registry=self._registry,
         )  # fmt: skip
+        self._num_output_tokens = 0
         self._recent: deque[_Recent] = deque(maxlen=_MAX_RECENT)
         self._rendering = threading.Lock()
         self._rendered: SchedulerStats | None = None  # guarded by _rendering
@@ -126,6 +127,11 @@ class Metrics:
             cache_hit_ratio=sum(each.num_cached_tokens for each in timings) / num_prompt if num_prompt else None,
         )
 
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of all requests that have ended."""
+        return self._num_output_tokens
+
     def render(self, stats: SchedulerStats) -> bytes:
         """The text exposition, with the gauges set from ``stats``."""
         self._waiting.set(stats.num_waiting)
@@ -150,3 +156,4 @@ class Metrics:
         self._prompt_tokens.inc(timings.num_prompt_tokens)
         self._cached_tokens.inc(timings.num_cached_tokens)
         self._output_tokens.inc(timings.num_output_tokens)
+        self._num_output_tokens += timings.num_output_tokens

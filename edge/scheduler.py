@@ -72,6 +72,8 @@ class SlotStats:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
+    tokens_per_s: float
+    """Since the first token; 0 before it."""
     age_s: float
     """Since the request was taken."""
 
@@ -194,6 +196,7 @@ class Scheduler:
                     num_prompt_tokens=len(sequence.prompt_ids),
                     num_cached_tokens=sequence.num_cached_tokens,
                     num_output_tokens=sequence.num_output_tokens,
+                    tokens_per_s=sequence.timings().tokens_per_s,
                     age_s=now - sequence.submitted_at,
                 )
                 for sequence in self._active()

@@ -71,6 +71,11 @@ class Timings:
         """Mean time per output token after the first; 0 with fewer than two tokens."""
         return self.decode_s / (self.num_output_tokens - 1) if self.num_output_tokens > 1 else 0.0
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens after the first in a second; 0 with fewer than two tokens."""
+        return 1 / self.tpot_s if self.tpot_s else 0.0
+
 
 class SequenceStatus(Enum):
     """The life of a sequence."""
