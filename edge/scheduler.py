@@ -335,20 +335,22 @@ class Scheduler:
         sequence = self._prefilling
         assert sequence is not None
         past = sequence.num_computed_tokens
-        scorer = sequence.prompt_scorer
-        most = self._engine.prefill_chunk if scorer is None else self._engine.score_chunk
+        reader = sequence.prompt_reader
+        scores = reader is not None and reader.reads == "logits"
+        most = self._engine.score_chunk if scores else self._engine.prefill_chunk
         if self._running:
             most = max(1, most // 2)
         chunk = sequence.prompt_ids[past : past + most]
-        if scorer is None:
+        if reader is None:
             last = self._engine.prefill(sequence.slot, chunk, past)
         else:
-            logits = self._engine.score(sequence.slot, chunk, past)
-            scorer(past, logits)
-            last = logits[-1]
+            read = self._engine.score if scores else self._engine.embed
+            rows = read(sequence.slot, chunk, past)
+            reader(past, rows)
+            last = rows[-1]
         sequence.num_computed_tokens = past + len(chunk)
         if sequence.num_computed_tokens == len(sequence.prompt_ids):
-            sequence.prompt_scorer = None
+            sequence.prompt_reader = None
             self._prefilling = None
             self._running.append(sequence)
             sequence.status = SequenceStatus.DECODE

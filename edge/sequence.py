@@ -6,7 +6,6 @@ The scheduler moves a sequence through WAITING, PREFILL and DECODE to FINISHED; 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, Protocol
@@ -43,6 +42,19 @@ class Consumer(Protocol):
 
     def failed(self, error: QwedgeError, timings: Timings) -> None:
         """Terminal: cancelled, out of time, or the engine failed."""
+        ...
+
+
+class PromptReader(Protocol):
+    """Reads along while a prompt is prefilled. Called on the engine's thread."""
+
+    @property
+    def reads(self) -> Literal["logits", "hidden"]:
+        """What it is given of each token: logits [n, padded_vocab] of what follows, or hidden states [n, hidden]."""
+        ...
+
+    def __call__(self, start: int, rows: NDArray[np.float32], /) -> None:
+        """Row i belongs to prompt token ``start + i``; the rows are valid during the call only."""
         ...
 
 
@@ -102,9 +114,10 @@ class Sequence:
     """Whose it is: cached prefixes are shared within an identity only (:func:`edge.engine.prefix.owned_by`)."""
     adapter: Adapter | None = None
     """What its tokens are computed with besides the model."""
-    prompt_scorer: Callable[[int, NDArray[np.float32]], None] | None = None
-    """Gets the logits of the whole prompt, in order and before the first token: with ``start`` and logits
-    [n, padded_vocab], of which row i follows prompt token ``start + i``; they are valid during the call only."""
+    prompt_reader: PromptReader | None = None
+    """Gets what the model makes of the whole prompt, in order and before the first token."""
+    is_reusable: bool = True
+    """Whether others may begin like it, so that its keys and values are worth keeping."""
 
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int = -1

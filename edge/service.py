@@ -1,9 +1,9 @@
 """One request in, one stream of events out: what every front end talks to.
 
 A front end turns its wire format into a :class:`GenerationRequest` (see ``edge.openai``), submits it with a callback
-and receives :data:`Event` values: ``Queued`` (any number), ``Started`` (at most one), ``PromptScored`` (one where it is
-asked for), ``Delta`` (any number) and exactly one terminal event, ``Finished`` or ``Failed``. Callbacks run on the
-engine's thread, or on the submitting thread for the first ``Queued``; they must only hand the event over.
+and receives :data:`Event` values: ``Queued`` (any number), ``Started`` (at most one), ``PromptScored`` or ``Pooled``
+(one where it is asked for), ``Delta`` (any number) and exactly one terminal event, ``Finished`` or ``Failed``. They
+come on the engine's thread, the first ``Queued`` on the submitting one; callbacks must only hand the event over.
 
 Several answers to one question, or to a batch of them, are several requests that :meth:`Service.submit_all` takes or
 refuses as one. Each event comes with the index of its request then. :func:`events` hands them to asyncio.
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from edge.engine.grammar_source import Grammar
 from edge.engine.logprobs import PromptScorer, TokenLogprobs
 from edge.engine.lora import Adapter
+from edge.engine.pooling import Pooler, Pooling
 from edge.engine.prefix import owned_by
 from edge.engine.sampler import Sampler, SamplingParams
 from edge.errors import ContextOverflowError, QwedgeError, RequestError
@@ -57,6 +58,8 @@ class GenerationRequest:
     """Alternatives to report with each token's log-probability, 0 to 20; None reports nothing."""
     score_prompt: bool = False
     """Report the log-probabilities of the prompt's tokens too; needs ``num_logprobs``. Takes no cached prefix."""
+    pooling: Pooling | None = None
+    """Make one vector of the prompt instead of an answer; needs ``max_tokens`` 0. Takes no cached prefix."""
     adapter: Adapter | None = None
     """What answers besides the model: :meth:`Model.find_adapter` finds it."""
     grammar: Grammar | None = None
@@ -82,6 +85,14 @@ class PromptScored:
 
     logprobs: tuple[TokenLogprobs, ...]
     """Of the second token to the last: nothing predicts the first."""
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The prompt was read: the vector that it became."""
+
+    vector: NDArray[np.float32]
+    """[hidden_size], of whatever length it came out."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ class Failed:
     timings: Timings
 
 
-Event = Queued | Started | PromptScored | Delta | Finished | Failed
+Event = Queued | Started | PromptScored | Pooled | Delta | Finished | Failed
 OnEvent = Callable[[Event], None]
 OnIndexedEvent = Callable[[int, Event], None]
 
@@ -219,18 +230,19 @@ class Service:
         room = self.model.context_length - len(ids)
         limits = (request.max_tokens, self._default_max_tokens, room)
         sampler = self._sampler(request)
-        scorer = self._scorer(request)
+        reader = self._prompt_reader(request)
         text = TextStream(self.model.tokenizer, request.stop)
         return EngineSequence(
             prompt_ids=ids,
             max_tokens=min(next(limit for limit in limits if limit is not None), room),
             eos_ids=frozenset() if request.ignore_eos else self.model.eos_ids,
             sampler=sampler,
-            consumer=_EventConsumer(on_event, text, sampler, scorer, self.metrics, announces=announces),
+            consumer=_EventConsumer(on_event, text, sampler, reader, self.metrics, announces=announces),
             identity=owned_by(request.identity, request.adapter.digest if request.adapter else ""),
             adapter=request.adapter,
             deadline=None if request.deadline_s is None else time.monotonic() + request.deadline_s,
-            prompt_scorer=scorer,
+            prompt_reader=reader,
+            is_reusable=request.pooling is None,
         )
 
     def _prompt(self, request: GenerationRequest) -> NDArray[np.int64]:
@@ -256,7 +268,12 @@ class Service:
             num_logprobs=request.num_logprobs,
         )
 
-    def _scorer(self, request: GenerationRequest) -> PromptScorer | None:
+    def _prompt_reader(self, request: GenerationRequest) -> PromptScorer | Pooler | None:
+        if request.pooling is not None:
+            if self.model.manifest.hidden_size is None:
+                hint = "export it again: bundles of this version have what embeddings are made of"
+                raise RequestError("the served model makes no embeddings", hint=hint, param="model")
+            return Pooler(request.pooling)
         if not request.score_prompt or request.num_logprobs is None:
             return None
         return PromptScorer(request.prompt_ids, self.model.manifest.vocab_size, request.num_logprobs)
@@ -270,7 +287,7 @@ class _EventConsumer:
         on_event: OnEvent,
         text: TextStream,
         sampler: Sampler,
-        scorer: PromptScorer | None,
+        reader: PromptScorer | Pooler | None,
         metrics: Metrics,
         *,
         announces: bool,
@@ -278,7 +295,7 @@ class _EventConsumer:
         self._on_event = on_event
         self._text = text
         self._sampler = sampler
-        self._scorer = scorer
+        self._reader = reader
         self._metrics = metrics
         self._announces = announces
 
@@ -291,20 +308,22 @@ class _EventConsumer:
             self._emit(Started())
 
     def token(self, token_id: int) -> FinishReason | None:
-        self._tell_scores()
+        self._tell_reading()
         self._emit(Delta(self._text.push(token_id), token_id, self._sampler.take_logprobs()))
         return "stop" if self._text.stopped else None
 
     def finished(self, reason: FinishReason, timings: Timings) -> None:
-        self._tell_scores()
+        self._tell_reading()
         self._metrics.finished(reason, timings)
         self._emit(Finished(reason, self._text.flush(), timings, self._sampler.take_logprobs()))
 
-    def _tell_scores(self) -> None:
+    def _tell_reading(self) -> None:
         """The prompt has been read when anything follows it."""
-        if self._scorer is not None:
-            self._emit(PromptScored(self._scorer.scores))
-            self._scorer = None
+        reader, self._reader = self._reader, None
+        if isinstance(reader, PromptScorer):
+            self._emit(PromptScored(reader.scores))
+        elif reader is not None:
+            self._emit(Pooled(reader.vector))
 
     def failed(self, error: QwedgeError, timings: Timings) -> None:
         self._metrics.failed(error, timings)

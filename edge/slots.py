@@ -59,13 +59,13 @@ class Slots:
         """
         sequence.slot = self._free.pop()
         self._engine.use_adapter(sequence.slot, sequence.adapter)
-        if sequence.prompt_scorer is None:
+        if sequence.prompt_reader is None:
             sequence.num_computed_tokens = self._reuse(sequence, running)
 
     def keep(self, sequence: Sequence) -> None:
         """Remember a sequence's keys and values before its slot is given away."""
         length = sequence.num_computed_tokens
-        if not self._prefixes.wants(length, length * self._engine.bytes_per_token):
+        if not sequence.is_reusable or not self._prefixes.wants(length, length * self._engine.bytes_per_token):
             return
         ids = sequence.computed_ids()
         if self._prefixes.has(sequence.identity, ids):

@@ -35,6 +35,7 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS_ID = 256 + SPECIAL_TOKENS.index("<|im_end|>")
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 PADDED_VOCAB_SIZE = 264
+HIDDEN_SIZE = 4
 CHAT_TEMPLATE = """\
 {%- if tools %}<|im_start|>system
 # Tools
@@ -123,6 +124,12 @@ class FakeEngine:
         logits = _logits([*ids.tolist()[1:], 0])
         logits[-1] = self.prefill(slot, ids, past)
         return logits
+
+    def embed(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """See :class:`edge.engine.interface.Engine`: the hidden state of a byte counts which of four kinds it is."""
+        self.prefill(slot, ids, past)
+        hidden: NDArray[np.float32] = np.eye(HIDDEN_SIZE, dtype=np.float32)[ids % HIDDEN_SIZE]
+        return hidden
 
     def decode(self, slots: Sequence[int], ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
         """See :class:`edge.engine.interface.Engine`."""
@@ -238,6 +245,7 @@ def make_manifest(context_length: int = 4096) -> Manifest:
         context_length=context_length,
         vocab_size=VOCAB_SIZE,
         padded_vocab_size=PADDED_VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
         kv=KVLayout(layers=1, kv_heads=1, head_dim=2),
         weight_bytes_per_token=1,
         source=Source(kind="folder", location="fake"),

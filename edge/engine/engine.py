@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -19,7 +20,7 @@ from edge.bundle import Manifest, verify_bundle
 from edge.engine.heap import trim_heap
 from edge.engine.kv_cache import Cache, KVPool
 from edge.engine.lora import ActiveAdapters, Adapter, Places, StepAdapters
-from edge.engine.session import Inputs, Session, Step
+from edge.engine.session import Inputs, Outputs, Session, Step
 
 
 class Engine:
@@ -92,6 +93,16 @@ class Engine:
         assert 0 < len(ids) <= self.score_chunk
         assert past + len(ids) <= self.context_length
         return self._awake.score(slot).run(ids, past)
+
+    def embed(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """Append ``ids`` [n], n <= prefill_chunk, to the ``past`` tokens of a slot.
+
+        Returns:
+            Hidden states [n, hidden_size] of all positions, as they go into the head; valid until the next call.
+        """
+        assert 0 < len(ids) <= self.prefill_chunk
+        assert past + len(ids) <= self.context_length
+        return self._awake.embed(slot).run(ids, past)
 
     def decode(self, slots: Sequence[int], ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
         """Append ``ids[i]`` to the first ``past[i]`` tokens of ``slots[i]``, for up to ``rows`` tokens.
@@ -166,7 +177,8 @@ class Engine:
     def _bind(self, session: Session) -> _Loaded:
         # One for all steps, as logits are valid until the next step only.
         logits = np.zeros((max(self.rows, self.score_chunk), self.manifest.padded_vocab_size), np.float32)
-        binder = _Binder(session, self._pool, self._adapters, logits)
+        hidden = np.zeros((_round_up(self.prefill_chunk, 2), self.manifest.hidden_size or 0), np.float32)
+        binder = _Binder(session, self._pool, self._adapters, logits, hidden)
         return _Loaded(binder, self.prefill_chunk, self.score_chunk, self._padded)
 
     @property
@@ -189,12 +201,14 @@ class _Binder:
     adapters: ActiveAdapters
     logits: NDArray[np.float32]
     """Where every step leaves them [most positions of a step, padded_vocab]."""
+    hidden: NDArray[np.float32]
+    """Where a step that is asked for them leaves its hidden states [most positions of a step, hidden_size]."""
 
     def step(
-        self, inputs: Inputs, logits: NDArray[np.float32], caches: Sequence[tuple[Cache, Cache]]
+        self, inputs: Inputs, outputs: Outputs, caches: Sequence[tuple[Cache, Cache]]
     ) -> tuple[Step, StepAdapters]:
         """A step and its adapters; see :meth:`edge.engine.session.Session.step`."""
-        step = self.session.step(inputs, logits, caches)
+        step = self.session.step(inputs, outputs, caches)
         return step, StepAdapters(self.adapters, step, len(inputs["input_ids"]))
 
 
@@ -202,8 +216,9 @@ class _Loaded:
     """The steps bound to a session, made when they are first wanted."""
 
     def __init__(self, binder: _Binder, prefill_chunk: int, score_chunk: int, padded: Callable[[int], int]) -> None:
-        self.prefill = cache(lambda slot: _Append(binder, slot, most=prefill_chunk, every=False))
-        self.score = cache(lambda slot: _Append(binder, slot, most=score_chunk, every=True))
+        self.prefill = cache(lambda slot: _Append(binder, slot, most=prefill_chunk, reads="last"))
+        self.score = cache(lambda slot: _Append(binder, slot, most=score_chunk, reads="every"))
+        self.embed = cache(lambda slot: _Append(binder, slot, most=prefill_chunk, reads="hidden"))
         self.decode = cache(lambda num_tokens: _Decode(binder, num_tokens, padded(num_tokens)))
         self.drop_mapped = binder.session.drop_mapped
 
@@ -217,17 +232,17 @@ class _Append:
 
     Args:
         most: most tokens of a step.
-        every: whether every position gets logits, or the last one only.
+        reads: what is wanted of a step: logits of the last position or of every one, or hidden states instead.
     """
 
-    def __init__(self, binder: _Binder, slot: int, *, most: int, every: bool) -> None:
-        self._every = every
+    def __init__(self, binder: _Binder, slot: int, *, most: int, reads: Literal["last", "every", "hidden"]) -> None:
+        self._reads = reads
         self._slots = np.array([slot])
         self._ids = np.zeros((1, _round_up(most, 2)), np.int64)
         self._seqlens = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
-        self._indices = np.arange(most if every else 1, dtype=np.int64)
-        self._logits = binder.logits[: len(self._indices)]
+        self._indices = np.arange(most if reads == "every" else 1, dtype=np.int64)
+        self._results = binder.hidden if reads == "hidden" else binder.logits[: len(self._indices)]
         self._bound = 0
         inputs: Inputs = {
             "input_ids": self._ids,
@@ -236,10 +251,11 @@ class _Append:
             "logits_indices": self._indices,
         }
         caches = [binder.pool.slot(layer, slot) for layer in range(binder.pool.layers)]
-        self._step, self._adapters = binder.step(inputs, self._logits, caches)
+        outputs = {} if reads == "hidden" else {"logits": self._results}
+        self._step, self._adapters = binder.step(inputs, outputs, caches)
 
     def run(self, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """Logits [n, padded_vocab] of all positions, or [1, padded_vocab] of the last."""
+        """Logits or hidden states [n, ...] of all positions, or logits [1, padded_vocab] of the last."""
         n = len(ids)
         if n != self._bound:
             self._rebind(n)
@@ -248,17 +264,20 @@ class _Append:
         self._ids[0, n:padded] = 0
         self._seqlens[0] = past + padded - 1
         self._total[()] = past + padded
-        if not self._every:
+        if self._reads == "last":
             self._indices[0] = n - 1
         self._adapters.update(self._slots)
         self._step.run()
-        return self._logits[:n]
+        return self._results[:n]
 
     def _rebind(self, n: int) -> None:
-        self._step.bind_input("input_ids", self._ids[:, : _round_up(n, 2)])
-        if self._every:
+        padded = _round_up(n, 2)
+        self._step.bind_input("input_ids", self._ids[:, :padded])
+        if self._reads == "every":
             self._step.bind_input("logits_indices", self._indices[:n])
-            self._step.bind_output("logits", self._logits[:n])
+            self._step.bind_output("logits", self._results[:n])
+        elif self._reads == "hidden":
+            self._step.bind_output("hidden_states", self._results[None, :padded])
         self._bound = n
 
 
@@ -286,7 +305,7 @@ class _Decode:
             "logits_indices": self._indices,
         }
         caches = [binder.pool.rows(layer, rows) for layer in range(binder.pool.layers)]
-        self._step, self._adapters = binder.step(inputs, self._logits, caches)
+        self._step, self._adapters = binder.step(inputs, {"logits": self._logits}, caches)
 
     def run(
         self, places: Sequence[int], slots: Sequence[int], ids: Sequence[int], past: Sequence[int]

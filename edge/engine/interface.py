@@ -42,6 +42,10 @@ class Engine(Protocol):
         """Append ``ids`` [n] like :meth:`prefill`; returns the logits [n, padded_vocab] of all positions."""
         ...
 
+    def embed(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """Append ``ids`` [n] like :meth:`prefill`; returns the hidden states [n, hidden] of all positions."""
+        ...
+
     def decode(self, slots: Sequence[int], ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
         """Append ``ids[i]`` to the first ``past[i]`` tokens of ``slots[i]``; returns logits [n, padded_vocab].
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +67,8 @@ class PromptScorer:
         vocab_size: number of real token ids; logits at and beyond it are padding.
         num_top: alternatives to collect with each token.
     """
+
+    reads: Literal["logits"] = "logits"
 
     def __init__(self, prompt_ids: Sequence[int], vocab_size: int, num_top: int) -> None:
         self._prompt_ids = prompt_ids

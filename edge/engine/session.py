@@ -25,6 +25,8 @@ from edge.errors import BundleError
 
 Inputs = dict[str, NDArray[Any]]
 """Arrays by the graph's input names."""
+Outputs = dict[str, NDArray[np.float32]]
+"""Arrays by the graph's output names."""
 log = logging.getLogger(__name__)
 
 _ERRORS_ONLY = 3
@@ -63,12 +65,12 @@ class Session:
         """Shapes of the graph's inputs by name; free dimensions are names."""
         return {value.name: list(value.shape) for value in self._session.get_inputs()}
 
-    def step(self, inputs: Inputs, logits: NDArray[np.float32], caches: Sequence[tuple[Cache, Cache]]) -> Step:
+    def step(self, inputs: Inputs, outputs: Outputs, caches: Sequence[tuple[Cache, Cache]]) -> Step:
         """Bind a step to its arrays, which must keep their place as long as it.
 
         Args:
             inputs: what is not the cache.
-            logits: where the logits go [positions, padded_vocab].
+            outputs: what is not the cache, as far as it is wanted.
             caches: keys and values of each layer [rows, kv_heads, context, head_dim].
         """
         step = Step(self._session)
@@ -77,7 +79,8 @@ class Session:
         for layer, (keys, values) in enumerate(caches):
             step.bind_cache(f"{layer}.key", keys)
             step.bind_cache(f"{layer}.value", values)
-        step.bind_output("logits", logits)
+        for name, output in outputs.items():
+            step.bind_output(name, output)
         return step
 
 

@@ -6,8 +6,11 @@ import queue
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edge.engine.sampler import SamplingParams
 from edge.errors import (
@@ -379,18 +382,30 @@ def test_weights_that_do_not_come_back_fail_the_request_and_not_the_service() ->
         assert isinstance(Client(service).end(), Finished)
 
 
+class CountingReader:
+    """Notes which tokens it was shown."""
+
+    reads: Literal["logits"] = "logits"
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def __call__(self, start: int, rows: NDArray[np.float32]) -> None:
+        self.seen.append((start, len(rows)))
+
+
 def test_nothing_is_generated_where_nothing_is_asked_for() -> None:
     service = make_service(FakeEngine())
-    seen: list[tuple[int, int]] = []
+    reader = CountingReader()
     sequence = service._sequence(GenerationRequest(tuple(b"p" * 40), SamplingParams()), lambda _: None)
     sequence.max_tokens = 0
-    sequence.prompt_scorer = lambda start, logits: seen.append((start, len(logits)))
+    sequence.prompt_reader = reader
     service.start()
     service._scheduler.submit(sequence)
     until(lambda: sequence.status is SequenceStatus.FINISHED)
     service.stop()
     assert sequence.output_ids == []
-    assert seen == [(0, 16), (16, 16), (32, 8)]
+    assert reader.seen == [(0, 16), (16, 16), (32, 8)]
 
 
 def test_sequences_are_queued_together_or_not_at_all() -> None:
