@@ -15,6 +15,8 @@
     │   └── CrashedError             500: the process ended more than once while it worked on a request
     └── RequestError                 400: the request itself is wrong; names the parameter
         ├── ContextOverflowError     400: the prompt does not fit into the context
+        ├── UnauthorizedError        401: no key, or one that is not known
+        ├── ForbiddenError           403: the key does not allow this
         ├── ModelNotFoundError       404
         ├── DeadlineError            408
         ├── ConflictError            409: an id was used again with another payload
@@ -153,6 +155,20 @@ class ContextOverflowError(RequestError):
         )
         self.n_prompt = n_prompt
         self.n_ctx = n_ctx
+
+
+class UnauthorizedError(RequestError):
+    """The request brings no key, or one that is not known."""
+
+    code = "unauthorized"
+    status = 401
+
+
+class ForbiddenError(RequestError):
+    """Who asks is known, and may not do this."""
+
+    code = "forbidden"
+    status = 403
 
 
 class ModelNotFoundError(RequestError):

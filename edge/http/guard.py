@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import math
 import re
 import time
 import uuid
-from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge.errors import QwedgeError, RequestError, TooLargeError
-from edge.openai import error_body
+from edge.http.caller import begin_exchange
+from edge.http.errors import error_response
 from edge.settings.server import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -37,14 +35,6 @@ _SECURITY_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-
-def error_response(error: QwedgeError, extra_headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """An error in OpenAI's shape, with ``Retry-After`` where a later try may succeed."""
-    headers = dict(extra_headers or {})
-    if error.retry_after_s is not None:
-        headers["retry-after"] = str(math.ceil(error.retry_after_s))
-    return JSONResponse(error_body(error), error.status, headers)
 
 
 class Guard:
@@ -67,6 +57,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         response = _Response(send, headers.get("x-request-id"))
+        begin_exchange(scope, response.request_id)
         started_at = time.monotonic()
         try:
             await self._handle(scope, headers, receive, response)
@@ -79,14 +70,14 @@ class Guard:
             self._check(scope, headers)
             await self._app(scope, body.receive, response.send)
         except QwedgeError as error:
-            await error_response(error)(scope, receive, response.send)
+            await error_response(error, scope)(scope, receive, response.send)
         except Exception:
             # Our own fault, whatever it is: the client still gets an answer in the shape of all errors.
             log.exception("%s failed", response.request_id)
             if response.status is not None:
                 raise
             internal = QwedgeError("internal error", hint="see the server's log for this request id")
-            await error_response(internal)(scope, receive, response.send)
+            await error_response(internal, scope)(scope, receive, response.send)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")

@@ -12,11 +12,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from edge.http.caller import answer_events
 from edge.http.disconnect import unless_disconnected
 from edge.http.event_stream import EventStream, comment, to_json
 from edge.model import Model
 from edge.openai import Answer, ChatRequest, CompletionRequest, parse_body, parse_chat, parse_completion, prepare
-from edge.service import Event, Failed, GenerationRequest, Service, events
+from edge.service import Event, Failed, GenerationRequest, Service
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +45,11 @@ async def _generate(service: Service, parse: Parse, request: Request) -> Respons
     payload = await request.body()
     wanted, generations = await run_in_threadpool(_read, service.model, parse, payload)
     answer = Answer(service.model, wanted, generations)
+    stream = answer_events(request, service, generations, wanted.model)
     if wanted.stream:
-        stream = events(service, generations)
         first = await anext(stream)  # a refusal is raised here, while the status can still say so
         return EventStream(_server_sent(answer, first, stream))
-    body = await unless_disconnected(request.receive, _complete(service, answer, generations))
+    body = await unless_disconnected(request.receive, _complete(answer, stream))
     return JSONResponse(body)
 
 
@@ -59,8 +60,8 @@ def _read(
     return request, prepare(model, request)
 
 
-async def _complete(service: Service, answer: Answer, generations: Sequence[GenerationRequest]) -> dict[str, Any]:
-    async with aclosing(events(service, generations)) as stream:
+async def _complete(answer: Answer, stream: AsyncGenerator[tuple[int, Event], None]) -> dict[str, Any]:
+    async with aclosing(stream):
         async for index, event in stream:
             answer.chunks(index, event)
     return answer.body()

@@ -1,0 +1,133 @@
+"""Who sends a request and what he may do, and how that reaches the routes.
+
+The guard gives every request an :class:`Exchange`; a route that lets the model answer takes its events from
+:func:`answer_events`, which acts in the caller's name and notes what the answer cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
+
+from starlette.requests import Request
+from starlette.types import Scope
+
+from edge.errors import ForbiddenError
+from edge.service import Event, Failed, Finished, GenerationRequest, Service, events
+
+Right = Literal["generate", "read", "manage"]
+RIGHTS: Final[tuple[Right, ...]] = ("generate", "read", "manage")
+OWNER: Final = "http:"
+"""What the identities of known callers begin with; the name follows."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks."""
+
+    name: str = ""
+    """Of the key or the certificate; empty where nobody has to say who he is."""
+    rights: frozenset[Right] = frozenset(RIGHTS)
+    models: tuple[str, ...] = ()
+    """The models that he may use, each with all its adapters; empty: any."""
+
+    @property
+    def identity(self) -> str:
+        """Whose cached prefixes and stored answers these are; callers without a name share theirs."""
+        return f"{OWNER}{self.name}" if self.name else ""
+
+    def check_right(self, right: Right) -> None:
+        """Whether he may do something.
+
+        Raises:
+            ForbiddenError: no.
+        """
+        if right not in self.rights:
+            hint = f"qwedge http add-key {self.name or 'NAME'} --scope {right} ... makes one that has it"
+            raise ForbiddenError(f"this needs the scope {right!r}, which the key does not have", hint=hint)
+
+    def may_use(self, model: str) -> bool:
+        """Whether a model, or a model with an adapter (``MODEL:ADAPTER``), is one of his."""
+        return not self.models or model in self.models or model.partition(":")[0] in self.models
+
+    def check_model(self, model: str) -> None:
+        """Whether he may use a model.
+
+        Raises:
+            ForbiddenError: no.
+        """
+        if not self.may_use(model):
+            raise ForbiddenError("the key does not allow this model", hint="see /v1/models", param="model")
+
+
+@dataclass
+class Exchange:
+    """One request and its answer, without their texts: what the log and the audit log tell."""
+
+    id: str
+    caller: Caller = field(default_factory=Caller)
+    model: str = ""
+    """What answers, once that is known."""
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    failed: bool = False
+    """Whether the answer ended with an error, be it in the midst of a stream."""
+
+    def note(self, event: Event) -> None:
+        """Count an event of the answer."""
+        if isinstance(event, Finished | Failed):
+            self.num_prompt_tokens += event.timings.num_prompt_tokens
+            self.num_output_tokens += event.timings.num_output_tokens
+            self.failed |= isinstance(event, Failed)
+
+
+def begin_exchange(scope: Scope, request_id: str) -> Exchange:
+    """Give a request its exchange."""
+    exchange = Exchange(request_id)
+    scope.setdefault("state", {})["exchange"] = exchange
+    return exchange
+
+
+def exchange_of(request: Request) -> Exchange:
+    """The request's exchange; the guard has made it."""
+    exchange = request.state.exchange
+    assert isinstance(exchange, Exchange)
+    return exchange
+
+
+def caller_of(request: Request) -> Caller:
+    """Who sends the request."""
+    return exchange_of(request).caller
+
+
+def identity_of(request: Request) -> str:
+    """What cached prefixes are kept apart by."""
+    return caller_of(request).identity
+
+
+async def answer_events(
+    request: Request, service: Service, generations: Sequence[GenerationRequest], model: str | None = None
+) -> AsyncGenerator[tuple[int, Event], None]:
+    """:func:`edge.service.events` in the name of whoever sent the request.
+
+    Args:
+        request: tells who asks, and is told what the answer cost.
+        service: answers.
+        generations: what to generate.
+        model: as the client names it; None: the served one.
+
+    Raises:
+        ForbiddenError: the caller may not use the model.
+        QwedgeError: what :meth:`Service.submit_all` raises; both before the first event.
+    """
+    exchange = exchange_of(request)
+    exchange.model = model or service.model.manifest.name
+    exchange.caller.check_model(exchange.model)
+    identity = exchange.caller.identity
+    owned = [replace(generation, identity=identity) for generation in generations]
+    async with aclosing(events(service, owned)) as stream:
+        async for index, event in stream:
+            exchange.note(event)
+            yield index, event
