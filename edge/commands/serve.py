@@ -8,8 +8,8 @@ import os
 import shlex
 import signal
 import socket
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,10 +20,13 @@ from edge.commands import options
 from edge.commands.loading import bundle_of, load
 from edge.config import Settings
 from edge.errors import ConfigError, UnavailableError
+from edge.log_buffer import LogBuffer
 from edge.settings.folders import broker_folder, journal_folder
 from edge.settings.mqtt import BrokerAddress, MqttSettings
 
 if TYPE_CHECKING:  # these bring onnxruntime and the web framework, which `qwedge --help` does without
+    from edge.commands.mqtt_panel import BridgePanel
+    from edge.http.routes.device import DeviceSources
     from edge.journal import Journal
     from edge.service import Service
 
@@ -95,6 +98,7 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
         QwedgeError: what is needed to start cannot be had: the port, the bundle, memory, prompts that can be read.
     """
     from edge.http.listening import bind
+    from edge.http.routes.device import DeviceSources
 
     bundle_of(settings)
     if warm is not None and settings.engine.prefix_cache_mb == 0:
@@ -103,13 +107,25 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
     with ExitStack() as stack:
         # The port first: that it is taken should show before seconds go into the model.
         sock = stack.enter_context(bind(settings.server.host, settings.server.port))
+        logs = stack.enter_context(_kept_log())
         service = load(settings, imports=("edge.http.app", "edge.http.server"))
         stack.callback(service.stop)
         start(service)
         journal = _make_journal(settings.mqtt)
-        address = _start_mqtt(settings.mqtt, service, journal, stack)
-        asyncio.run(_serve_http(service, settings, sock, address, journal))
+        panel = _start_mqtt(settings.mqtt, service, journal, stack)
+        asyncio.run(_serve_http(service, settings, sock, journal, DeviceSources(logs, panel)))
     log.info("stopped")
+
+
+@contextmanager
+def _kept_log() -> Iterator[LogBuffer]:
+    """The newest lines of the log, for the page, until the block ends."""
+    logs = LogBuffer()
+    logging.getLogger().addHandler(logs)
+    try:
+        yield logs
+    finally:
+        logging.getLogger().removeHandler(logs)
 
 
 def _starter(warm: Path | None) -> Callable[[Service], None]:
@@ -136,10 +152,11 @@ def _make_journal(settings: MqttSettings) -> Journal:
     return Journal() if folder is None else Journal(folder, Limits(bytes=settings.journal_mb << 20))
 
 
-def _start_mqtt(settings: MqttSettings, service: Service, journal: Journal, stack: ExitStack) -> BrokerAddress | None:
+def _start_mqtt(settings: MqttSettings, service: Service, journal: Journal, stack: ExitStack) -> BridgePanel | None:
     """Start broker and bridge as configured and have ``stack`` stop them; None where there is no MQTT."""
     if settings.broker == "none":
         return None
+    from edge.commands.mqtt_panel import BridgePanel
     from edge.mqtt import MqttBridge
 
     address = settings.address
@@ -157,19 +174,20 @@ def _start_mqtt(settings: MqttSettings, service: Service, journal: Journal, stac
     bridge = MqttBridge(service, settings, address, journal)
     bridge.start()
     stack.callback(bridge.stop)
-    return address
+    return BridgePanel(bridge, settings, address)
 
 
 async def _serve_http(
-    service: Service, settings: Settings, sock: socket.socket, broker: BrokerAddress | None, journal: Journal
+    service: Service, settings: Settings, sock: socket.socket, journal: Journal, device: DeviceSources
 ) -> None:
     """Answer HTTP until SIGINT or SIGTERM, then drain."""
     from edge.http.app import create_app
     from edge.http.server import HttpServer
 
     signals = _Signals()
-    server = HttpServer(create_app(service, settings.server, problem=lambda: journal.problem), sock)
+    server = HttpServer(create_app(service, settings.server, problem=lambda: journal.problem, device=device), sock)
     serving = asyncio.create_task(server.serve())
+    broker = None if device.mqtt is None else device.mqtt.address
     print(ready_text(settings, Endpoints.of(settings, server.address, broker), service), flush=True)
     leaving = asyncio.create_task(signals.first.wait())
     await asyncio.wait({serving, leaving}, return_when=asyncio.FIRST_COMPLETED)

@@ -22,14 +22,20 @@ from starlette.staticfiles import StaticFiles
 from edge.errors import CancelledError, QwedgeError, RequestError
 from edge.http import openapi
 from edge.http.guard import Guard, error_response
+from edge.http.routes.device import DeviceSources, device_routes
 from edge.http.routes.information import STATIC, information_routes
 from edge.http.routes.openai import openai_routes
+from edge.log_buffer import LogBuffer
 from edge.service import Service
 from edge.settings.server import ServerSettings
 
 
 def create_app(
-    service: Service, settings: ServerSettings, *, problem: Callable[[], str | None] = lambda: None
+    service: Service,
+    settings: ServerSettings,
+    *,
+    problem: Callable[[], str | None] = lambda: None,
+    device: DeviceSources | None = None,
 ) -> Starlette:
     """The application; it starts and stops nothing.
 
@@ -37,8 +43,13 @@ def create_app(
         service: takes the requests; whoever made it starts and stops it.
         settings: limits and allowed hosts.
         problem: tells what else does not work as it should, for ``/health``; None where all is well.
+        device: what the page's device view shows besides the service; None = nothing.
     """
-    routes = [*openai_routes(service), *information_routes(service, problem)]
+    routes = [
+        *openai_routes(service),
+        *information_routes(service, problem),
+        *device_routes(service, device or DeviceSources(LogBuffer())),
+    ]
     return Starlette(
         routes=[*routes, _document(routes), Mount("/static", StaticFiles(directory=STATIC), name="static")],
         middleware=[Middleware(Guard, settings=settings)],
