@@ -28,6 +28,7 @@ LAYERS = (
     {
         "edge",
         "edge.errors",
+        "edge.log_buffer",
         "edge.adapter",
         "edge.background",
         "edge.bundle",
