@@ -24,7 +24,7 @@ from export.graph import GraphBuilder
 from export.quantize.blockwise import QuantizedRows, quantize_rows
 from export.quantize.gptq import Hessian, gptq_rows
 from export.quantize.recipes import Blockwise, Format
-from export.segments import Array, Segment, check_finite
+from export.segments import Array, Segment, check_finite, empty, lengths, needed_inputs
 from export.weights import Rounding
 
 BUILT_IN = "built-in"
@@ -32,8 +32,6 @@ BUILT_IN = "built-in"
 LEAST_TOKENS = 1024
 WINDOW = 512
 """Tokens that see each other."""
-_FREE = {"batch": 1, "groups": 1}
-"""Sizes of graph inputs that are left empty, by the last part of the dimension's name; all others are none."""
 
 
 @dataclass(frozen=True)
@@ -118,21 +116,17 @@ class Calibration:
         """Computes ``target`` [1, tokens, columns] from where the windows are."""
         source = self._at or graph.input_ids
         target.type = ir.TensorType(ir.DataType.FLOAT)
-        needed = _needed_inputs(target, source)
+        nothing = {str(value.name): empty(value) for value in needed_inputs(target, source)}
         segment = Segment(
             graph.model("calibration"),
             self._folder,
-            [str(source.name), *(str(value.name) for value in needed)],
+            [str(source.name), *nothing],
             [str(target.name)],
         )
 
         def run(window: NDArray[Any]) -> Array:
-            length = window.shape[1]
-            lengths = {
-                graph.seqlens_k: np.array([length - 1], np.int32),
-                graph.total_sequence_length: np.array(length, np.int32),
-            }
-            inputs = {str(value.name): lengths[value] if value in lengths else _empty(value) for value in needed}
+            known = lengths(0, window.shape[1])
+            inputs = {name: known.get(name, value) for name, value in nothing.items()}
             y: Array = segment.run({str(source.name): window, **inputs})[0]
             return y
 
@@ -141,27 +135,3 @@ class Calibration:
 
 def _round(factor: Array, weights: Array, form: Blockwise) -> QuantizedRows:
     return gptq_rows(weights, factor, form)
-
-
-def _needed_inputs(target: ir.Value, source: ir.Value) -> list[ir.Value]:
-    """Graph inputs that ``target`` depends on besides ``source``."""
-    found: dict[ir.Value, None] = {}
-    seen, stack = {source}, [target]
-    while stack:
-        value = stack.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        if value.is_graph_input():
-            found[value] = None
-        elif (node := value.producer()) is not None:
-            stack += [each for each in node.inputs if each is not None]
-    return list(found)
-
-
-def _empty(value: ir.Value) -> NDArray[Any]:
-    """A graph input without content: no past, no adapters."""
-    assert value.shape is not None
-    assert value.dtype is not None
-    sizes = [dim if isinstance(dim, int) else _FREE.get(str(dim).rpartition(".")[2], 0) for dim in value.shape]
-    return np.zeros(sizes, value.dtype.numpy())

@@ -90,7 +90,7 @@ class Checkpoint:
     """An open checkpoint; a context manager that closes its files.
 
     Attributes:
-        config: the keys of config.json, untouched (a GGUF's metadata is translated to them).
+        config: the keys of config.json, or of its text part (a GGUF's metadata is translated to them).
         generation: sampling defaults and stop ids.
         tensors: every tensor that can be read, by its Hugging Face name.
         origin: where it came from.

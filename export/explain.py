@@ -7,7 +7,13 @@ from dataclasses import asdict, fields
 
 from export.quantize.recipes import MEASURED_ON, RECIPES, Blockwise, Format, Measured, Recipe
 
-_LABELS = {"qkv": "query, key, value", "out": "attention output", "gate_up": "gate and up", "down": "down"}
+_LABELS = {
+    "qkv": "query, key, value",
+    "out": "attention output",
+    "gate_up": "gate and up",
+    "down": "down",
+    "gates": "decay and update",
+}
 
 
 def recipes_as_text() -> str:

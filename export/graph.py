@@ -10,14 +10,19 @@ input                              shape                               meaning
 ``total_sequence_length``          [] int32                            the largest of those, plus one
 ``logits_indices``                 [positions] int64                   rows of the flattened [batch * sequence] hidden
                                                                        states that get logits
-``past_key_values.{i}.key/value``  [batch, kv_heads, max_length,       the cache
+``past_key_values.{i}.key/value``  [batch, kv_heads, max_length,       the cache of layer i of those with full attention
                                    head_dim] float32, or int8 once
                                                                        ``export.kv_scales`` has changed it
+``past_conv.{i}``                  [batch, channels, kernel - 1]       the state of layer i of those with linear
+                                   float32                             attention: the last inputs of its convolution
+``past_recurrent.{i}``             [batch, value_heads, key_dim,       and the matrices of its recurrence
+                                   value_dim] float32
 =================================  ==================================  ================================================
 
 ``export.lora`` adds further inputs where adapters are wanted.
 
-Outputs: ``logits`` [positions, padded_vocab] and ``present.{i}.key/value``, which share their buffers with the past.
+Outputs: ``logits`` [positions, padded_vocab]; ``present.{i}.key/value``, which share their buffers with the past;
+``present_conv.{i}`` and ``present_recurrent.{i}``, which may.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from numpy.typing import NDArray
 
 from export.quantize.blockwise import quantize_rows
 from export.quantize.recipes import Blockwise, Format
-from export.weights import Matrix, Rounding, Weights
+from export.weights import Change, Matrix, Rounding, Weights
 
 OPSET = 23
 """The first with RMSNormalization."""
@@ -39,8 +44,6 @@ HIDDEN = "hidden"
 """``hidden.{i}`` goes into layer i: where the graph can be cut."""
 MIDDLE = "middle"
 """``middle.{i}`` lies between attention and MLP of layer i."""
-HIDDEN_STATES = "hidden_states"
-"""Output: what the layers have made of every position [batch, sequence, hidden], normalized; for embeddings."""
 FINAL_HIDDEN = "final_hidden"
 """What goes into the head [positions, hidden]."""
 COARSE_LOGITS = "coarse_logits"
@@ -54,6 +57,11 @@ Adapt = Callable[["GraphBuilder", ir.Value, ir.Value, Sequence[str]], ir.Value]
 """From graph, input, product and the names of the weights to what takes the product's place."""
 Observe = Callable[["GraphBuilder", ir.Value, str, Format], Rounding]
 """From graph, input, name and format of a linear to how its weights are rounded."""
+
+
+def present_name(past: str) -> str:
+    """The output that takes the place of an input: ``present.0.key`` of ``past_key_values.0.key``."""
+    return past.replace("past", "present").replace("_key_values", "")
 
 
 class GraphBuilder:
@@ -122,21 +130,25 @@ class GraphBuilder:
         """A constant without dimensions."""
         return self._constant(name, np.asarray(number, dtype=np.int64))
 
-    def rotary_tables(self, head_dim: int, theta: float, length: int) -> tuple[ir.Value, ir.Value]:
-        """Cosines and sines [length, head_dim / 2] of the rotary embedding (Su et al. 2021), computed in float64."""
-        frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    def rotary_tables(self, rotary_dim: int, theta: float, length: int) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines [length, rotary_dim / 2] of the rotary embedding (Su et al. 2021), computed in float64."""
+        frequencies = theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
         angles = np.outer(np.arange(length, dtype=np.float64), frequencies)
         cos = self._file.add("rotary.cos", np.cos(angles).astype(np.float32))
         sin = self._file.add("rotary.sin", np.sin(angles).astype(np.float32))
         return self._register(cos), self._register(sin)
 
-    def vector(self, name: str, sources: Sequence[str]) -> ir.Value:
-        """A float32 parameter vector: the 1-D tensors ``sources`` end to end."""
-        return self._register(self.weights.vector(name, sources))
+    def vector(self, name: str, sources: Sequence[str], change: Change | None = None) -> ir.Value:
+        """A float32 parameter that is no matrix: the tensors ``sources`` end to end, after ``change``."""
+        return self._register(self.weights.vector(name, sources, change))
 
-    def rms_norm(self, x: ir.Value, weight: str, epsilon: float) -> ir.Value:
+    def floats(self, name: str, values: NDArray[np.float32]) -> ir.Value:
+        """A small float32 constant, kept in the graph itself."""
+        return self._constant(name, values)
+
+    def rms_norm(self, x: ir.Value, weight: str, epsilon: float, change: Change | None = None) -> ir.Value:
         """RMS normalization over the last axis (Zhang & Sennrich 2019)."""
-        return self.op("RMSNormalization", [x, self.vector(weight, [weight])], axis=-1, epsilon=epsilon)
+        return self.op("RMSNormalization", [x, self.vector(weight, [weight], change)], axis=-1, epsilon=epsilon)
 
     def linear(
         self, x: ir.Value, name: str, form: Format, sources: Sequence[str], bias: Sequence[str] = ()
@@ -234,6 +246,14 @@ class GraphBuilder:
         self.output(present_value, f"present.{layer}.value", ir.DataType.FLOAT, shape)
         return x
 
+    def past_state(self, kind: str, index: int, sizes: Sequence[int]) -> ir.Value:
+        """What a layer of linear attention remembers, as a graph input [batch, *sizes]."""
+        return self.input(f"past_{kind}.{index}", ir.DataType.FLOAT, ["batch", *sizes])
+
+    def present_state(self, value: ir.Value, kind: str, index: int, sizes: Sequence[int]) -> None:
+        """Make ``value`` the output that takes the place of :meth:`past_state` after this step."""
+        self.output(value, f"present_{kind}.{index}", ir.DataType.FLOAT, ["batch", *sizes])
+
     def model(self, name: str) -> ir.Model:
         """The model as far as it is built."""
         self._graph.name = name
@@ -245,9 +265,9 @@ class GraphBuilder:
         assert tensor.offset is not None
         return self._file.initializer(name, tensor.dtype, shape, tensor.offset)
 
-    def _constant(self, name: str, array: NDArray[np.int64]) -> ir.Value:
+    def _constant(self, name: str, array: NDArray[np.int64] | NDArray[np.float32]) -> ir.Value:
         tensor = ir.tensor(array, name=name)
-        dtype = ir.TensorType(ir.DataType.INT64)
+        dtype = ir.TensorType(tensor.dtype)
         return self._register(ir.Value(name=name, shape=ir.Shape(array.shape), type=dtype, const_value=tensor))
 
     def _register(self, value: ir.Value) -> ir.Value:

@@ -72,9 +72,13 @@ def calibrate(model: ir.Model, folder: Path, ids: Sequence[int]) -> Calibration:
         ExportError: onnxruntime refuses the graph, or a layer's output is not finite.
     """
     text, rotations = _Text(model, folder, ids), _rotations(model)
-    scales, error = [], 0.0
+    scales: list[LayerScales] = []
+    error = 0.0
     for index in range(num_layers(model)):
-        keys, values = text.pass_layer(index)
+        cache = text.pass_layer(index)
+        if cache is None:
+            continue
+        keys, values = cache
         layer = LayerScales(_scale(key_reach(keys, *rotations)), _scale(np.abs(values).max(axis=2)))
         scales.append(layer)
         error = max(error, _error(keys, layer.key), _error(values, layer.value))
@@ -84,10 +88,10 @@ def calibrate(model: ir.Model, folder: Path, ids: Sequence[int]) -> Calibration:
 def quantize_cache(model: ir.Model, scales: Sequence[LayerScales]) -> None:
     """Turn the float32 cache of ``model`` into an int8 cache, in place."""
     nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
-    for layer, (node, scale) in enumerate(zip(nodes, scales, strict=True)):
+    for index, (node, scale) in enumerate(zip(nodes, scales, strict=True)):
         node.resize_inputs(14)
-        _store_as_int8(model.graph, node, f"kv_scale.{layer}", "key", scale.key)
-        _store_as_int8(model.graph, node, f"kv_scale.{layer}", "value", scale.value)
+        _store_as_int8(model.graph, node, f"kv_scale.{index}", "key", scale.key)
+        _store_as_int8(model.graph, node, f"kv_scale.{index}", "value", scale.value)
         node.attributes.add(ir.AttrInt64("kv_cache_bit_width", 8))
 
 
@@ -117,14 +121,15 @@ def key_reach(keys: Array, cos: Array, sin: Array) -> Array:
 
     Args:
         keys: as cached [1, kv_heads, tokens, head_dim].
-        cos: cosines of further rotations [rotations, head_dim / 2].
+        cos: cosines of further rotations [rotations, rotary_dim / 2].
         sin: their sines.
     """
     reach: Array = np.abs(keys).max(axis=2)
-    # The rotary embedding turns channel d together with channel d + head_dim / 2.
-    first, second = np.split(keys, 2, axis=-1)
+    half = cos.shape[1]
+    # The rotary embedding turns channel d together with channel d + rotary_dim / 2, and leaves those behind alone.
+    first, second, still = np.split(keys, [half, 2 * half], axis=-1)
     for c, s in zip(cos, sin, strict=True):
-        turned = np.concatenate([first * c - second * s, first * s + second * c], axis=-1)
+        turned = np.concatenate([first * c - second * s, first * s + second * c, still], axis=-1)
         reach = np.maximum(reach, np.abs(turned).max(axis=2))
     return reach
 
@@ -138,13 +143,15 @@ class _Text:
         starts = range(0, min(len(ids), _MAX_WINDOWS * window), window)
         self._windows = [embed(model, folder, ids[start : start + window]) for start in starts]
 
-    def pass_layer(self, index: int) -> tuple[Array, Array]:
-        """Run all windows through a layer; returns what its cache held, all windows end to end."""
+    def pass_layer(self, index: int) -> tuple[Array, Array] | None:
+        """Run all windows through a layer; returns what its cache held, all windows end to end, if it has one."""
         layer, caches = Layer(self._model, self._folder, index), []
         for number, x in enumerate(self._windows):
             layer.clear()
             self._windows[number] = layer.append(x)
-            caches.append(layer.cache)
+            caches += [layer.cache] if layer.cache else []
+        if not caches:
+            return None
         keys, values = zip(*caches, strict=True)
         return np.concatenate(keys, axis=2), np.concatenate(values, axis=2)
 

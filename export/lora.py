@@ -29,9 +29,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from edge.adapter import CONFIG, NAME, TENSORS, Place, read_adapter, read_config
 from edge.bundle import AdapterEntry
@@ -39,9 +37,7 @@ from edge.errors import ConfigError
 from export.architectures.decoder import Decoder
 from export.graph import GraphBuilder
 
-_PROJECTION = re.compile(r"model\.layers\.(\d+)\.\w+\.(\w+_proj)\.weight")
-_FREE = {"batch": 1, "groups": 1, "width": 0, "rank": 0}
-"""Sizes of an input that is left empty, by the last part of the dimension's name."""
+_PROJECTION = re.compile(r"model\.layers\.(\d+)\.\w+\.(\w+_proj|in_proj_\w+)\.weight")
 
 
 class LoraPlaces:
@@ -82,18 +78,6 @@ def _split(graph: GraphBuilder, inner: ir.Value, count: int) -> list[ir.Value]:
         return [graph.op("Reshape", [inner, graph.constant("lora.one", [0, 0, -1])])]
     inner = graph.op("Reshape", [inner, graph.constant("lora.several", [0, 0, 0, -1])])
     return [graph.op("Gather", [inner, graph.scalar(f"lora.{index}", index)], axis=2) for index in range(count)]
-
-
-def no_adapters(model: ir.Model, layer: int) -> dict[str, NDArray[np.float32]]:
-    """The inputs of one layer's places that leave them empty; none where the graph has no places."""
-    empty = {}
-    for value in model.graph.inputs:
-        name = str(value.name)
-        if name.startswith(f"lora.{layer}.") or (name.startswith("lora.") and name.endswith(".groups")):
-            assert value.shape is not None
-            sizes = [dim if isinstance(dim, int) else _FREE[str(dim).rpartition(".")[2]] for dim in value.shape]
-            empty[name] = np.zeros(sizes, np.float32)
-    return empty
 
 
 def copy_adapters(folders: Mapping[str, Path], architecture: Decoder, bundle: Path) -> list[AdapterEntry]:

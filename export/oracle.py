@@ -23,10 +23,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from edge.bundle import GRAPH, KVLayout
+from edge.bundle import GRAPH
 from edge.errors import ConfigError, ExportError
 from export.architectures import architecture_for
 from export.checkpoint import Checkpoint
+from export.graph import present_name
 from export.pipeline import build_graph, disk_errors
 from export.progress import Progress, step
 from export.quantize.recipes import recipe_named
@@ -68,7 +69,7 @@ def verify_against(oracle: Oracle, checkpoint: Checkpoint, *, progress: Progress
         graph_folder = Path(scratch) / "graph"
         graph_folder.mkdir()
         build_graph(checkpoint, graph_folder, recipe_named("fp32"), progress=progress)
-        differences = _compare(checkpoint, graph_folder, ids, expected)
+        differences = _compare(graph_folder, ids, expected)
     worst = max(differences.values())
     if not worst <= TOLERANCE:
         hint = "this is a defect of qwedge: please report it with the model's name"
@@ -151,30 +152,42 @@ def _ask_optimum(folder: Path, scratch: Path, ids: NDArray[np.int64]) -> Logits:
 
 
 class Decoder:
-    """A graph as plain onnxruntime runs it: no shared buffers, one sequence."""
+    """A graph as plain onnxruntime runs it: no shared buffers.
 
-    def __init__(self, folder: Path, kv: KVLayout) -> None:
+    Args:
+        folder: of the graph.
+        batch: sequences that it carries, all of one length.
+    """
+
+    def __init__(self, folder: Path, batch: int = 1) -> None:
         self._session = ort.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
         self._outputs = [output.name for output in self._session.get_outputs()]
-        empty = np.zeros((1, kv.kv_heads, 0, kv.head_dim), kv.dtype)
-        names = [f"{layer}.{kind}" for layer in range(kv.layers) for kind in ("key", "value")]
-        self._cache = {f"past_key_values.{name}": empty for name in names}
+        pasts = [value for value in self._session.get_inputs() if value.name.startswith("past")]
+        self._memory = {value.name: _empty(value, batch) for value in pasts}
         self._past = 0
 
     def append(self, ids: NDArray[np.int64]) -> Logits:
-        """Append tokens [n]; returns the logits [n, padded_vocab] of all of them."""
-        total = self._past + len(ids)
+        """Append tokens [n] or [batch, n]; returns the logits [batch * n, padded_vocab] of all of them."""
+        ids = np.atleast_2d(ids)
+        total = self._past + ids.shape[1]
         inputs = {
-            "input_ids": ids[None],
-            "seqlens_k": np.array([total - 1], np.int32),
+            "input_ids": ids,
+            "seqlens_k": np.full(len(ids), total - 1, np.int32),
             "total_sequence_length": np.array(total, np.int32),
-            "logits_indices": np.arange(len(ids), dtype=np.int64),
+            "logits_indices": np.arange(ids.size, dtype=np.int64),
         }
-        results = dict(zip(self._outputs, self._session.run(None, {**inputs, **self._cache}), strict=True))
+        results = dict(zip(self._outputs, self._session.run(None, {**inputs, **self._memory}), strict=True))
         logits: Logits = results.pop("logits")
-        self._cache = {name.replace("present", "past_key_values"): value for name, value in results.items()}
+        self._memory = {past: results[present_name(past)] for past in self._memory}
         self._past = total
         return logits
+
+
+def _empty(value: ort.NodeArg, batch: int) -> NDArray[Any]:
+    """A past without tokens."""
+    dtype = {"tensor(float)": np.float32, "tensor(int8)": np.int8}[value.type]
+    # A cache has a free length; a state has none.
+    return np.zeros([batch, *(dim if isinstance(dim, int) else 0 for dim in value.shape[1:])], dtype)
 
 
 _ORACLES: dict[Oracle, Callable[[Path, Path, NDArray[np.int64]], Logits]] = {
@@ -183,8 +196,7 @@ _ORACLES: dict[Oracle, Callable[[Path, Path, NDArray[np.int64]], Logits]] = {
 }
 
 
-def _compare(checkpoint: Checkpoint, folder: Path, ids: NDArray[np.int64], expected: Logits) -> dict[str, float]:
-    kv = architecture_for(checkpoint.config).kv_layout()
+def _compare(folder: Path, ids: NDArray[np.int64], expected: Logits) -> dict[str, float]:
     schedules = {
         "prefill": [_PREFILL],
         "decode": [_PREFILL] + [1] * _DECODE,
@@ -193,7 +205,7 @@ def _compare(checkpoint: Checkpoint, folder: Path, ids: NDArray[np.int64], expec
     scale = float(np.abs(expected).max())
     differences = {}
     for phase, sizes in schedules.items():
-        decoder, start, found = Decoder(folder, kv), 0, []
+        decoder, start, found = Decoder(folder), 0, []
         for size in sizes:
             found.append(decoder.append(ids[start : start + size]))
             start += size

@@ -12,6 +12,7 @@ from export.checkpoint import Checkpoint, Origin, StoredTensor, Text
 from export.files import DAMAGED, read_bytes, read_json, read_text, shown
 from export.generation import END_OF_TURN, generation_defaults
 from export.safetensors_header import open_shard
+from export.text_part import text_config, text_tensors
 from export.tokenizer_json import AddedToken, build_tokenizer, inspect_tokenizer
 
 CONFIG = "config.json"
@@ -37,6 +38,7 @@ def open_folder(folder: Path, origin: Origin) -> Checkpoint:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         hint = "use the original BF16 checkpoint, or a GGUF"
         raise CheckpointError(f"{folder} is quantized with {method}, which is not supported", hint=hint)
+    config = text_config(config)
     tokenizer_config = _optional_json(folder / TOKENIZER_CONFIG)
     tokenizer = _tokenizer(folder, tokenizer_config)
     facts = inspect_tokenizer(tokenizer, str(folder / TOKENIZER))
@@ -44,8 +46,9 @@ def open_folder(folder: Path, origin: Origin) -> Checkpoint:
     also_stop = [facts.added[END_OF_TURN]] if template is not None and END_OF_TURN in facts.added else []
     generation = generation_defaults(_optional_json(folder / GENERATION_CONFIG), config, also_stop=also_stop)
     with ExitStack() as stack:
-        stored, shards = _weights(folder, stack)
-        notes = _drop_tied_head(config, stored)
+        everything, shards = _weights(folder, stack)
+        stored, notes = text_tensors(config, everything)
+        notes += _drop_tied_head(config, stored)
         checkpoint = Checkpoint(
             config=config,
             generation=generation,

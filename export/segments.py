@@ -13,16 +13,17 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge.errors import ExportError
-from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN
-from export.lora import no_adapters
+from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, present_name
 
 DEFECT = "this is a defect of qwedge or of onnxruntime: please report it"
 Array = NDArray[np.float32]
+_FREE = {"batch": 1, "groups": 1}
+"""Sizes of graph inputs that are left empty, by the last part of the dimension's name; all others are none."""
 
 
 def num_layers(model: ir.Model) -> int:
-    """Layers that ``model`` has a cache for."""
-    return sum(str(value.name).startswith("present.") for value in model.graph.outputs) // 2
+    """Layers of ``model``: each has two arrays of cache or of state."""
+    return sum(str(value.name).startswith("present") for value in model.graph.outputs) // 2
 
 
 def embed(model: ir.Model, folder: Path, ids: Sequence[int]) -> Array:
@@ -64,8 +65,38 @@ def check_finite(array: NDArray[Any], what: str) -> None:
         raise ExportError(f"self-test: {what} not finite", hint="the checkpoint is damaged, or try --recipe int8")
 
 
+def needed_inputs(target: ir.Value, source: ir.Value) -> list[ir.Value]:
+    """Graph inputs that ``target`` depends on besides ``source``."""
+    found: dict[ir.Value, None] = {}
+    seen, stack = {source}, [target]
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value.is_graph_input():
+            found[value] = None
+        elif (node := value.producer()) is not None:
+            stack += [each for each in node.inputs if each is not None]
+    return list(found)
+
+
+def empty(value: ir.Value) -> NDArray[Any]:
+    """A graph input without content: no past, no adapters."""
+    assert value.shape is not None
+    assert value.dtype is not None
+    sizes = [dim if isinstance(dim, int) else _FREE.get(str(dim).rpartition(".")[2], 0) for dim in value.shape]
+    return np.zeros(sizes, value.dtype.numpy())
+
+
+def lengths(past: int, count: int) -> dict[str, NDArray[np.int32]]:
+    """The inputs that say how many tokens there are, when ``count`` follow on ``past``."""
+    total = past + count
+    return {"seqlens_k": np.array([total - 1], np.int32), "total_sequence_length": np.array(total, np.int32)}
+
+
 class Layer:
-    """One layer with a cache of its own, loaded by itself.
+    """One layer with a cache or a state of its own, loaded by itself.
 
     Args:
         model: the whole graph.
@@ -75,28 +106,28 @@ class Layer:
 
     def __init__(self, model: ir.Model, folder: Path, index: int) -> None:
         self._index = index
+        values = {str(value.name): value for node in model.graph for value in node.outputs}
         self._source, target = f"{HIDDEN}.{index}", f"{HIDDEN}.{index + 1}"
-        self._pasts = [f"past_key_values.{index}.{kind}" for kind in ("key", "value")]
-        presents = [f"present.{index}.{kind}" for kind in ("key", "value")]
-        self._no_adapters = no_adapters(model, index)
-        inputs = [self._source, "seqlens_k", "total_sequence_length", *self._pasts, *self._no_adapters]
-        self._segment = Segment(model, folder, inputs, [target, *presents])
-        past = next(value for value in model.graph.inputs if value.name == self._pasts[0])
-        assert past.shape is not None
-        assert past.dtype is not None
-        # The free dimensions are batch, which is one, and length, which is none.
-        sizes = [dim if isinstance(dim, int) else 0 for dim in past.shape[1:]]
-        self._empty = np.zeros((1, *sizes), past.dtype.numpy())
+        needed = {str(value.name): value for value in needed_inputs(values[target], values[self._source])}
+        # Sorted, so that a key comes before its value.
+        self._pasts = sorted(name for name in needed if name.startswith("past"))
+        self._lengths = needed.keys() & lengths(0, 0).keys()
+        self._constant = {name: empty(value) for name, value in needed.items() if name not in self._lengths}
+        presents = [present_name(name) for name in self._pasts]
+        self._segment = Segment(model, folder, [self._source, *needed], [target, *presents])
         self.clear()
 
     def clear(self) -> None:
         """Forget all tokens."""
-        self._cache = [self._empty, self._empty]
+        self._tokens = 0
+        self._memory = [self._constant[name] for name in self._pasts]
 
     @property
-    def cache(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Keys and values [1, kv_heads, tokens, head_dim] of the tokens so far, in the graph's number format."""
-        key, value = self._cache
+    def cache(self) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """Keys and values [1, kv_heads, tokens, head_dim] so far, in the graph's number format, if it has a cache."""
+        if not self._pasts[0].startswith("past_key_values"):
+            return None
+        key, value = self._memory
         return key, value
 
     def append(self, x: Array) -> Array:
@@ -105,10 +136,11 @@ class Layer:
         Raises:
             ExportError: onnxruntime refuses the layer, or its output is not finite.
         """
-        total = self._cache[0].shape[2] + x.shape[1]
-        lengths = {"seqlens_k": np.array([total - 1], np.int32), "total_sequence_length": np.array(total, np.int32)}
-        past = dict(zip(self._pasts, self._cache, strict=True))
-        y, *self._cache = self._segment.run({self._source: x, **lengths, **past, **self._no_adapters})
+        count = x.shape[1]
+        known = {name: value for name, value in lengths(self._tokens, count).items() if name in self._lengths}
+        memory = dict(zip(self._pasts, self._memory, strict=True))
+        y, *self._memory = self._segment.run({**self._constant, **known, **memory, self._source: x})
+        self._tokens += count
         check_finite(y, f"layer {self._index} is")
         return y
 

@@ -28,6 +28,8 @@ _ALIGN = 4096
 """Tensors start on a page, so that onnxruntime can map them."""
 Rounding = Callable[[NDArray[np.float32], Blockwise], QuantizedRows]
 """Quantizes some rows of a matrix, each by itself."""
+Change = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""Turns what a checkpoint stores into what a kernel wants, element by element."""
 _DTYPES = {"float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8}
 
 
@@ -115,9 +117,10 @@ class Weights:
         """Of a tensor of the checkpoint."""
         return self._checkpoint.tensors[source].shape
 
-    def vector(self, name: str, sources: Sequence[str]) -> ir.Value:
-        """One float32 vector out of one or more 1-D tensors, end to end."""
-        value = self.file.add(name, np.concatenate([self._read(source, 0, None) for source in sources]))
+    def vector(self, name: str, sources: Sequence[str], change: Change | None = None) -> ir.Value:
+        """One float32 initializer out of one or more small tensors, end to end, after ``change``."""
+        values = np.concatenate([self._read(source, 0, None) for source in sources])
+        value = self.file.add(name, values if change is None else change(values))
         self._counted.update(sources)
         return value
 

@@ -13,8 +13,14 @@ from edge.errors import CheckpointError
 from export.architectures.decoder import Decoder
 from export.architectures.qwen2 import Qwen2
 from export.architectures.qwen3 import Qwen3
+from export.architectures.qwen3_5 import Qwen3_5
 
-ARCHITECTURES: dict[str, type[Decoder]] = {"qwen2": Qwen2, "qwen3": Qwen3}
+ARCHITECTURES: dict[str, type[Decoder]] = {
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "qwen3_5": Qwen3_5,
+    "qwen3_5_text": Qwen3_5,
+}
 
 
 def architecture_for(config: Mapping[str, Any]) -> Decoder:

@@ -12,9 +12,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from edge.bundle import KVLayout
+from edge.bundle import KVLayout, StateLayout
 from edge.errors import CheckpointError
-from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, HIDDEN_STATES, MIDDLE, GraphBuilder
+from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, MIDDLE, GraphBuilder
 from export.weights import Matrix
 
 Shapes = dict[str, tuple[int, ...]]
@@ -42,14 +42,16 @@ class Decoder(ABC):
         self.max_positions = positive_int(config, "max_position_embeddings")
         self.rms_norm_eps = positive_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6))
         self.rope_theta = rope_theta(config)
+        self.rotary_dim = self.head_dim
+        """Width of a head's part that is rotated, its first."""
         self.tied = bool(config.get("tie_word_embeddings", False))
         self.model_type = str(config["model_type"])
         self._check_sizes()
         _refuse_unsupported(config)
 
     @abstractmethod
-    def attention_tensors(self, prefix: str) -> Shapes:
-        """Tensors of one layer's attention; ``prefix`` ends in a dot."""
+    def attention_tensors(self, layer: int) -> Shapes:
+        """Tensors of one layer's attention."""
 
     @abstractmethod
     def attention(self, graph: GraphBuilder, layer: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]) -> ir.Value:
@@ -69,13 +71,27 @@ class Decoder(ABC):
         """Shape of the cache the graph asks for."""
         return KVLayout(layers=self.num_layers, kv_heads=self.num_kv_heads, head_dim=self.head_dim)
 
+    def state_layout(self) -> StateLayout | None:
+        """Shape of the state of linear attention that the graph asks for; None where no layer has any."""
+        return None
+
+    def norm(self, graph: GraphBuilder, x: ir.Value, weight: str) -> ir.Value:
+        """RMS normalization of ``x`` over its last axis by a tensor of the checkpoint."""
+        return graph.rms_norm(x, weight, self.rms_norm_eps)
+
+    def head_norm(self, graph: GraphBuilder, x: ir.Value, weight: str, size: int) -> ir.Value:
+        """Normalize each head of ``x`` [batch, sequence, size] by itself."""
+        split = graph.op("Reshape", [x, graph.constant("heads_shape", [0, 0, -1, self.head_dim])])
+        normed = self.norm(graph, split, weight)
+        return graph.op("Reshape", [normed, graph.constant(f"width_{size}", [0, 0, size])])
+
     def tensors(self) -> Shapes:
         """Every tensor the checkpoint must hold, and no other."""
         table = (self.padded_vocab_size, self.hidden_size)
         shapes: Shapes = {_EMBEDDING: table, "model.norm.weight": (self.hidden_size,)}
         for layer in range(self.num_layers):
             prefix = layer_prefix(layer)
-            shapes |= self.attention_tensors(f"{prefix}self_attn.")
+            shapes |= self.attention_tensors(layer)
             shapes[f"{prefix}input_layernorm.weight"] = (self.hidden_size,)
             shapes[f"{prefix}post_attention_layernorm.weight"] = (self.hidden_size,)
             shapes[f"{prefix}mlp.gate_proj.weight"] = (self.intermediate_size, self.hidden_size)
@@ -122,7 +138,7 @@ class Decoder(ABC):
         """
         table = graph.weights.matrix("embed", [_EMBEDDING], graph.weights.recipe.table)
         # One position more, for the token that fills a step up; and GroupQueryAttention wants a multiple of 8.
-        rotary = graph.rotary_tables(self.head_dim, self.rope_theta, -(-(context_length + 1) // 8) * 8)
+        rotary = graph.rotary_tables(self.rotary_dim, self.rope_theta, -(-(context_length + 1) // 8) * 8)
         shape: list[int | str] = ["batch", "sequence", self.hidden_size]
         x = graph.cut(graph.rows(graph.input_ids, table), f"{HIDDEN}.0", shape)
         for layer in range(self.num_layers):
@@ -131,10 +147,10 @@ class Decoder(ABC):
 
     def _layer(self, graph: GraphBuilder, layer: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]) -> ir.Value:
         prefix = layer_prefix(layer)
-        normed = graph.rms_norm(x, f"{prefix}input_layernorm.weight", self.rms_norm_eps)
+        normed = self.norm(graph, x, f"{prefix}input_layernorm.weight")
         x = graph.op("Add", [x, self.attention(graph, layer, normed, rotary)])
         x = graph.cut(x, f"{MIDDLE}.{layer}", ["batch", "sequence", self.hidden_size])
-        normed = graph.rms_norm(x, f"{prefix}post_attention_layernorm.weight", self.rms_norm_eps)
+        normed = self.norm(graph, x, f"{prefix}post_attention_layernorm.weight")
         return graph.op("Add", [x, self._mlp(graph, f"{prefix}mlp.", normed)])
 
     def _mlp(self, graph: GraphBuilder, prefix: str, x: ir.Value) -> ir.Value:
@@ -158,10 +174,9 @@ class Decoder(ABC):
         Returns:
             Bytes of weights that one position reads.
         """
-        x = graph.rms_norm(x, "model.norm.weight", self.rms_norm_eps)
-        graph.output(x, HIDDEN_STATES, ir.DataType.FLOAT, ["batch", "sequence", self.hidden_size])
         rows = graph.op("Reshape", [x, graph.constant("flat_shape", [-1, self.hidden_size])])
         rows = graph.op("Gather", [rows, graph.logits_indices], axis=0)
+        rows = self.norm(graph, rows, "model.norm.weight")
         rows = graph.cut(rows, FINAL_HIDDEN, ["positions", self.hidden_size])
         logits, num_bytes = self._logits(graph, rows, embedding)
         graph.output(logits, "logits", ir.DataType.FLOAT, ["positions", self.padded_vocab_size])
@@ -224,9 +239,13 @@ def positive_int(config: Mapping[str, Any], key: str, default: int | None = None
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary base: ``rope_theta``, or ``rope_parameters.rope_theta`` as transformers 5 writes it."""
-    nested = _object(config, "rope_parameters").get("rope_theta", 10000.0)
-    return positive_number("rope_theta", config.get("rope_theta", nested))
+    """The rotary base."""
+    return positive_number("rope_theta", rope_parameter(config, "rope_theta", 10000.0))
+
+
+def rope_parameter(config: Mapping[str, Any], key: str, default: float) -> Any:
+    """A number of the rotary embedding: by itself, or in ``rope_parameters`` as transformers 5 writes it."""
+    return config.get(key, _object(config, "rope_parameters").get(key, default))
 
 
 def positive_number(key: str, value: Any) -> float:

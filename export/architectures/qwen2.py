@@ -11,8 +11,9 @@ from export.graph import GraphBuilder
 class Qwen2(Decoder):
     """Yang et al. 2024, https://arxiv.org/abs/2412.15115."""
 
-    def attention_tensors(self, prefix: str) -> Shapes:
+    def attention_tensors(self, layer: int) -> Shapes:
         """Seven tensors: weights and biases of query, key and value, and the output projection."""
+        prefix = f"{layer_prefix(layer)}self_attn."
         return {
             f"{prefix}q_proj.weight": (self.q_size, self.hidden_size),
             f"{prefix}q_proj.bias": (self.q_size,),

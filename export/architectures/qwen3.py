@@ -11,8 +11,9 @@ from export.graph import GraphBuilder
 class Qwen3(Decoder):
     """Yang et al. 2025, https://arxiv.org/abs/2505.09388."""
 
-    def attention_tensors(self, prefix: str) -> Shapes:
+    def attention_tensors(self, layer: int) -> Shapes:
         """Six tensors: four projections and the two head norms."""
+        prefix = f"{layer_prefix(layer)}self_attn."
         return {
             f"{prefix}q_proj.weight": (self.q_size, self.hidden_size),
             f"{prefix}k_proj.weight": (self.kv_size, self.hidden_size),
@@ -31,14 +32,8 @@ class Qwen3(Decoder):
         sizes = graph.constant("qkv_sizes", [self.q_size, self.kv_size, self.kv_size])
         query, key, value = graph.ops("Split", [packed, sizes], 3, axis=-1)
         # GroupQueryAttention takes the norms itself on CUDA only; on CPU they stand before it.
-        query = self._head_norm(graph, query, f"{prefix}q_norm.weight", self.q_size)
-        key = self._head_norm(graph, key, f"{prefix}k_norm.weight", self.kv_size)
+        query = self.head_norm(graph, query, f"{prefix}q_norm.weight", self.q_size)
+        key = self.head_norm(graph, key, f"{prefix}k_norm.weight", self.kv_size)
         heads = {"num_heads": self.num_heads, "kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
         attended = graph.attention(layer, (query, key, value), rotary, **heads)
         return graph.linear(attended, f"{prefix}o_proj", graph.weights.recipe.layer.out, [f"{prefix}o_proj.weight"])
-
-    def _head_norm(self, graph: GraphBuilder, x: ir.Value, weight: str, size: int) -> ir.Value:
-        """Normalize each head of ``x`` [batch, sequence, size] by itself."""
-        split = graph.op("Reshape", [x, graph.constant("heads_shape", [0, 0, -1, self.head_dim])])
-        normed = graph.rms_norm(split, weight, self.rms_norm_eps)
-        return graph.op("Reshape", [normed, graph.constant(f"width_{size}", [0, 0, size])])

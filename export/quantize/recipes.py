@@ -62,11 +62,13 @@ class Projections:
     out: Format
     gate_up: Format
     down: Format
+    gates: Format = Blockwise(bits=8, block=32)
+    """Decays and update rates of linear attention: a hundredth of a layer, and errors in them add up over tokens."""
 
     @classmethod
     def all(cls, form: Format) -> Projections:
         """One format for all of them."""
-        return cls(form, form, form, form)
+        return cls(form, form, form, form, form)
 
 
 @dataclass(frozen=True)

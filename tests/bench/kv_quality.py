@@ -104,9 +104,9 @@ def disturb(bundle: Path, folder: Path) -> Path:
 def compare(bundles: dict[str, Path], disturbed: Path) -> list[Result]:
     """All variants side by side, so that no logits need to be kept."""
     layouts = {name: read_manifest(bundle).kv for name, bundle in bundles.items()}
-    decoders = {name: Decoder(bundle, layouts[name]) for name, bundle in bundles.items()}
+    decoders = {name: Decoder(bundle) for name, bundle in bundles.items()}
     layouts["disturbed"] = layouts["float32"]
-    decoders["disturbed"] = Decoder(disturbed, layouts["float32"])
+    decoders["disturbed"] = Decoder(disturbed)
     tokenizer = Tokenizer.from_file(str(bundles["float32"] / TOKENIZER))
     text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
     ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)

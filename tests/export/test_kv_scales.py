@@ -66,15 +66,8 @@ def export(source: Path, output: Path, **options: Any) -> Report:
         return export_bundle(checkpoint, output, RECIPES["balanced"], progress=Silent(), kv="int8", **options)
 
 
-def decoder(folder: Path, config: dict[str, Any], dtype: str) -> Decoder:
-    heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
-    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    kv = {"layers": layers, "kv_heads": heads, "head_dim": head_dim, "dtype": dtype}
-    return Decoder(folder, KVLayout.model_validate(kv))
-
-
 def cached(decoder: Decoder, name: str) -> NDArray[Any]:
-    return decoder._cache[f"past_key_values.{name}"]
+    return decoder._memory[f"past_key_values.{name}"]
 
 
 class TestScales:
@@ -93,7 +86,7 @@ class TestScales:
     def test_the_largest_value_of_a_channel_leaves_a_fifth_of_its_codes(self, tmp_path: Path) -> None:
         config, ids = SHAPES["qwen2"], text_ids()[:200]
         calibration = calibrate(build(tmp_path, config).model, tmp_path, ids)
-        reference = decoder(tmp_path, config, "float32")
+        reference = Decoder(tmp_path)
         reference.append(np.array(ids, np.int64))
         for layer, scales in enumerate(calibration.scales):
             assert scales.key.shape == scales.value.shape == (1, 2, 1, 16)
@@ -139,10 +132,10 @@ class TestGraph:
     def test_the_cache_holds_the_rounded_keys_and_values(self, shape: str, tmp_path: Path) -> None:
         config, ids = SHAPES[shape], np.array(text_ids()[1000:1100], np.int64)
         build(tmp_path, config)
-        before = decoder(tmp_path, config, "float32")
+        before = Decoder(tmp_path)
         before.append(ids)
         calibration, _ = with_int8_cache(tmp_path / "int8", config)
-        after = decoder(tmp_path / "int8", config, "int8")
+        after = Decoder(tmp_path / "int8")
         after.append(ids)
         # Only the first layer's inputs are the same in both.
         for kind, scale in (("key", calibration.scales[0].key), ("value", calibration.scales[0].value)):
@@ -157,7 +150,7 @@ class TestGraph:
         config = SHAPES[shape]
         build(tmp_path, config, recipe)
         _, tested = with_int8_cache(tmp_path / "int8", config, recipe)
-        exact, stored = decoder(tmp_path, config, "float32"), decoder(tmp_path / "int8", config, "int8")
+        exact, stored = Decoder(tmp_path), Decoder(tmp_path / "int8")
         ids = Tokenizer.from_buffer(tiny.tokenizer_json()).encode(PROMPT).ids
         same = 0
         for _ in range(NUM_DECODED):

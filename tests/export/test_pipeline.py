@@ -130,7 +130,7 @@ def test_the_self_test_says_what_the_whole_graph_says(config: dict[str, Any], re
         graph = build_graph(checkpoint, tmp_path, RECIPES[recipe], progress=Silent())
     ids = Tokenizer.from_buffer(tiny.tokenizer_json()).encode(SELF_TEST_PROMPT).ids
     tested = self_test(graph.model, tmp_path, ids)
-    logits = Decoder(tmp_path, graph.architecture.kv_layout()).append(np.array(ids, np.int64))
+    logits = Decoder(tmp_path).append(np.array(ids, np.int64))
     assert tested.prompt_ids == ids
     assert tested.next_id == int(logits[-1].argmax())
     assert tested.chunked_difference < (1e-5 if recipe == "fp32" else 0.05)

@@ -69,7 +69,7 @@ def expected(bundle: Path, manifest: Manifest) -> Any:
     """``expected(ids)``: log-probabilities [n - 1, vocab] of what follows each token but the last."""
 
     def compute(ids: list[int]) -> NDArray[np.float64]:
-        logits = Decoder(bundle, manifest.kv).append(np.array(ids))[:-1, : manifest.vocab_size].astype(np.float64)
+        logits = Decoder(bundle).append(np.array(ids))[:-1, : manifest.vocab_size].astype(np.float64)
         peaks = logits.max(axis=1, keepdims=True)
         result: NDArray[np.float64] = logits - peaks - np.log(np.exp(logits - peaks).sum(axis=1, keepdims=True))
         return result
