@@ -21,7 +21,8 @@ from starlette.staticfiles import StaticFiles
 
 from edge.errors import CancelledError, QwedgeError, RequestError
 from edge.http import openapi
-from edge.http.guard import Guard, error_response
+from edge.http.errors import error_response
+from edge.http.guard import Guard
 from edge.http.routes.device import DeviceSources, device_routes
 from edge.http.routes.information import STATIC, information_routes
 from edge.http.routes.openai import openai_routes
@@ -66,13 +67,13 @@ def _document(routes: Sequence[Route]) -> Route:
     return Route("/openapi.json", describe, include_in_schema=False)
 
 
-async def _answer_error(_request: Request, error: Exception) -> Response:
+async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, QwedgeError):
-        return error_response(error)
+        return error_response(error, request.scope)
     if isinstance(error, HTTPException):
-        return error_response(_routing_error(error), error.headers)
+        return error_response(_routing_error(error), request.scope, error.headers)
     assert isinstance(error, ClientDisconnect)
-    return error_response(CancelledError("the client went away"))
+    return error_response(CancelledError("the client went away"), request.scope)
 
 
 def _routing_error(error: HTTPException) -> RequestError:
