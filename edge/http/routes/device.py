@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Protocol
@@ -44,7 +44,7 @@ class MqttPanel(Protocol):
     def state(self) -> Mapping[str, Any]:
         """Whether there is a link, to which broker, and how busy it is."""
 
-    def messages(self) -> list[Mapping[str, Any]]:
+    def messages(self) -> Sequence[Mapping[str, Any]]:
         """The newest messages, oldest first: topics and sizes."""
 
     def ask(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
@@ -92,7 +92,7 @@ def device_routes(service: Service, sources: DeviceSources) -> list[Route]:
     async def mqtt(_request: Request) -> Response:
         """The state of MQTT and its newest messages: topics and sizes, no texts."""
         panel = _panel(sources)
-        return JSONResponse({**panel.state(), "messages": panel.messages()})
+        return JSONResponse({**panel.state(), "messages": list(panel.messages())})
 
     async def try_mqtt(request: Request) -> Response:
         """A chat request through the broker, as a client on the network sends it; the answer is an event stream."""
