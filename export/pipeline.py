@@ -242,6 +242,7 @@ def _facts(graph: Graph, checkpoint: Checkpoint) -> dict[str, Any]:
         "context_length": graph.context_length,
         "vocab_size": checkpoint.vocab_ids(),
         "padded_vocab_size": graph.architecture.padded_vocab_size,
+        "hidden_size": graph.architecture.hidden_size,
         "kv": graph.kv,
         "state": graph.architecture.state_layout(),
         "weight_bytes_per_token": graph.weight_bytes_per_token,

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from edge.bundle import KVLayout, StateLayout
 from edge.errors import CheckpointError
-from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, MIDDLE, GraphBuilder
+from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, HIDDEN_STATES, MIDDLE, GraphBuilder
 from export.weights import Matrix
 
 Shapes = dict[str, tuple[int, ...]]
@@ -174,9 +174,10 @@ class Decoder(ABC):
         Returns:
             Bytes of weights that one position reads.
         """
+        x = self.norm(graph, x, "model.norm.weight")
+        graph.output(x, HIDDEN_STATES, ir.DataType.FLOAT, ["batch", "sequence", self.hidden_size])
         rows = graph.op("Reshape", [x, graph.constant("flat_shape", [-1, self.hidden_size])])
         rows = graph.op("Gather", [rows, graph.logits_indices], axis=0)
-        rows = self.norm(graph, rows, "model.norm.weight")
         rows = graph.cut(rows, FINAL_HIDDEN, ["positions", self.hidden_size])
         logits, num_bytes = self._logits(graph, rows, embedding)
         graph.output(logits, "logits", ir.DataType.FLOAT, ["positions", self.padded_vocab_size])

@@ -125,7 +125,11 @@ def test_the_saved_graph_keeps_the_contract_with_the_runtime(shape: str, tmp_pat
         **{f"past_key_values.{part}": f"FLOAT{cache}" for part in parts},
     }
     assert {value.name: f"{value.dtype}{value.shape}" for value in saved.inputs} == expected
-    outputs = {"logits": "FLOAT[positions,288]", **{f"present.{part}": f"FLOAT{cache}" for part in parts}}
+    outputs = {
+        "logits": "FLOAT[positions,288]",
+        "hidden_states": "FLOAT[batch,sequence,64]",
+        **{f"present.{part}": f"FLOAT{cache}" for part in parts},
+    }
     assert {value.name: f"{value.dtype}{value.shape}" for value in saved.outputs} == outputs
 
 
