@@ -1,4 +1,4 @@
-"""Tiny random Qwen2 and Qwen3 checkpoints, as a Hugging Face folder or as a GGUF; no torch needed.
+"""Tiny random Qwen2, Qwen3 and Qwen3.5 checkpoints, as a Hugging Face folder or as a GGUF; no torch needed.
 
     folder = write_folder(tmp_path / "m", qwen3_config(tie_word_embeddings=False), seed=1)
 
@@ -19,6 +19,8 @@ import numpy as np
 import safetensors
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from tests.export import tiny_qwen3_5
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -97,8 +99,10 @@ def qwen3_config(**changes: Any) -> dict[str, Any]:
 def random_tensors(config: Mapping[str, Any], seed: int = 0) -> Tensors:
     """Weights under Hugging Face names, [out_features, in_features], float32 values that bfloat16 holds exactly."""
     rng = np.random.default_rng(seed)
-    shapes = _shapes(config)
-    return {name: _random(rng, name, shape) for name, shape in shapes.items()}
+    if config["model_type"].startswith("qwen3_5"):
+        shapes = tiny_qwen3_5.shapes(config)
+        return {name: _rounded(tiny_qwen3_5.random(rng, name, shape)) for name, shape in shapes.items()}
+    return {name: _random(rng, name, shape) for name, shape in _shapes(config).items()}
 
 
 def write_folder(
@@ -108,7 +112,7 @@ def write_folder(
 
     Args:
         folder: created.
-        config: from :func:`qwen2_config` or :func:`qwen3_config`.
+        config: from :func:`qwen2_config`, :func:`qwen3_config` or :mod:`tests.export.tiny_qwen3_5`.
         seed: of the weights.
         dtype: storage type, ``BF16``, ``F16`` or ``F32``.
         num_shards: more than one writes model.safetensors.index.json too.
@@ -242,6 +246,11 @@ def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDAr
     values = rng.normal(0.0, 0.12, shape)
     if name.endswith("norm.weight"):
         values += 1.0
+    return _rounded(values)
+
+
+def _rounded(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """As float32 values that bfloat16 holds exactly."""
     bits = values.astype(np.float32).view(np.uint32) & np.uint32(0xFFFF0000)
     return bits.view(np.float32)
 
