@@ -26,7 +26,7 @@ from edge.errors import BundleError, ConfigError
 from edge.metrics import Metrics
 from edge.model import Model
 from edge.scheduler import Scheduler
-from edge.service import Service
+from edge.service import Loaded, Service
 from edge.settings.engine import EngineSettings
 from edge.tokenizer import Tokenizer
 
@@ -54,7 +54,12 @@ class GenerationDefaults(BaseModel):
 
 
 def load_service(bundle: Path, manifest: Manifest, settings: Settings, *, imports: Sequence[str] = ()) -> Service:
-    """Load a bundle into a service, which is not started yet.
+    """Load a bundle into a service, which is not started yet; arguments and errors as for :func:`load_bundle`."""
+    return Service(load_bundle(bundle, manifest, settings, imports=imports), Metrics())
+
+
+def load_bundle(bundle: Path, manifest: Manifest, settings: Settings, *, imports: Sequence[str] = ()) -> Loaded:
+    """Load a bundle's text side and its engine.
 
     Two threads share the work. Packing the weights leaves Python to the other one; reading the vocabulary does not, so
     that it begins after the imports, which do.
@@ -91,7 +96,7 @@ def load_service(bundle: Path, manifest: Manifest, settings: Settings, *, import
         kv_cache_bytes=None if options.kv_cache_mb is None else options.kv_cache_mb << 20,
         sleep_after_s=options.sleep_after_s,
     )
-    return Service(model, scheduler, Metrics(), default_max_tokens=settings.scheduler.default_max_tokens)
+    return Loaded(model, scheduler, settings.scheduler.default_max_tokens)
 
 
 def load_adapters(places: Places, bundle: Path, manifest: Manifest, folder: Path | None) -> Adapters | None:

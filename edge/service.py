@@ -12,123 +12,53 @@ refuses as one. Each event comes with the index of its request then. :func:`even
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
+import gc
+import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edge.engine.grammar_source import Grammar
-from edge.engine.logprobs import PromptScorer, TokenLogprobs
-from edge.engine.lora import Adapter
-from edge.engine.pooling import Pooler, Pooling
-from edge.engine.prefix import owned_by
-from edge.engine.sampler import Sampler, SamplingParams
-from edge.errors import ContextOverflowError, QwedgeError, RequestError
+from edge.assembly import assemble
+from edge.engine.heap import trim_heap
+from edge.errors import QwedgeError, RequestError, UnavailableError
+from edge.generation import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    OnEvent,
+    OnIndexedEvent,
+    Pooled,
+    PromptScored,
+    Queued,
+    Started,
+)
 from edge.metrics import Metrics
 from edge.model import Model
 from edge.scheduler import Scheduler, SchedulerStats, SlotStats
-from edge.sequence import FinishReason, Timings
 from edge.sequence import Sequence as EngineSequence
-from edge.text_stream import TextStream
 
-log = logging.getLogger(__name__)
+__all__ = [
+    "Delta",
+    "Event",
+    "Failed",
+    "Finished",
+    "GenerationRequest",
+    "Loaded",
+    "OnEvent",
+    "OnIndexedEvent",
+    "Pooled",
+    "PromptScored",
+    "Queued",
+    "Service",
+    "Started",
+    "Ticket",
+    "events",
+]
 
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """What to generate; independent of the wire format."""
-
-    prompt_ids: tuple[int, ...]
-    sampling: SamplingParams
-    max_tokens: int | None = None
-    """Most tokens to generate; None = until the context is full; 0 = read the prompt only."""
-    stop: tuple[str, ...] = ()
-    """Strings that end the answer and are not part of it."""
-    deadline_s: float | None = None
-    """Seconds from submission after which the request fails with 408."""
-    identity: str = ""
-    """Who asks; cached prefixes are shared within an identity only."""
-    ignore_eos: bool = False
-    """Generate past end-of-sequence tokens: for benchmarks."""
-    num_logprobs: int | None = None
-    """Alternatives to report with each token's log-probability, 0 to 20; None reports nothing."""
-    score_prompt: bool = False
-    """Report the log-probabilities of the prompt's tokens too; needs ``num_logprobs``. Takes no cached prefix."""
-    pooling: Pooling | None = None
-    """Make one vector of the prompt instead of an answer; needs ``max_tokens`` 0. Takes no cached prefix."""
-    adapter: Adapter | None = None
-    """What answers besides the model: :meth:`Model.find_adapter` finds it."""
-    grammar: Grammar | None = None
-    """The form the answer must have. On an event loop, :meth:`Model.check_grammar` comes first, in a worker thread."""
-
-
-@dataclass(frozen=True)
-class Queued:
-    """The request waits behind ``position`` others."""
-
-    position: int
-    eta_s: float
-
-
-@dataclass(frozen=True)
-class Started:
-    """Prefill begins."""
-
-
-@dataclass(frozen=True)
-class PromptScored:
-    """The prompt was read: how probable its tokens were."""
-
-    logprobs: tuple[TokenLogprobs, ...]
-    """Of the second token to the last: nothing predicts the first."""
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """The prompt was read: the vector that it became."""
-
-    vector: NDArray[np.float32]
-    """[hidden_size], of whatever length it came out."""
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A token was generated."""
-
-    text: str
-    """Text that became final: valid UTF-8, free of stop strings; may be empty."""
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-    """Where the request asks for them."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Terminal: the answer is complete."""
-
-    reason: FinishReason
-    text: str
-    """Text held back until now; append it to the deltas."""
-    timings: Timings
-    logprobs: TokenLogprobs | None = None
-    """Of the token that ended the answer, where the model ended it and the request asks for them."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Terminal: no (complete) answer."""
-
-    error: QwedgeError
-    timings: Timings
-
-
-Event = Queued | Started | PromptScored | Pooled | Delta | Finished | Failed
-OnEvent = Callable[[Event], None]
-OnIndexedEvent = Callable[[int, Event], None]
+SWITCH_RETRY_S = 5.0
+"""When to try again while another model is loaded."""
 
 
 class Ticket:
@@ -144,39 +74,87 @@ class Ticket:
             self._scheduler.cancel(sequence)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A bundle in memory: its text side, and what runs its sequences."""
+
+    model: Model
+    scheduler: Scheduler
+    default_max_tokens: int | None = None
+    """For requests that name no limit; None = until the context is full."""
+
+
 class Service:
     """Accepts requests for one model and streams back their events.
 
     Args:
-        model: the served model's text side.
-        scheduler: runs the sequences; started and stopped by the service.
+        loaded: what is served; its scheduler is started and stopped by the service.
         metrics: where counts and durations go.
-        default_max_tokens: for requests that name no limit; None = until the context is full.
     """
 
-    def __init__(
-        self, model: Model, scheduler: Scheduler, metrics: Metrics, *, default_max_tokens: int | None = None
-    ) -> None:
-        self.model = model
+    def __init__(self, loaded: Loaded, metrics: Metrics) -> None:
+        self.model = loaded.model
+        """What is served; while models are switched, what was served last."""
         self.metrics = metrics
-        self._scheduler = scheduler
-        self._default_max_tokens = default_max_tokens
+        self._loaded: Loaded | None = loaded
+        self._stats = loaded.scheduler.stats()
+        """The last ones before a switch, for as long as it lasts."""
+        self._changing = threading.Lock()
+        """Held by who starts, stops or switches."""
+        self._stopped = False
 
     def start(self) -> None:
         """Accept requests."""
-        self._scheduler.start()
+        with self._changing:
+            self._stopped = False
+            if self._loaded is not None:
+                self._loaded.scheduler.start()
 
     def stop(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, finish those that can within ``drain_s`` seconds, fail the rest with 503."""
-        self._scheduler.stop(drain_s)
+        self._stopped = True
+        with self._changing:
+            if self._loaded is not None:
+                self._loaded.scheduler.stop(drain_s)
+
+    def switch(self, load: Callable[[], Loaded], drain_s: float = 0.0) -> None:
+        """Serve what ``load`` returns.
+
+        The present model leaves the memory first, as a small device cannot hold two: from now on requests are refused
+        with 503, those that run may finish within ``drain_s`` seconds. Where ``load`` fails nothing is served until
+        another switch.
+
+        Raises:
+            UnavailableError: the service is stopping.
+            QwedgeError: what ``load`` raises.
+        """
+        with self._changing:
+            self._unload(drain_s)
+            loaded = load()
+            if self._stopped:
+                raise UnavailableError("the server is shutting down", hint="try again when it is back")
+            loaded.scheduler.start()
+            self.model, self._loaded = loaded.model, loaded
+
+    def _unload(self, drain_s: float) -> None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return
+        self._stats = replace(loaded.scheduler.stats(), num_waiting=0, num_running=0, accepting=False, kv_bytes=0)
+        loaded.scheduler.stop(drain_s)
+        del loaded
+        gc.collect()  # the weights go with the last reference to the engine
+        trim_heap()
 
     def stats(self) -> SchedulerStats:
         """How busy the service is."""
-        return self._scheduler.stats()
+        loaded = self._loaded
+        return self._stats if loaded is None else loaded.scheduler.stats()
 
     def busy_slots(self) -> list[SlotStats]:
         """What the engine works on right now."""
-        return self._scheduler.busy_slots()
+        loaded = self._loaded
+        return [] if loaded is None else loaded.scheduler.busy_slots()
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> Ticket:
         """Queue a request; its events arrive at ``on_event`` until a terminal one.
@@ -185,7 +163,8 @@ class Service:
             ContextOverflowError: the prompt leaves no room for a token.
             RequestError: the prompt is empty or holds an id the model does not have, or the grammar is not usable.
             OverloadedError: the queue is full.
-            UnavailableError: the service is stopping.
+            UnavailableError: the service is stopping, another model is being loaded, or the request was prepared for
+                another one.
         """
         return self.submit_all([request], lambda _index, event: on_event(event))
 
@@ -197,143 +176,47 @@ class Service:
         Raises:
             RequestError: what :meth:`submit` raises; or there are more requests than the queue ever holds.
             OverloadedError: the queue has no room for all of them.
-            UnavailableError: the service is stopping.
+            UnavailableError: what :meth:`submit` raises.
         """
+        try:
+            if (loaded := self._loaded) is None:
+                hint = "try again in a moment"
+                raise UnavailableError("another model is being loaded", hint=hint, retry_after_s=SWITCH_RETRY_S)
+            return self._submit_to(loaded, requests, on_event)
+        except QwedgeError as error:
+            self.metrics.refused(error)
+            raise
+
+    def _submit_to(self, loaded: Loaded, requests: Sequence[GenerationRequest], on_event: OnIndexedEvent) -> Ticket:
         sequences: list[EngineSequence] = []
-        ticket = Ticket(self._scheduler, sequences)
+        ticket = Ticket(loaded.scheduler, sequences)
 
         def tell(index: int, event: Event) -> None:
             if isinstance(event, Failed):
                 ticket.cancel()
             on_event(index, event)
 
-        try:
-            self._check_number(requests)
-            sequences += [
-                self._sequence(request, partial(tell, i), announces=i == 0) for i, request in enumerate(requests)
-            ]
-            self._scheduler.submit(*sequences)
-        except QwedgeError as error:
-            self.metrics.refused(error)
-            raise
+        _check_number(requests, loaded.scheduler.stats().max_queue)
+        sequences += [
+            assemble(
+                loaded.model,
+                request,
+                partial(tell, index),
+                self.metrics,
+                default_max_tokens=loaded.default_max_tokens,
+                announces=index == 0,
+            )
+            for index, request in enumerate(requests)
+        ]
+        loaded.scheduler.submit(*sequences)
         return ticket
 
-    def _check_number(self, requests: Sequence[GenerationRequest]) -> None:
-        room = self._scheduler.stats().max_queue
-        if len(requests) > room:
-            param = "n" if len({request.prompt_ids for request in requests}) == 1 else "prompt"
-            hint = f"ask for {room} at most"
-            raise RequestError(f"{len(requests)} answers at once never fit the queue", hint=hint, param=param)
 
-    def _sequence(self, request: GenerationRequest, on_event: OnEvent, *, announces: bool = True) -> EngineSequence:
-        ids = self._prompt(request)
-        room = self.model.context_length - len(ids)
-        limits = (request.max_tokens, self._default_max_tokens, room)
-        sampler = self._sampler(request)
-        reader = self._prompt_reader(request)
-        text = TextStream(self.model.tokenizer, request.stop)
-        return EngineSequence(
-            prompt_ids=ids,
-            max_tokens=min(next(limit for limit in limits if limit is not None), room),
-            eos_ids=frozenset() if request.ignore_eos else self.model.eos_ids,
-            sampler=sampler,
-            consumer=_EventConsumer(on_event, text, sampler, reader, self.metrics, announces=announces),
-            identity=owned_by(request.identity, request.adapter.digest if request.adapter else ""),
-            adapter=request.adapter,
-            deadline=None if request.deadline_s is None else time.monotonic() + request.deadline_s,
-            prompt_reader=reader,
-            is_reusable=request.pooling is None,
-        )
-
-    def _prompt(self, request: GenerationRequest) -> NDArray[np.int64]:
-        n_prompt, n_ctx = len(request.prompt_ids), self.model.context_length
-        if n_prompt == 0:
-            raise RequestError("the prompt is empty", hint="send at least one token", param="prompt")
-        if n_prompt > n_ctx or (n_prompt == n_ctx and request.max_tokens != 0):
-            raise ContextOverflowError(n_prompt, n_ctx)
-        num_ids = self.model.manifest.padded_vocab_size
-        # Before they become an array: JSON's integers have no bounds.
-        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= num_ids:
-            hint = f"use ids from 0 to {num_ids - 1}"
-            raise RequestError("the prompt holds a token id outside the vocabulary", hint=hint, param="prompt")
-        return np.asarray(request.prompt_ids, dtype=np.int64)
-
-    def _sampler(self, request: GenerationRequest) -> Sampler:
-        model = self.model
-        return Sampler(
-            request.sampling,
-            request.prompt_ids,
-            model.manifest.vocab_size,
-            constraint=None if request.grammar is None else model.grammars.constraint(request.grammar),
-            num_logprobs=request.num_logprobs,
-        )
-
-    def _prompt_reader(self, request: GenerationRequest) -> PromptScorer | Pooler | None:
-        if request.pooling is not None:
-            if self.model.manifest.hidden_size is None:
-                hint = "export it again: bundles of this version have what embeddings are made of"
-                raise RequestError("the served model makes no embeddings", hint=hint, param="model")
-            return Pooler(request.pooling)
-        if not request.score_prompt or request.num_logprobs is None:
-            return None
-        return PromptScorer(request.prompt_ids, self.model.manifest.vocab_size, request.num_logprobs)
-
-
-class _EventConsumer:
-    """Turns what the scheduler reports of one sequence into events."""
-
-    def __init__(
-        self,
-        on_event: OnEvent,
-        text: TextStream,
-        sampler: Sampler,
-        reader: PromptScorer | Pooler | None,
-        metrics: Metrics,
-        *,
-        announces: bool,
-    ) -> None:
-        self._on_event = on_event
-        self._text = text
-        self._sampler = sampler
-        self._reader = reader
-        self._metrics = metrics
-        self._announces = announces
-
-    def queued(self, position: int, eta_s: float) -> None:
-        if self._announces:
-            self._emit(Queued(position, eta_s))
-
-    def started(self) -> None:
-        if self._announces:
-            self._emit(Started())
-
-    def token(self, token_id: int) -> FinishReason | None:
-        self._tell_reading()
-        self._emit(Delta(self._text.push(token_id), token_id, self._sampler.take_logprobs()))
-        return "stop" if self._text.stopped else None
-
-    def finished(self, reason: FinishReason, timings: Timings) -> None:
-        self._tell_reading()
-        self._metrics.finished(reason, timings)
-        self._emit(Finished(reason, self._text.flush(), timings, self._sampler.take_logprobs()))
-
-    def _tell_reading(self) -> None:
-        """The prompt has been read when anything follows it."""
-        reader, self._reader = self._reader, None
-        if isinstance(reader, PromptScorer):
-            self._emit(PromptScored(reader.scores))
-        elif reader is not None:
-            self._emit(Pooled(reader.vector))
-
-    def failed(self, error: QwedgeError, timings: Timings) -> None:
-        self._metrics.failed(error, timings)
-        self._emit(Failed(error, timings))
-
-    def _emit(self, event: Event) -> None:
-        try:
-            self._on_event(event)
-        except Exception:  # a front end's fault must not reach the engine's thread
-            log.exception("a front end failed to take an event")
+def _check_number(requests: Sequence[GenerationRequest], room: int) -> None:
+    if len(requests) > room:
+        param = "n" if len({request.prompt_ids for request in requests}) == 1 else "prompt"
+        hint = f"ask for {room} at most"
+        raise RequestError(f"{len(requests)} answers at once never fit the queue", hint=hint, param=param)
 
 
 async def events(service: Service, requests: Sequence[GenerationRequest]) -> AsyncGenerator[tuple[int, Event], None]:

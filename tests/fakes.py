@@ -27,7 +27,7 @@ from edge.engine.prefix_cache import PrefixCache
 from edge.metrics import Metrics
 from edge.model import Model
 from edge.scheduler import Scheduler
-from edge.service import Service
+from edge.service import Loaded, Service
 from edge.tokenizer import Tokenizer
 
 MODEL_NAME = "fake-0.1b"
@@ -220,7 +220,7 @@ def make_service(
     engine = engine or FakeEngine()
     model = make_model(engine.context_length, template=template)
     scheduler = Scheduler(engine, max_queue=max_queue, prefixes=PrefixCache(prefix_cache_bytes), **options)
-    return Service(model, scheduler, Metrics())
+    return Service(Loaded(model, scheduler), Metrics())
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:

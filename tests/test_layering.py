@@ -53,7 +53,7 @@ LAYERS = (
         "edge.journal_file",
         "edge.journal_index",
     },
-    {"edge.model", "edge.service", "edge.loader"},
+    {"edge.model", "edge.generation", "edge.assembly", "edge.service", "edge.loader"},
     {"edge.openai"},
     {"edge.anthropic", "edge.ollama"},
     {"edge.http", "edge.mqtt"},

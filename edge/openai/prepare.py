@@ -39,6 +39,7 @@ def prepare(model: Model, request: ChatRequest | CompletionRequest) -> tuple[Gen
     stop = request.stop or ()
     prototype = GenerationRequest(
         prompt_ids=(),
+        prepared_for=model,
         sampling=model.sampling(_given_sampling(request)),
         max_tokens=request.token_limit,
         stop=(stop,) if isinstance(stop, str) else tuple(stop),

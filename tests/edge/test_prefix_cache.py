@@ -13,7 +13,7 @@ from edge.engine.engine import Engine
 from edge.engine.prefix_cache import MIN_TOKENS, Prefix, PrefixCache
 from edge.metrics import Metrics
 from edge.scheduler import Scheduler
-from edge.service import Delta, Service
+from edge.service import Delta, Loaded, Service
 from export.checkpoint import open_checkpoint
 from export.pipeline import export_bundle
 from export.progress import Silent
@@ -126,7 +126,7 @@ def test_answers_are_the_same_with_and_without_reuse(
     for budget in (0, 1 << 20):
         engine = Engine(folder / "bundle", manifest, slots=2, context=160, threads=1, prefill_chunk=16)
         model = replace(make_model(160), manifest=manifest, eos_ids=frozenset())
-        service = Service(model, Scheduler(engine, max_queue=8, prefixes=PrefixCache(budget)), Metrics())
+        service = Service(Loaded(model, Scheduler(engine, max_queue=8, prefixes=PrefixCache(budget))), Metrics())
         service.start()
         clients = []
         for length in (40, 80, 120):

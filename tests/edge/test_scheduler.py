@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge.assembly import assemble
 from edge.engine.sampler import SamplingParams
 from edge.errors import (
     BundleError,
@@ -23,7 +24,8 @@ from edge.errors import (
     RequestError,
     UnavailableError,
 )
-from edge.sequence import SequenceStatus
+from edge.scheduler import Scheduler
+from edge.sequence import Sequence, SequenceStatus
 from edge.service import Delta, Event, Failed, Finished, GenerationRequest, Queued, Service, Started, Ticket
 from tests.fakes import FakeEngine, make_service
 
@@ -382,6 +384,15 @@ def test_weights_that_do_not_come_back_fail_the_request_and_not_the_service() ->
         assert isinstance(Client(service).end(), Finished)
 
 
+def scheduler_of(service: Service) -> Scheduler:
+    assert service._loaded is not None
+    return service._loaded.scheduler
+
+
+def sequence_of(service: Service, request: GenerationRequest) -> Sequence:
+    return assemble(service.model, request, lambda _: None, service.metrics)
+
+
 class CountingReader:
     """Notes which tokens it was shown."""
 
@@ -397,11 +408,11 @@ class CountingReader:
 def test_nothing_is_generated_where_nothing_is_asked_for() -> None:
     service = make_service(FakeEngine())
     reader = CountingReader()
-    sequence = service._sequence(GenerationRequest(tuple(b"p" * 40), SamplingParams()), lambda _: None)
+    sequence = sequence_of(service, GenerationRequest(tuple(b"p" * 40), SamplingParams()))
     sequence.max_tokens = 0
     sequence.prompt_reader = reader
     service.start()
-    service._scheduler.submit(sequence)
+    scheduler_of(service).submit(sequence)
     until(lambda: sequence.status is SequenceStatus.FINISHED)
     service.stop()
     assert sequence.output_ids == []
@@ -411,11 +422,11 @@ def test_nothing_is_generated_where_nothing_is_asked_for() -> None:
 def test_sequences_are_queued_together_or_not_at_all() -> None:
     service = make_service(FakeEngine(), max_queue=3)
     request = GenerationRequest(tuple(b"hello"), SamplingParams())
-    sequences = [service._sequence(request, lambda _: None) for _ in range(4)]
+    sequences = [sequence_of(service, request) for _ in range(4)]
     service.start()
     with pytest.raises(OverloadedError):
-        service._scheduler.submit(*sequences)
-    service._scheduler.submit(*sequences[:3])
+        scheduler_of(service).submit(*sequences)
+    scheduler_of(service).submit(*sequences[:3])
     until(lambda: all(sequence.status is SequenceStatus.FINISHED for sequence in sequences[:3]))
     assert sequences[3].status is SequenceStatus.WAITING
     service.stop()

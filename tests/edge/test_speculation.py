@@ -15,7 +15,7 @@ from edge.engine.sampler import SamplingParams
 from edge.engine.speculation import Draft, PromptLookup, StepCosts, share_out
 from edge.metrics import Metrics
 from edge.scheduler import Scheduler, SchedulerStats
-from edge.service import Delta, Finished, Service
+from edge.service import Delta, Finished, Loaded, Service
 from export.checkpoint import open_checkpoint
 from export.pipeline import export_bundle
 from export.progress import Silent
@@ -147,7 +147,7 @@ def generate(
     """Token ids of the answers to requests that run at the same time."""
     engine = Engine(bundle, manifest, slots=3, context=160, draft_tokens=draft_tokens, threads=1)
     model = replace(make_model(160), manifest=manifest, eos_ids=frozenset())
-    service = Service(model, Scheduler(engine, max_queue=4, draft_tokens=draft_tokens), Metrics())
+    service = Service(Loaded(model, Scheduler(engine, max_queue=4, draft_tokens=draft_tokens)), Metrics())
     service.start()
     clients = [Client(service, max_tokens=60, **request) for request in requests]  # type: ignore[arg-type]
     for client in clients:

@@ -18,7 +18,7 @@ from edge.errors import ConfigError, EngineError
 from edge.metrics import Metrics
 from edge.openai import parse_chat, parse_completion, prepare
 from edge.scheduler import Scheduler
-from edge.service import Event, Failed, Finished, Service
+from edge.service import Event, Failed, Finished, Loaded, Service
 from export.checkpoint import open_checkpoint
 from export.pipeline import export_bundle
 from export.progress import Silent
@@ -35,11 +35,8 @@ def message(role: str, content: str) -> dict[str, str]:
 
 
 def run(engine: FakeEngine) -> Service:
-    service = Service(
-        make_model(engine.context_length),
-        Scheduler(engine, max_queue=8, prefixes=PrefixCache(1 << 20)),
-        Metrics(),
-    )
+    scheduler = Scheduler(engine, max_queue=8, prefixes=PrefixCache(1 << 20))
+    service = Service(Loaded(make_model(engine.context_length), scheduler), Metrics())
     service.start()
     return service
 
