@@ -6,7 +6,9 @@ The contract (docs/bundle-format.md):
 input                              shape                               meaning
 =================================  ==================================  ================================================
 ``input_ids``                      [batch, sequence] int64             tokens to append
-``seqlens_k``                      [batch] int32                       tokens per row after this step, minus one
+``seqlens_k``                      [batch] int32                       tokens per row after this step, minus one; with
+                                                                       linear attention one for each row of the cache,
+                                                                       of which a sequence may have as many as tokens
 ``total_sequence_length``          [] int32                            the largest of those, plus one
 ``logits_indices``                 [positions] int64                   rows of the flattened [batch * sequence] hidden
                                                                        states that get logits

@@ -130,10 +130,21 @@ class Qwen3_5(Decoder):  # noqa: N801 - the makers' name, whose dot is a version
         both, key, value = graph.ops("Split", [packed, sizes], 3, axis=-1)
         query, gate = self._query_and_gate(graph, both, f"{prefix}q_norm.weight")
         key = self.head_norm(graph, key, f"{prefix}k_norm.weight", self.kv_size)
+        widths = (self.q_size, self.kv_size, self.kv_size)
+        rows = [self._cache_rows(graph, *each) for each in zip((query, key, value), widths, strict=True)]
         heads = {"num_heads": self.num_heads, "kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
-        attended = graph.attention(index, (query, key, value), rotary, **heads)
+        attended = graph.attention(index, (rows[0], rows[1], rows[2]), rotary, **heads)
+        attended = graph.op("Reshape", [attended, graph.op("Shape", [gate])])
         gated = graph.op("Mul", [attended, graph.op("Sigmoid", [gate])])
         return graph.linear(gated, f"{prefix}o_proj", graph.weights.recipe.layer.out, [f"{prefix}o_proj.weight"])
+
+    def _cache_rows(self, graph: GraphBuilder, x: ir.Value, width: int) -> ir.Value:
+        """``x`` [batch, sequence, width] with a row for each row of the cache, as many as ``seqlens_k`` has.
+
+        Guessed tokens follow each other in the states of one sequence, and are rows of their own for full attention.
+        """
+        shape = [graph.op("Shape", [graph.seqlens_k]), graph.constant(f"cache_row_{width}", [-1, width])]
+        return graph.op("Reshape", [x, graph.op("Concat", shape, axis=0)])
 
     def _query_and_gate(self, graph: GraphBuilder, both: ir.Value, weight: str) -> tuple[ir.Value, ir.Value]:
         """Normalized queries and gates [batch, sequence, q_size] each; every head holds its query, then its gate."""
