@@ -17,8 +17,10 @@ from edge.bundle import Manifest, verify_bundle
 from edge.engine.heap import trim_heap
 from edge.engine.kv_cache import Cache, KVPool
 from edge.engine.lora import ActiveAdapters, Adapter, Places
+from edge.engine.recurrent_steps import RecurrentSteps
 from edge.engine.session import Session
-from edge.engine.steps import Binder, Steps, round_up
+from edge.engine.state_pool import State, StatePool
+from edge.engine.steps import Binder, Sizes, Steps, round_up
 
 
 class Engine:
@@ -62,14 +64,18 @@ class Engine:
         self.threads = threads or physical_cores()
         self._bundle = bundle
         self._spin_us = spin_us
-        self._row_multiple = manifest.row_multiple
+        self._sizes = Sizes(prefill_chunk, self.score_chunk, manifest.row_multiple, filler=slots)
         # One slot more than sequences get, for the rows that only fill a step up; one token more, for the same reason.
-        self._pool = KVPool(manifest.kv, slots=slots + 1, context=self.context_length + 1, rows=self._padded(self.rows))
+        rows = self._sizes.padded(self.rows)
+        self._pool = KVPool(manifest.kv, slots=slots + 1, context=self.context_length + 1, rows=rows)
+        self._states: StatePool | None = None
+        if manifest.state is not None:
+            self._states = StatePool(manifest.state, slots=slots, rows=self._sizes.padded(slots))
         session = self._session()
         self.places = Places(session.input_shapes())
         """Where the graph takes LoRA adapters."""
         self._adapters = ActiveAdapters(self.places, slots + 1)
-        self._loaded: Steps | None = self._bind(session)
+        self._loaded: Steps | RecurrentSteps | None = self._bind(session)
 
     def prefill(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
         """Append ``ids`` [n], n <= prefill_chunk, to the ``past`` tokens of a slot.
@@ -107,7 +113,7 @@ class Engine:
 
         A slot may be named several times with a ``past`` that grows by one. The result for a token does not depend,
         to the last bit, on which other tokens share the step. Tokens that turn out wrong are taken back by appending
-        others over them: pass a smaller ``past``.
+        others over them: pass a smaller ``past``, one that :meth:`kept_length` allows.
 
         Returns:
             Logits [n, padded_vocab]; valid until the next call.
@@ -126,6 +132,25 @@ class Engine:
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of a slot over another slot's."""
         self._pool.copy(source, target, length)
+        if self._states is not None:
+            self._states.copy(source, target, length)
+
+    def kept_length(self, slot: int, most: int) -> int:
+        """The longest beginning of a slot, of at most ``most`` tokens, that can be gone on from or read.
+
+        All of them can, but where layers of linear attention have a state: then those whose state is still there, which
+        are all tokens, and the ones before the last :meth:`decode` of several tokens; 0 if there is none.
+        """
+        return most if self._states is None else self._states.kept_length(slot, most)
+
+    def read_state(self, slot: int, length: int) -> State | None:
+        """A copy of a slot's state after its first tokens; None for models that have none."""
+        return None if self._states is None else self._states.read(slot, length)
+
+    def write_state(self, slot: int, state: State, length: int) -> None:
+        """Give a slot what :meth:`read_state` returned, beside :meth:`write_slot`."""
+        assert self._states is not None
+        self._states.write(slot, state, length)
 
     def read_slot(self, slot: int, length: int) -> Cache:
         """A copy of the keys and values of a slot's first tokens [2 * layers, kv_heads, length, head_dim]."""
@@ -139,6 +164,8 @@ class Engine:
         """Give a slot's memory back to the system; its adapter is not used any more."""
         self._adapters.choose(slot, None)
         self._pool.release(slot)
+        if self._states is not None:
+            self._states.release(slot)
         if self._loaded is not None:
             self._loaded.drop_mapped()
 
@@ -146,6 +173,8 @@ class Engine:
         """Give back memory that steps have used, as none will come for a moment."""
         if self._loaded is not None:
             self._loaded.drop_mapped()
+        if self._states is not None:
+            self._states.rest()
         trim_heap()
 
     def sleep(self) -> None:
@@ -163,23 +192,20 @@ class Engine:
             verify_bundle(self._bundle)
             self._loaded = self._bind(self._session())
 
-    def _padded(self, rows: int) -> int:
-        """Rows that a decode step of so many tokens takes."""
-        return round_up(rows, self._row_multiple)
-
     def _session(self) -> Session:
         return Session(self._bundle, threads=self.threads, spin_us=self._spin_us)
 
-    def _bind(self, session: Session) -> Steps:
+    def _bind(self, session: Session) -> Steps | RecurrentSteps:
         # One for all steps, as logits are valid until the next step only.
         logits = np.zeros((max(self.rows, self.score_chunk), self.manifest.padded_vocab_size), np.float32)
         hidden = np.zeros((round_up(self.prefill_chunk, 2), self.manifest.hidden_size or 0), np.float32)
         binder = Binder(session, self._pool, self._adapters, logits, hidden)
-        chunks = {"prefill_chunk": self.prefill_chunk, "score_chunk": self.score_chunk}
-        return Steps(binder, **chunks, padded=self._padded, filler=self.slots)
+        if self._states is None:
+            return Steps(binder, self._sizes)
+        return RecurrentSteps(binder, self._sizes, self._states)
 
     @property
-    def _awake(self) -> Steps:
+    def _awake(self) -> Steps | RecurrentSteps:
         assert self._loaded is not None, "the engine sleeps"
         return self._loaded
 
@@ -187,6 +213,11 @@ class Engine:
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes."""
         return self.manifest.kv.bytes_per_token
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes of state that one sequence takes, however long it is."""
+        return self.manifest.state.bytes_per_slot if self.manifest.state else 0
 
 
 def physical_cores() -> int:

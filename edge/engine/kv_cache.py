@@ -102,6 +102,12 @@ class KVPool:
                 self._show(places[i], slot)
         return places
 
+    def show_at(self, places: Sequence[int], slots: Sequence[int]) -> None:
+        """Let row ``places[i]`` of the window show ``slots[i]``."""
+        for row, slot in zip(places, slots, strict=True):
+            if self._shown[row] != slot:
+                self._show(row, slot)
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of a slot over another slot's."""
         self.write(target, self._slots[source], length)

@@ -5,7 +5,7 @@ A step is either some tokens of one slot (:class:`Append`) or one token for each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -41,27 +41,34 @@ class Binder:
         return step, StepAdapters(self.adapters, step, len(inputs["input_ids"]))
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How large steps are."""
+
+    prefill_chunk: int
+    """Most tokens of a step that reads a prompt."""
+    score_chunk: int
+    """Most tokens of one that returns logits of all of them."""
+    row_multiple: int
+    """Rows that a decode step has a multiple of, for a row to be rounded alike in every one."""
+    filler: int
+    """The slot of rows that only fill a step up."""
+
+    def padded(self, num_tokens: int) -> int:
+        """Rows that a decode step of so many tokens takes."""
+        return round_up(num_tokens, self.row_multiple)
+
+
 class Steps:
-    """The steps bound to a session, made when they are first wanted.
+    """The steps bound to a session, made when they are first wanted."""
 
-    Args:
-        binder: what they are bound to.
-        prefill_chunk: most tokens of a step that reads a prompt.
-        score_chunk: most tokens of one that returns logits of all of them.
-        padded: from tokens of a decode step to its rows.
-        filler: the slot of rows that only fill a step up.
-    """
-
-    def __init__(
-        self, binder: Binder, *, prefill_chunk: int, score_chunk: int, padded: Callable[[int], int], filler: int
-    ) -> None:
+    def __init__(self, binder: Binder, sizes: Sizes) -> None:
         self._pool = binder.pool
-        self._padded = padded
-        self._filler = filler
-        self._prefill = cache(lambda slot: Append(binder, slot, most=prefill_chunk, reads="last"))
-        self._score = cache(lambda slot: Append(binder, slot, most=score_chunk, reads="every"))
-        self._embed = cache(lambda slot: Append(binder, slot, most=prefill_chunk, reads="hidden"))
-        self._decode = cache(lambda num_tokens: Decode(binder, num_tokens, padded(num_tokens)))
+        self._sizes = sizes
+        self._prefill = cache(lambda slot: Append(binder, slot, most=sizes.prefill_chunk, reads="last"))
+        self._score = cache(lambda slot: Append(binder, slot, most=sizes.score_chunk, reads="every"))
+        self._embed = cache(lambda slot: Append(binder, slot, most=sizes.prefill_chunk, reads="hidden"))
+        self._decode = cache(lambda num_tokens: Decode(binder, num_tokens, sizes.padded(num_tokens)))
         self.drop_mapped = binder.session.drop_mapped
 
     def prefill(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
@@ -79,7 +86,7 @@ class Steps:
     def decode(self, slots: Sequence[int], ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
         """Logits [n, padded_vocab] of tokens of any slots."""
         count = len(ids)
-        slots = [*slots, *[self._filler] * (self._padded(count) - count)]
+        slots = [*slots, *[self._sizes.filler] * (self._sizes.padded(count) - count)]
         return self._decode(count).run(self._pool.show(slots), slots, ids, past)
 
 
