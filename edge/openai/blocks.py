@@ -1,53 +1,43 @@
 """Splits an answer's text into content, reasoning and tool calls, in whatever pieces it arrives.
 
-Reasoning is a ``<think>`` block at the very start. Tool calls are Hermes blocks, the form of Qwen2.5 and Qwen3::
-
-    <tool_call>
-    {"name": "get_weather", "arguments": {"city": "Köln"}}
-    </tool_call>
-
-Only a well-formed block is a call; a malformed or unclosed one stays what it is, content.
+Reasoning is a ``<think>`` block at the very start. Tool calls are ``<tool_call>`` blocks; what stands in them is up to
+the model: JSON (:mod:`edge.openai.json_calls`) or XML (:mod:`edge.openai.xml_calls`). A block in which no call can be
+made out stays what it is, content.
 """
 
 from __future__ import annotations
 
-import json
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
+
+from edge.openai.json_calls import JsonCallReader
+from edge.openai.pieces import Arguments, Call, Content, Piece, Reasoning
+
+__all__ = ["Arguments", "BlockParser", "Call", "CallReader", "Content", "Piece", "Reasoning"]
 
 _THINK, _END_THINK = "<think>", "</think>"
 _CALL, _END_CALL = "<tool_call>", "</tool_call>"
 
 
-@dataclass(frozen=True)
-class Content:
-    """Text for the reader."""
+class CallReader(Protocol):
+    """Reads the text of one block."""
 
-    text: str
+    called: bool
+    """Whether a call was found."""
+    raw: str
+    """The text of the block so far, where it is no call."""
+    rest: str | None
+    """Text behind the block; None while it is open."""
 
+    def push(self, text: str) -> Iterator[Piece]:
+        """Take more text; gives the pieces that became certain."""
+        ...
 
-@dataclass(frozen=True)
-class Reasoning:
-    """Text from inside the ``<think>`` block."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Call:
-    """A complete tool call."""
-
-    index: int
-    """Calls before it in the answer."""
-    id: str
-    name: str
-    arguments: str
-    """JSON text."""
+    def flush(self) -> Iterator[Piece]:
+        """The text has ended; gives what was held back."""
+        ...
 
 
-Piece = Content | Reasoning | Call
 State = Callable[[], Iterator[Piece]]
 
 
@@ -58,13 +48,22 @@ class BlockParser:
         reasoning: look for a ``<think>`` block at the start.
         in_reasoning: the prompt has opened the ``<think>`` block already.
         tools: look for tool calls.
+        calls: makes a reader for each block, given the number of calls before it.
     """
 
-    def __init__(self, *, reasoning: bool, in_reasoning: bool = False, tools: bool) -> None:
+    def __init__(
+        self,
+        *,
+        reasoning: bool,
+        in_reasoning: bool = False,
+        tools: bool,
+        calls: Callable[[int], CallReader] = JsonCallReader,
+    ) -> None:
         self._tools = tools
+        self._new_reader = calls
         self._buffer = ""
-        self._scanner = _StringScanner()
         self._num_calls = 0
+        self._reader = calls(0)  # of the open block, where there is one
         self._blanks = ""
         """White space before the open block: dropped before a call, kept before what turns out to be text."""
         self._state: State
@@ -72,6 +71,11 @@ class BlockParser:
             self._state = self._before_reasoning
         else:
             self._state = self._start if reasoning else self._content
+
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether the text is inside the ``<think>`` block."""
+        return self._state in {self._before_reasoning, self._reasoning}
 
     def push(self, text: str) -> list[Piece]:
         """Take more text; returns the pieces that became certain."""
@@ -81,10 +85,10 @@ class BlockParser:
     def flush(self) -> list[Piece]:
         """The text has ended; returns what was held back."""
         rest, self._buffer = self._buffer, ""
-        if self._state in {self._before_reasoning, self._reasoning}:
+        if self.in_reasoning:
             return [Reasoning(rest)] if rest.strip() else []
         if self._state == self._call:
-            return [Content(self._blanks + _CALL + rest)]
+            return list(self._reader.flush()) if self._reader.called else [Content(self._opening + self._reader.raw)]
         if not rest or (self._num_calls and not rest.strip()):
             return []
         return [Content(rest)]
@@ -136,7 +140,7 @@ class BlockParser:
         else:
             text, found, rest = self._buffer.partition(_CALL)
             if found:
-                self._buffer, self._state, self._scanner = rest, self._call, _StringScanner()
+                self._buffer, self._state, self._reader = rest, self._call, self._new_reader(self._num_calls)
                 text, self._blanks = _split_end(text, text.rstrip())
             else:
                 text, self._buffer = _split_certain(text, _CALL, None)
@@ -144,60 +148,22 @@ class BlockParser:
             yield Content(text)
 
     def _call(self) -> Iterator[Piece]:
-        """Inside ``<tool_call>``: wait for an end tag that is not part of a string."""
-        end = self._scanner.find_outside_string(self._buffer, _END_CALL)
-        if end < 0:
+        """Inside ``<tool_call>``, up to its end tag."""
+        text, self._buffer = self._buffer, ""
+        yield from self._reader.push(text)
+        if self._reader.rest is None:
             return
-        block, self._buffer = self._buffer[:end], self._buffer[end + len(_END_CALL) :]
-        self._state = self._content
-        call = parse_call(block, self._num_calls)
-        self._num_calls += call is not None
-        yield call or Content(self._blanks + _CALL + block + _END_CALL)
         # Text behind the block, or the next block, may be there already: `_run` sees that the state changed.
+        self._buffer, self._state = self._reader.rest, self._content
+        if self._reader.called:
+            self._num_calls += 1
+        else:
+            yield Content(self._opening + self._reader.raw + _END_CALL)
 
-
-class _StringScanner:
-    """Finds a tag outside of JSON strings, in a growing text, looking at every character once."""
-
-    def __init__(self) -> None:
-        self._position = 0
-        self._in_string = False
-
-    def find_outside_string(self, text: str, tag: str) -> int:
-        """Index of ``tag``, or -1; ``text`` must extend the text of the last call."""
-        i = self._position
-        while i < len(text):
-            character = text[i]
-            if self._in_string and character == "\\":
-                if i + 1 == len(text):
-                    break
-                i += 1
-            elif character == '"':
-                self._in_string = not self._in_string
-            elif character == "<" and not self._in_string:
-                if text.startswith(tag, i):
-                    return i
-                if tag.startswith(text[i:]):
-                    break
-            i += 1
-        self._position = i
-        return -1
-
-
-def parse_call(block: str, index: int) -> Call | None:
-    """The call in the text of a block, or None where it is malformed."""
-    try:
-        value = json.loads(block)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
-        return None
-    return Call(index, f"call_{uuid.uuid4().hex[:24]}", value["name"], _arguments(value.get("arguments", {})))
-
-
-def _arguments(value: Any) -> str:
-    """Arguments as JSON text; a string is JSON text already and not encoded twice."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    @property
+    def _opening(self) -> str:
+        """What stands before the open block's text, where it is no call."""
+        return self._blanks + _CALL
 
 
 def _split_certain(text: str, tag: str, blanks: str | None) -> tuple[str, str]:

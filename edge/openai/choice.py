@@ -7,8 +7,9 @@ from typing import Any
 
 from edge.engine.logprobs import TokenLogprobs
 from edge.model import Model
-from edge.openai.blocks import BlockParser, Call, Piece
+from edge.openai.blocks import BlockParser
 from edge.openai.logprobs import Entry, LogprobsWriter
+from edge.openai.pieces import Call, Piece
 from edge.openai.schemas import ChatRequest, CompletionRequest
 from edge.openai.shapes import shape_of
 from edge.service import Delta, Event, Finished, GenerationRequest, PromptScored

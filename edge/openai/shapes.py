@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from edge.openai.blocks import Call, Content, Piece, Reasoning
 from edge.openai.logprobs import Entry, chat_logprobs, text_logprobs
+from edge.openai.pieces import Arguments, Call, Content, Piece, Reasoning, complete_calls
 from edge.openai.schemas import ChatRequest, CompletionRequest
 
 
@@ -57,6 +57,8 @@ class ChatShape:
                 fields["reasoning_content"] = text
             case Call(index=index):
                 fields["tool_calls"] = [{"index": index, **_tool_call(piece)}]
+            case Arguments(index, text):
+                fields["tool_calls"] = [{"index": index, "function": {"arguments": text}}]
         return {"delta": fields}
 
     def empty_delta(self, *, first: bool) -> dict[str, Any]:
@@ -67,7 +69,7 @@ class ChatShape:
         """See :class:`Shape`."""
         content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
         reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
-        calls = [_tool_call(piece) for piece in pieces if isinstance(piece, Call)]
+        calls = [_tool_call(call) for call in complete_calls(pieces)]
         message: dict[str, Any] = {"role": "assistant", "content": None if calls and not content else content}
         if reasoning:
             message["reasoning_content"] = reasoning

@@ -51,10 +51,12 @@ def refuse_unsupported(body: Mapping[str, Any], fields: Unsupported) -> None:
 
 
 def _explain(error: ValidationError, body: Mapping[str, Any], fields: frozenset[str]) -> RequestError:
-    """The first violation, in words that never repeat what was sent."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = _path(first["loc"], body, fields)
-    reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("Field ", "is ")
+    """One violation, in words that never repeat what was sent."""
+    # The deepest one: where a field takes several forms, it tells what is wrong with the form that was sent.
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    told = max(errors, key=lambda violation: len(violation["loc"]))
+    param = _path(told["loc"], body, fields)
+    reason = told["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("Field ", "is ")
     return RequestError(f"{param}: {reason}", hint=_HINT, param=param)
 
 
