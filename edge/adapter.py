@@ -34,7 +34,10 @@ MAX_TENSOR_BYTES = 4 << 30
 MAX_RANK = 512
 LARGEST_VALUE = 65504.0
 """Float16's largest. In a shared step every adapter multiplies every row: what overflows would reach the others."""
-_TENSOR_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d{1,4})\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+_TENSOR_NAME = re.compile(
+    r"base_model\.model\.model\.(?:language_model\.)?layers\.(\d{1,4})\.(?:self_attn|linear_attn|mlp)\.(\w+)"
+    r"\.lora_([AB])\.weight"
+)
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _OFF: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -127,7 +130,7 @@ def read_adapter(path: Path, config: AdapterConfig, sizes: Mapping[Place, tuple[
 
 
 _DAMAGED = "fetch or save the adapter again"
-_OTHER_MODEL = "was the adapter trained on another model, or does it adapt more than the seven projections of a layer?"
+_OTHER_MODEL = "was the adapter trained on another model, or does it adapt more than the projections of the layers?"
 
 
 def _pair(

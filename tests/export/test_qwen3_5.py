@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from edge.bundle import GRAPH
 from export.checkpoint import open_checkpoint
+from export.graph import present_name
 from export.oracle import Decoder
 from export.pipeline import Graph, build_graph
 from export.progress import Silent
 from export.quantize.recipes import RECIPES, Recipe
+from export.segments import lengths
 from tests.export import tiny, tiny_qwen3_5
 from tests.oracle import golden_qwen3_5 as golden
 
@@ -60,3 +64,30 @@ class TestParity:
         difference = np.abs(found - expected).max()
         assert difference < TOLERANCE
         assert difference < TOLERANCE * np.abs(expected).max()
+
+
+def test_states_may_stand_where_they_stood(tmp_path: Path) -> None:
+    """Outputs bound to the memory of their inputs, in steps shorter and longer than the convolution."""
+    _, folder = build(tmp_path / "graph", tiny_qwen3_5.config(linear_num_value_heads=4))
+    ids = golden.prompts()[:1]
+    session = ort.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    for value in session.get_inputs():
+        if value.name.startswith("past"):
+            sizes = [dim if isinstance(dim, int) else 80 for dim in value.shape[1:]]
+            memory = ort.OrtValue.ortvalue_from_numpy(np.zeros([1, *sizes], np.float32))
+            binding.bind_ortvalue_input(value.name, memory)
+            binding.bind_ortvalue_output(present_name(value.name), memory)
+    found, start = [], 0
+    for size in SCHEDULES["chunked"]:
+        total = start + size
+        for name, array in lengths(start, size).items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_cpu_input("input_ids", ids[:, start:total])
+        binding.bind_cpu_input("logits_indices", np.arange(size))
+        binding.bind_output("logits")
+        session.run_with_iobinding(binding)
+        found.append(binding.get_outputs()[-1].numpy())
+        start = total
+    expected = logits(folder, ids, SCHEDULES["chunked"])[0]
+    np.testing.assert_array_equal(np.concatenate(found), expected)
