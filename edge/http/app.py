@@ -23,6 +23,7 @@ from edge.errors import CancelledError, QwedgeError, RequestError
 from edge.http import openapi
 from edge.http.errors import error_response
 from edge.http.guard import Guard
+from edge.http.routes.anthropic import anthropic_routes
 from edge.http.routes.device import DeviceSources, device_routes
 from edge.http.routes.information import STATIC, information_routes
 from edge.http.routes.openai import openai_routes
@@ -48,6 +49,7 @@ def create_app(
     """
     routes = [
         *openai_routes(service),
+        *anthropic_routes(service),
         *information_routes(service, problem),
         *device_routes(service, device or DeviceSources(LogBuffer())),
     ]

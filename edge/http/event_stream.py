@@ -27,6 +27,11 @@ def to_json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
+def named_event(value: dict[str, Any]) -> bytes:
+    """One event that carries its type as its name too, as some APIs have it."""
+    return b"event: %s\ndata: %s\n\n" % (value["type"].encode(), to_json(value))
+
+
 class EventStream(Response):
     """A stream of server-sent events that stops its source when the client goes away."""
 

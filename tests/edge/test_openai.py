@@ -120,7 +120,7 @@ class TestFields:
             ("stop", ["a", ""], "stop"),
             ("stop", ["a"] * 17, "stop"),
             ("stop", "x" * 1025, "stop"),
-            ("stop", [1], "stop"),
+            ("stop", [1], "stop[0]"),
             ("stream", "yes", "stream"),
             ("stream_options", {"include_usage": True}, "stream_options"),
             ("n", 0, "n"),

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _FIELDS = (
@@ -53,27 +53,33 @@ _VALUES: tuple[Any, ...] = (
 
 
 def malformed_bodies(rng: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
-    """``count`` pairs of path and body."""
+    """``count`` pairs of path and body, for OpenAI's two."""
     for _ in range(count):
         chat = rng.random() < 0.6
         path = "/v1/chat/completions" if chat else "/v1/completions"
         base: dict[str, Any] = {"max_tokens": 2}
         base |= {"messages": [{"role": "user", "content": "Hi"}]} if chat else {"prompt": "Hi"}
-        yield path, rng.choice((_with_odd_values, _with_raw_value, _damaged, _noise))(rng, base)
+        yield path, next(odd_bodies(rng, 1, base, _FIELDS))
 
 
-def _with_odd_values(rng: random.Random, body: dict[str, Any]) -> bytes:
+def odd_bodies(rng: random.Random, count: int, base: dict[str, Any], fields: Sequence[str]) -> Iterator[bytes]:
+    """``count`` bodies around a sound one."""
+    for _ in range(count):
+        yield rng.choice((_with_odd_values, _with_raw_value, _damaged, _noise))(rng, dict(base), fields)
+
+
+def _with_odd_values(rng: random.Random, body: dict[str, Any], fields: Sequence[str]) -> bytes:
     for _ in range(rng.randint(1, 3)):
-        body[rng.choice(_FIELDS)] = rng.choice(_VALUES)
+        body[rng.choice(fields)] = rng.choice(_VALUES)
     return json.dumps(body).encode()
 
 
-def _with_raw_value(rng: random.Random, body: dict[str, Any]) -> bytes:
-    body[rng.choice(_FIELDS)] = "@"
+def _with_raw_value(rng: random.Random, body: dict[str, Any], fields: Sequence[str]) -> bytes:
+    body[rng.choice(fields)] = "@"
     return json.dumps(body).encode().replace(b'"@"', rng.choice(_RAW_VALUES))
 
 
-def _damaged(rng: random.Random, body: dict[str, Any]) -> bytes:
+def _damaged(rng: random.Random, body: dict[str, Any], _: Sequence[str]) -> bytes:
     text = bytearray(json.dumps(body).encode())
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(text))
@@ -81,5 +87,5 @@ def _damaged(rng: random.Random, body: dict[str, Any]) -> bytes:
     return bytes(text[: rng.randint(0, len(text))] if rng.random() < 0.3 else text)
 
 
-def _noise(rng: random.Random, _: dict[str, Any]) -> bytes:
+def _noise(rng: random.Random, _: dict[str, Any], __: Sequence[str]) -> bytes:
     return rng.choice((b"", b"null", b"[]", b'"x"', b"3", b"{}", b"{", rng.randbytes(rng.randint(1, 300))))
