@@ -29,6 +29,7 @@ from edge.scheduler import Scheduler
 from edge.service import Loaded, Service
 from edge.settings.engine import EngineSettings
 from edge.tokenizer import Tokenizer
+from edge.trust import trust_of
 
 DEFAULT_CONTEXT = 4096
 """Tokens of one conversation where neither settings nor bundle ask for less; it bounds what the cache can take."""
@@ -86,6 +87,7 @@ def load_bundle(bundle: Path, manifest: Manifest, settings: Settings, *, imports
         threads=options.threads,
         prefill_chunk=options.prefill_chunk,
         spin_us=options.spin_us,
+        trust=trust_of(settings.model),
     )
     model = replace(text.result(), adapters=load_adapters(engine.places, bundle, manifest, settings.model.adapters))
     scheduler = Scheduler(

@@ -37,6 +37,7 @@ LAYERS = (
         "edge.settings",
         "edge.signing",
         "edge.store",
+        "edge.trust",
     },
     {"edge.engine"},
     {
@@ -53,11 +54,12 @@ LAYERS = (
         "edge.journal_file",
         "edge.journal_index",
     },
-    {"edge.model", "edge.generation", "edge.assembly", "edge.service", "edge.loader"},
+    {"edge.model", "edge.generation", "edge.assembly", "edge.service", "edge.loader", "edge.management"},
     {"edge.openai"},
     {"edge.anthropic", "edge.ollama"},
     {"edge.http", "edge.mqtt"},
     {"edge.client"},
+    {"edge.evaluation"},
     {"edge.commands"},
     {"edge.cli"},
 )

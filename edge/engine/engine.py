@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -22,6 +23,9 @@ from edge.engine.session import Session
 from edge.engine.state_pool import State, StatePool
 from edge.engine.steps import Binder, Sizes, Steps, round_up
 
+if TYPE_CHECKING:  # this brings the cryptography
+    from edge.signing import Trust
+
 
 class Engine:
     """A bundle loaded into onnxruntime with its KV pool.
@@ -35,6 +39,7 @@ class Engine:
         threads: threads of a step; None = one per physical core this process may use.
         prefill_chunk: most tokens of one prefill step.
         spin_us: microseconds that idle threads spin before they sleep.
+        trust: the keys of which one must have signed the bundle when it is loaded again; None = none needs to.
 
     Raises:
         BundleError: onnxruntime refuses the graph.
@@ -55,6 +60,7 @@ class Engine:
         threads: int | None = None,
         prefill_chunk: int = 256,
         spin_us: int = 1000,
+        trust: Trust | None = None,
     ) -> None:
         self.manifest = manifest
         self.slots = slots
@@ -63,6 +69,7 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.threads = threads or physical_cores()
         self._bundle = bundle
+        self._trust = trust
         self._spin_us = spin_us
         self._sizes = Sizes(prefill_chunk, self.score_chunk, manifest.row_multiple, filler=slots)
         # One slot more than sequences get, for the rows that only fill a step up; one token more, for the same reason.
@@ -186,10 +193,10 @@ class Engine:
         """Verify the bundle and load the weights again; nothing where they are loaded.
 
         Raises:
-            BundleError: the bundle changed or is gone.
+            BundleError: the bundle changed or is gone, or its key is not trusted any more.
         """
         if self._loaded is None:
-            verify_bundle(self._bundle)
+            verify_bundle(self._bundle, trust=self._trust)
             self._loaded = self._bind(self._session())
 
     def _session(self) -> Session:
