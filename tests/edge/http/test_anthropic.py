@@ -44,7 +44,8 @@ def test_a_message(server: Served) -> None:
 
 def test_a_stream_says_the_same_as_the_message(serve: Serve) -> None:
     text = "Grüße, 世界 👩‍🚀! \u2028 \r\n data: {} \n\n event: x"
-    server = serve(FakeEngine(reply=lambda _: f"<think>\nhm\n</think>\n\n{text}\n{CALL}"))
+    thoughts_and_all = f"<think>\nhm\n</think>\n\n{text}\n{CALL}"
+    server = serve(FakeEngine(reply=lambda _: thoughts_and_all))
     wanted = {**BODY, "max_tokens": 500, "tools": [TOOL], "thinking": {"type": "enabled", "budget_tokens": 99}}
     whole = server.client.post(PATH, json=wanted).json()
     events = _stream(server, wanted)
@@ -57,6 +58,7 @@ def test_a_stream_says_the_same_as_the_message(serve: Serve) -> None:
     for message in (whole, told):
         message["content"][2].pop("id")
         message.pop("id")
+        assert message.pop("usage")["output_tokens"] == len(thoughts_and_all.encode()) + 1
     assert told == whole
     assert whole["content"][2] == {"type": "tool_use", "name": "f", "input": {"a": 1}}
     assert whole["stop_reason"] == "tool_use"
@@ -111,12 +113,12 @@ def test_what_the_model_is_shown(serve: Serve) -> None:
     ]
     system = [{"type": "text", "text": "be"}, {"type": "text", "text": "brief"}]
     server.client.post(PATH, json={**BODY, "system": system, "messages": messages, "tools": [TOOL]})
-    function = {"name": "f", "parameters": SCHEMA, "description": "does f"}
+    function = {"name": "f", "description": "does f", "parameters": SCHEMA}
     assert prompts[-1].splitlines() == [
         "<|im_start|>system", "# Tools", json.dumps({"type": "function", "function": function}), "<|im_end|>",
         "<|im_start|>system", "be", "brief<|im_end|>",
         "<|im_start|>user", "one", "two<|im_end|>",
-        "<|im_start|>assistant", "let me see", *CALL.splitlines()[:-1], "</tool_call><|im_end|>",
+        "<|im_start|>assistant", *f"let me see{CALL}<|im_end|>".splitlines(),
         "<|im_start|>tool", "7<|im_end|>",
         "<|im_start|>tool", "Error: no<|im_end|>",
         "<|im_start|>tool", "<|im_end|>",
