@@ -123,7 +123,7 @@ def test_what_the_model_is_shown(serve: Serve) -> None:
         "<|im_start|>tool", "Error: no<|im_end|>",
         "<|im_start|>tool", "<|im_end|>",
         "<|im_start|>user", "and now?<|im_end|>",
-        "<|im_start|>assistant", "<think>", "", "</think>",
+        "<|im_start|>assistant", "<think>", "", "</think>", "",
     ]  # fmt: skip
 
 
