@@ -1,0 +1,36 @@
+"""Evaluation in the product's context: suites of questions with assertions, against a bundle or a server.
+
+::
+
+    suite = load_suite("factory")
+    with bundle_target(Path("models/demo"), settings) as target:
+        report = evaluate(suite, target)
+    print(report.score)
+
+The format of suites is a part of promptfoo's (docs/evaluation.md). :class:`Report` has the results and their JSON,
+:func:`compare` tells two reports apart, :func:`page` makes an HTML page of both.
+"""
+
+from edge.evaluation.compare import Comparison, compare
+from edge.evaluation.html import page
+from edge.evaluation.report import Report, Result
+from edge.evaluation.run import ResultLog, evaluate
+from edge.evaluation.suite import Suite, built_in_suites, load_suite
+from edge.evaluation.target import ServiceTarget, Target, bundle_target, url_target
+
+__all__ = [
+    "Comparison",
+    "Report",
+    "Result",
+    "ResultLog",
+    "ServiceTarget",
+    "Suite",
+    "Target",
+    "built_in_suites",
+    "bundle_target",
+    "compare",
+    "evaluate",
+    "load_suite",
+    "page",
+    "url_target",
+]
