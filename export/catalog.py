@@ -72,8 +72,10 @@ class CatalogEntry(_Model):
 FAMILY_SAMPLING: Mapping[str, Sampling] = {
     "qwen2": Sampling(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05),
     "qwen3": Sampling(temperature=0.6, top_p=0.95, top_k=20),
+    "qwen3_5": Sampling(temperature=0.7, top_p=0.8, top_k=20),
+    "qwen3_5_text": Sampling(temperature=0.7, top_p=0.8, top_k=20),
 }
-"""``model_type`` → settings for a GGUF whose model is not in the catalog."""
+"""``model_type`` → settings for a checkpoint without any whose model is not in the catalog."""
 
 
 @cache

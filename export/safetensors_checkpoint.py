@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge.errors import CheckpointError
+from export.catalog import FAMILY_SAMPLING, catalog, find_by_title
 from export.checkpoint import Checkpoint, Origin, StoredTensor, Text
 from export.files import DAMAGED, read_bytes, read_json, read_text, shown
 from export.generation import END_OF_TURN, generation_defaults
@@ -22,6 +23,8 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+_WITHOUT_GENERATION_CONFIG = {"qwen3_5", "qwen3_5_text"}
+"""Models that their makers publish without a generation_config.json; the catalog knows what they recommend."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -44,7 +47,7 @@ def open_folder(folder: Path, origin: Origin) -> Checkpoint:
     facts = inspect_tokenizer(tokenizer, str(folder / TOKENIZER))
     template = _chat_template(folder, tokenizer_config)
     also_stop = [facts.added[END_OF_TURN]] if template is not None and END_OF_TURN in facts.added else []
-    generation = generation_defaults(_optional_json(folder / GENERATION_CONFIG), config, also_stop=also_stop)
+    generation = generation_defaults(_generation_config(folder, config, origin), config, also_stop=also_stop)
     with ExitStack() as stack:
         everything, shards = _weights(folder, stack)
         stored, notes = text_tensors(config, everything)
@@ -146,6 +149,14 @@ def _chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | N
     if template is None or isinstance(template, str):
         return template
     raise CheckpointError(f"chat_template of {TOKENIZER_CONFIG} is no text", hint=DAMAGED)
+
+
+def _generation_config(folder: Path, config: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
+    if (folder / GENERATION_CONFIG).is_file() or config.get("model_type") not in _WITHOUT_GENERATION_CONFIG:
+        return _optional_json(folder / GENERATION_CONFIG)
+    entry = catalog().get(origin.location) or find_by_title(origin.location.rpartition("/")[2])
+    sampling = entry.generation if entry else FAMILY_SAMPLING[config["model_type"]]
+    return {**sampling.model_dump(), "do_sample": True}
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

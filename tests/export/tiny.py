@@ -99,10 +99,17 @@ def qwen3_config(**changes: Any) -> dict[str, Any]:
 def random_tensors(config: Mapping[str, Any], seed: int = 0) -> Tensors:
     """Weights under Hugging Face names, [out_features, in_features], float32 values that bfloat16 holds exactly."""
     rng = np.random.default_rng(seed)
-    if config["model_type"].startswith("qwen3_5"):
-        shapes = tiny_qwen3_5.shapes(config)
-        return {name: _rounded(tiny_qwen3_5.random(rng, name, shape)) for name, shape in shapes.items()}
-    return {name: _random(rng, name, shape) for name, shape in _shapes(config).items()}
+    random = tiny_qwen3_5.random if _is_qwen3_5(config) else _random
+    return {name: _rounded(random(rng, name, shape)) for name, shape in shapes(config).items()}
+
+
+def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint with this config, under the names that it has in the files."""
+    return tiny_qwen3_5.shapes(config) if _is_qwen3_5(config) else _shapes(config)
+
+
+def _is_qwen3_5(config: Mapping[str, Any]) -> bool:
+    return str(config["model_type"]).startswith("qwen3_5")
 
 
 def write_folder(
@@ -242,11 +249,9 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
     values = rng.normal(0.0, 0.12, shape)
-    if name.endswith("norm.weight"):
-        values += 1.0
-    return _rounded(values)
+    return values + 1.0 if name.endswith("norm.weight") else values
 
 
 def _rounded(values: NDArray[np.float64]) -> NDArray[np.float32]:

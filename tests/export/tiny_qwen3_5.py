@@ -87,7 +87,7 @@ def shapes(config: Mapping[str, Any]) -> Shapes:
     for layer, kind in enumerate(text["layer_types"]):
         block = _full(text) if kind == "full_attention" else _linear(text)
         found |= {f"{prefix}layers.{layer}.{name}": shape for name, shape in (block | _mlp(text)).items()}
-    if not text["tie_word_embeddings"]:
+    if not config["tie_word_embeddings"]:
         found["lm_head.weight"] = table
     return found | _beside(text) | (_VISION if "text_config" in config else {})
 
