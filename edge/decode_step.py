@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as List
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edge.engine.speculation import Draft, StepCosts, share_out
 from edge.sequence import Sequence
@@ -34,7 +34,13 @@ class Share:
 
 
 def plan_step(
-    running: List[Sequence], *, rows: int, draft_tokens: int, context_length: int, costs: StepCosts
+    running: List[Sequence],
+    *,
+    rows: int,
+    draft_tokens: int,
+    context_length: int,
+    costs: StepCosts,
+    has_states: bool = False,
 ) -> list[Share]:
     """Share a step's rows out among the running sequences.
 
@@ -44,28 +50,43 @@ def plan_step(
         draft_tokens: most guesses of the step.
         context_length: tokens that a slot holds.
         costs: of steps, to see whether guessing pays.
+        has_states: whether the model has layers of linear attention. Several tokens of a sequence are a step by
+            themselves then, so that guessing pays for a sequence alone only; and they are an even number, since nothing
+            can fill their step up (``edge.engine.recurrent_steps``).
     """
     spare = rows - len(running)
     known = []
     for sequence in running:
         known.append(tuple(sequence.pending_ids[: 1 + spare]))
         spare -= len(known[-1]) - 1
-    most = min(spare, draft_tokens)
+    most = 0 if has_states and len(running) > 1 else min(spare, draft_tokens)
     shares = [
         Share(sequence, ids, Draft(), 0, sequence.num_computed_tokens)
         for sequence, ids in zip(running, known, strict=True)
     ]
     if most <= 0:
-        return shares
+        return [_with_even_number(share) for share in shares] if has_states else shares
     drafts = [
         share.sequence.draft(_room(share.sequence, most, context_length)) if share.is_complete else Draft()
         for share in shares
     ]
-    counts = share_out([draft.chances for draft in drafts], sum(map(len, known)), costs, most)
-    return [
+    num_known = sum(map(len, known))
+    counts = share_out([draft.chances for draft in drafts], num_known, costs, most, all_or_again=has_states)
+    shares = [
         Share(share.sequence, share.known, draft, count, share.past)
         for share, draft, count in zip(shares, drafts, counts, strict=True)
     ]
+    return [_with_even_number(share) for share in shares] if has_states else shares
+
+
+def _with_even_number(share: Share) -> Share:
+    """One token less, if there are several and their number is odd."""
+    count = len(share.ids)
+    if count == 1 or count % 2 == 0:
+        return share
+    if share.num_drafted:
+        return replace(share, num_drafted=share.num_drafted - 1)
+    return replace(share, known=share.known[:-1])
 
 
 def _room(sequence: Sequence, most: int, context_length: int) -> int:

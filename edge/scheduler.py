@@ -54,7 +54,7 @@ class SchedulerStats:
     asleep: bool = False
     """The weights are not in memory; the next request brings them back."""
     kv_bytes: int = 0
-    """Keys and values of the sequences in prefill and decode."""
+    """Keys, values and states of the sequences in prefill and decode."""
     num_preempted: int = 0
     """How often a sequence had to give its slot back, since the start."""
     num_drafted: int = 0
@@ -86,7 +86,8 @@ class Scheduler:
         max_queue: sequences that may wait; one more is refused with :class:`OverloadedError`.
         prefixes: keys and values of past prompts; None keeps none.
         draft_tokens: most tokens guessed in one step (``edge.engine.speculation``); 0 never guesses.
-        kv_cache_bytes: most keys and values of sequences in prefill and decode; None = as much as the slots hold.
+        kv_cache_bytes: most memory of sequences in prefill and decode, keys, values and states; None = as much as the
+            slots hold.
         sleep_after_s: seconds without work after which the weights leave the memory; None = never.
     """
 
@@ -340,7 +341,7 @@ class Scheduler:
         most = self._engine.score_chunk if scores else self._engine.prefill_chunk
         if self._running:
             most = max(1, most // 2)
-        chunk = sequence.prompt_ids[past : past + most]
+        chunk = sequence.prompt_ids[past : self._slots.chunk_end(sequence, most)]
         if reader is None:
             last = self._engine.prefill(sequence.slot, chunk, past)
         else:
@@ -349,6 +350,7 @@ class Scheduler:
             reader(past, rows)
             last = rows[-1]
         sequence.num_computed_tokens = past + len(chunk)
+        self._slots.keep_snapshot(sequence)
         if sequence.num_computed_tokens == len(sequence.prompt_ids):
             sequence.prompt_reader = None
             self._prefilling = None
@@ -367,6 +369,7 @@ class Scheduler:
             draft_tokens=self._draft_tokens,
             context_length=self._engine.context_length,
             costs=self._costs,
+            has_states=self._engine.bytes_per_slot > 0,
         )
         slots: list[int] = []
         ids: list[int] = []
@@ -400,6 +403,10 @@ class Scheduler:
                 break
             sequence.num_computed_tokens += 1
             num_right += 1
+        if num_right < share.num_drafted and sequence.status is not SequenceStatus.FINISHED:
+            # A state that has seen a wrong guess is of no use: what was right is appended again, with the next token.
+            kept = self._engine.kept_length(sequence.slot, sequence.num_computed_tokens)
+            sequence.num_computed_tokens = kept
         self._num_drafted += share.num_drafted
         self._num_accepted += num_right
 

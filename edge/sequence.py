@@ -126,6 +126,8 @@ class Sequence:
     output on."""
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values came from another sequence."""
+    snapshots_at: tuple[int, ...] = ()
+    """Lengths of the prompt at which its state is to be kept (:mod:`edge.snapshots`)."""
     output_ids: list[int] = field(default_factory=list)
     lookup: PromptLookup | None = None
     """Where guesses come from, made when the first one is wanted."""

@@ -1,4 +1,4 @@
-"""Who has which slot of the KV pool, what a sequence finds in it, and what stays of it afterwards."""
+"""Who has which slot of the engine, what a sequence finds in it, and what stays of it afterwards."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from edge.engine.interface import Engine
 from edge.engine.prefix import Prefix, reusable_length
 from edge.engine.prefix_cache import PrefixCache
 from edge.sequence import Sequence
+from edge.snapshots import chunk_end, snapshot_lengths
 
 log = logging.getLogger(__name__)
 
@@ -17,19 +18,19 @@ _HEADROOM_TOKENS = 64
 
 
 class Slots:
-    """Hands the engine's slots out, within a budget of keys and values. The engine's thread only.
+    """Hands the engine's slots out, within a budget of keys, values and states. The engine's thread only.
 
     Args:
         engine: whose slots they are.
-        prefixes: keys and values of past prompts; closed with the slots.
-        budget_bytes: most keys and values of all sequences with a slot; None = as much as the slots hold.
+        prefixes: what is known of past prompts; closed with the slots.
+        budget_bytes: most memory of all sequences with a slot; None = as much as the slots hold.
     """
 
     def __init__(self, engine: Engine, prefixes: PrefixCache, budget_bytes: int | None) -> None:
         self._engine = engine
         self._prefixes = prefixes
-        most = engine.slots * engine.context_length
-        self._budget_tokens = most if budget_bytes is None else min(most, budget_bytes // engine.bytes_per_token)
+        most = engine.slots * self._size(engine.context_length)
+        self._budget = most if budget_bytes is None else min(most, budget_bytes)
         self._free = list(range(engine.slots))
 
     @property
@@ -39,16 +40,16 @@ class Slots:
 
     def has_room(self, active: List[Sequence], sequence: Sequence) -> bool:
         """Whether the budget allows for one more than the ``active`` ones; for the first one it always does."""
-        needed = _num_tokens(active) + sequence.num_tokens + _HEADROOM_TOKENS * (len(active) + 1)
-        return not active or needed <= self._budget_tokens
+        headroom = _HEADROOM_TOKENS * (len(active) + 1) * self._engine.bytes_per_token
+        return not active or self.num_bytes(active) + self._size(sequence.num_tokens) + headroom <= self._budget
 
     def holds(self, active: List[Sequence], more: int) -> bool:
         """Whether the budget allows for so many more tokens."""
-        return _num_tokens(active) + more <= self._budget_tokens
+        return self.num_bytes(active) + more * self._engine.bytes_per_token <= self._budget
 
     def num_bytes(self, active: List[Sequence]) -> int:
-        """Keys and values of sequences."""
-        return _num_tokens(active) * self._engine.bytes_per_token
+        """Keys, values and states of sequences."""
+        return sum(self._size(sequence.num_computed_tokens) for sequence in active)
 
     def take(self, sequence: Sequence, running: List[Sequence]) -> None:
         """Give a sequence a slot, with as much of its prompt as is known already.
@@ -56,22 +57,49 @@ class Slots:
         Args:
             sequence: that is to be prefilled.
             running: sequences in decode, whose keys and values are as good as those of past ones.
+
+        Raises:
+            MemoryError: there is no memory for it.
         """
         sequence.slot = self._free.pop()
         self._engine.use_adapter(sequence.slot, sequence.adapter)
         if sequence.prompt_reader is None:
             sequence.num_computed_tokens = self._reuse(sequence, running)
+        if self._engine.bytes_per_slot and sequence.is_reusable:
+            shared = self._prefixes.shared_length(sequence.identity, sequence.prompt_ids)
+            known = sequence.num_computed_tokens
+            sequence.snapshots_at = snapshot_lengths(len(sequence.prompt_ids), known, shared)
 
-    def keep(self, sequence: Sequence) -> None:
-        """Remember a sequence's keys and values before its slot is given away."""
+    def chunk_end(self, sequence: Sequence, most: int) -> int:
+        """Up to which prompt token a step of prefill with at most so many tokens goes."""
+        past, num_tokens = sequence.num_computed_tokens, len(sequence.prompt_ids)
+        if self._engine.bytes_per_slot:
+            return chunk_end(past, most, num_tokens, sequence.snapshots_at)
+        return min(past + most, num_tokens)
+
+    def keep_snapshot(self, sequence: Sequence) -> None:
+        """Remember a prompt as far as it was read, if that is where others may need its state."""
         length = sequence.num_computed_tokens
-        if not sequence.is_reusable or not self._prefixes.wants(length, length * self._engine.bytes_per_token):
+        if length in sequence.snapshots_at:
+            self.keep(sequence, shared=length < sequence.snapshots_at[-1])
+
+    def keep(self, sequence: Sequence, *, shared: bool = False) -> None:
+        """Remember what was computed of a sequence before its slot is given away, or its state goes on.
+
+        Args:
+            sequence: that has a slot.
+            shared: whether another one began like it.
+        """
+        length = self._engine.kept_length(sequence.slot, sequence.num_computed_tokens)
+        if not sequence.is_reusable or not self._prefixes.wants(length, self._size(length)):
             return
-        ids = sequence.computed_ids()
+        ids = sequence.computed_ids()[:length]
         if self._prefixes.has(sequence.identity, ids):
             return
         try:
-            self._prefixes.put(Prefix(sequence.identity, ids, self._engine.read_slot(sequence.slot, length)))
+            cache = self._engine.read_slot(sequence.slot, length)
+            state = self._engine.read_state(sequence.slot, length)
+            self._prefixes.put(Prefix(sequence.identity, ids, cache, state), shared=shared)
         except MemoryError:
             log.warning("no memory to keep a prefix of %d tokens", length)
 
@@ -88,17 +116,21 @@ class Slots:
 
     def _reuse(self, sequence: Sequence, running: List[Sequence]) -> int:
         """Put the longest known beginning of a prompt into its slot; returns its length."""
-        mine = [other for other in running if other.identity == sequence.identity]
+        # The state of one that runs is further on than where others may begin.
+        beginnings = [] if self._engine.bytes_per_slot else running
+        mine = [other for other in beginnings if other.identity == sequence.identity]
         lengths = [reusable_length(other.computed_ids(), sequence.prompt_ids) for other in mine]
         longest = max(lengths, default=0)
         found = self._prefixes.find(sequence.identity, sequence.prompt_ids)
         if found and found[1] > longest:
             prefix, longest = found
             self._engine.write_slot(sequence.slot, prefix.cache, longest)
+            if prefix.state is not None:
+                self._engine.write_state(sequence.slot, prefix.state, longest)
         elif longest:
             self._engine.copy_slot(mine[lengths.index(longest)].slot, sequence.slot, longest)
         return longest
 
-
-def _num_tokens(sequences: List[Sequence]) -> int:
-    return sum(sequence.num_computed_tokens for sequence in sequences)
+    def _size(self, num_tokens: int) -> int:
+        """Bytes that a sequence of so many tokens takes."""
+        return num_tokens * self._engine.bytes_per_token + self._engine.bytes_per_slot

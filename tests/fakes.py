@@ -24,6 +24,7 @@ from edge.chat import ChatTemplate
 from edge.engine.kv_cache import Cache
 from edge.engine.lora import Adapter
 from edge.engine.prefix_cache import PrefixCache
+from edge.engine.state_pool import State
 from edge.metrics import Metrics
 from edge.model import Model
 from edge.scheduler import Scheduler
@@ -96,6 +97,7 @@ class FakeEngine:
         self.prefill_chunk = prefill_chunk
         self.score_chunk = 16
         self.bytes_per_token = 4
+        self.bytes_per_slot = 0
         self.num_steps = 0
         """Prefill chunks and decode steps so far: it stops growing when nobody wants an answer any more."""
         self.naps = 0
@@ -141,6 +143,11 @@ class FakeEngine:
         """See :class:`edge.engine.interface.Engine`."""
         self._adapters[slot] = adapter
 
+    def kept_length(self, slot: int, most: int) -> int:
+        """See :class:`edge.engine.interface.Engine`."""
+        assert most <= len(self._prompts[slot]) + len(self._answers[slot])
+        return most
+
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """See :class:`edge.engine.interface.Engine`."""
         self._prompts[target] = self._tokens(source, length)
@@ -152,6 +159,13 @@ class FakeEngine:
     def write_slot(self, slot: int, cache: Cache, length: int) -> None:
         """See :class:`edge.engine.interface.Engine`."""
         self._prompts[slot] = cache[0, 0, :length, 0].astype(int).tolist()
+
+    def read_state(self, slot: int, length: int) -> None:
+        """See :class:`edge.engine.interface.Engine`; it has none."""
+
+    def write_state(self, slot: int, state: State, length: int) -> None:
+        """See :class:`edge.engine.interface.Engine`; nobody may call it."""
+        raise AssertionError(slot, state, length)
 
     def release_slot(self, slot: int) -> None:
         """See :class:`edge.engine.interface.Engine`."""

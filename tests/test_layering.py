@@ -45,6 +45,7 @@ LAYERS = (
         "edge.scheduler",
         "edge.decode_step",
         "edge.slots",
+        "edge.snapshots",
         "edge.sequence",
         "edge.tokenizer",
         "edge.chat",

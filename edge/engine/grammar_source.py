@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
+from edge.engine.tool_grammar import literal, tool_grammar
+
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
@@ -29,7 +31,7 @@ _STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ",
 for the grammar to force."""
 
 
-Kind = Literal["json_schema", "regex", "lark", "choice", "tool_call"]
+Kind = Literal["json_schema", "regex", "lark", "choice", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Grammar:
     kind: Kind
     source: str
     """By kind: a JSON schema; a regular expression; a Lark grammar; a JSON array of strings, one of them the answer; a
-    JSON object of function names and the schemas of their arguments, one of which is called in Hermes' form."""
+    JSON object of the arguments ``form``, ``how_many`` and ``functions`` of
+    :func:`~edge.engine.tool_grammar.tool_grammar`."""
     param: str = field(default="response_format", compare=False)
     """The field of the request it came from, for errors."""
 
@@ -64,33 +67,20 @@ def llguidance_source(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_lark(grammar.source)
         case "choice":
             return LLMatcher.grammar_from_lark(_choice(json.loads(grammar.source)))
-        case "tool_call":
-            return LLMatcher.grammar_from_lark(_tool_call(json.loads(grammar.source)))
+        case "tool_calls":
+            return LLMatcher.grammar_from_lark(_tool_calls(**json.loads(grammar.source)))
 
 
 def _choice(choices: Sequence[str]) -> str:
     if len(choices) > MAX_CHOICES:
         raise ValueError(f"it has more than {MAX_CHOICES} choices")
-    return "start: " + " | ".join(map(_literal, choices))
+    return "start: " + " | ".join(map(literal, choices))
 
 
-def _tool_call(schemas: dict[str, Any]) -> str:
-    """One call in the form of Qwen2.5 and Qwen3, which ``edge.openai.blocks`` reads."""
-    lines = ['start: "<tool_call>\\n{\\"name\\": " call "}\\n</tool_call>"']
-    lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(schemas))))
-    for index, (name, schema) in enumerate(schemas.items()):
+def _tool_calls(functions: dict[str, Any], **options: Any) -> str:
+    for schema in functions.values():
         _check_schema(schema)
-        # Each schema is a document of its own, so that its references keep their meaning.
-        styled = json.dumps({**schema, "x-guidance": _STYLE})
-        head = json.dumps(name) + ', "arguments": '
-        lines.append(f"call_{index}: {_literal(head)} arguments_{index}")
-        lines.append(f"arguments_{index}: %json {styled}")
-    return "\n".join(lines)
-
-
-def _literal(text: str) -> str:
-    """A string of a Lark grammar."""
-    return json.dumps(text)
+    return tool_grammar(functions=functions, style=_STYLE, **options)
 
 
 def _check_schema(schema: Any) -> None:

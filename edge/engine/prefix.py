@@ -31,11 +31,13 @@ class Prefix:
     """Whose it is; nobody else gets a hit on it, but for :data:`EVERYONE`'s."""
     ids: NDArray[np.int64]  # [num_tokens]
     cache: NDArray[Any]  # [2 * layers, kv_heads, num_tokens, head_dim], in the type of the bundle's KV cache
+    state: NDArray[np.float32] | None = None
+    """What linear attention remembers of exactly these tokens: the prefix is then of use as a whole only."""
 
     @property
     def num_bytes(self) -> int:
         """Memory it takes."""
-        return self.cache.nbytes + self.ids.nbytes
+        return self.cache.nbytes + self.ids.nbytes + (0 if self.state is None else self.state.nbytes)
 
 
 def owned_by(identity: str, adapter: str = "") -> str:
@@ -80,6 +82,24 @@ def begins_with(known: Ids, ids: Ids) -> bool:
         return length == 0
     # The last token first: it differs in nearly every case.
     return bool(known[length - 1] == ids[-1] and (known[:length] == ids).all())
+
+
+def suits(known: Ids, ids: Ids, *, is_whole: bool) -> bool:
+    """Whether an entry with the tokens ``known`` may stand for the beginning of the prompt ``ids``.
+
+    Args:
+        known: tokens of the entry.
+        ids: of the prompt.
+        is_whole: whether the entry is of use as a whole only.
+    """
+    return not is_whole or (len(known) < len(ids) and begins_with(ids, known))
+
+
+def replaces(known: Ids, ids: Ids, *, is_whole: bool) -> bool:
+    """Whether an entry with the tokens ``known`` makes one with ``ids``, of the same owner, superfluous."""
+    if is_whole:
+        return 0 <= len(ids) - len(known) < MIN_TOKENS and begins_with(ids, known)
+    return begins_with(known, ids)
 
 
 def longest_match(candidates: Iterable[tuple[Key, Ids]], ids: Ids) -> tuple[Key, int] | None:

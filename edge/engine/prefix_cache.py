@@ -12,6 +12,9 @@ With a :class:`~edge.engine.prefix_store.PrefixStore` some entries outlive the p
 - in the end: entries that were used, such as a conversation that went on.
 
 So a conversation is not written anew with each of its turns, and a prompt that came only once never is.
+
+Entries with a state are of use as a whole only: none replaces another, and :class:`edge.slots.Slots` makes one for the
+beginning that two requests have in common.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from edge.engine.prefix import (
     is_everyones,
     longest_match,
     owners,
+    replaces,
+    suits,
 )
 from edge.engine.prefix_store import PrefixStore
 
@@ -79,19 +84,31 @@ class PrefixCache:
         return entry.prefix, length
 
     def has(self, identity: str, ids: NDArray[np.int64]) -> bool:
-        """Whether an entry that ``identity`` may use begins with all of ``ids``."""
+        """Whether an entry that ``identity`` may use makes one with ``ids`` superfluous."""
         mine = owners(identity)
         usable = (entry.prefix for entry in self._entries.values() if entry.prefix.identity in mine)
-        return any(begins_with(prefix.ids, ids) for prefix in usable)
+        return any(replaces(prefix.ids, ids, is_whole=prefix.state is not None) for prefix in usable)
+
+    def shared_length(self, identity: str, ids: NDArray[np.int64]) -> int:
+        """How many tokens the prompt ``ids`` [n] shares with an entry in memory, even one that is no hit."""
+        mine = owners(identity)
+        usable = ((key, entry.prefix.ids) for key, entry in self._entries.items() if entry.prefix.identity in mine)
+        match = longest_match(usable, ids)
+        return match[1] if match else 0
 
     def wants(self, num_tokens: int, num_bytes: int) -> bool:
         """Whether an entry of that size is worth making."""
         return num_tokens >= MIN_TOKENS and num_bytes <= self._budget
 
-    def put(self, prefix: Prefix) -> None:
-        """Add an entry in place of those it extends, and drop the oldest until the budget holds."""
-        self._insert(_Entry(prefix, used=False))
-        if self._store is not None and is_everyones(prefix.identity):
+    def put(self, prefix: Prefix, *, shared: bool = False) -> None:
+        """Add an entry in place of those it extends, and drop the oldest until the budget holds.
+
+        Args:
+            prefix: the entry.
+            shared: whether it is known that two requests began with it.
+        """
+        self._insert(_Entry(prefix, used=shared))
+        if self._store is not None and (shared or is_everyones(prefix.identity)):
             self._store.save(prefix, len(prefix.ids))
 
     def close(self, timeout_s: float = 5.0) -> None:
@@ -104,7 +121,9 @@ class PrefixCache:
         """Key and length of the best entry in memory."""
         mine = owners(identity)
         usable = (
-            (key, entry.prefix.ids) for key, entry in reversed(self._entries.items()) if entry.prefix.identity in mine
+            (key, entry.prefix.ids)
+            for key, entry in reversed(self._entries.items())
+            if entry.prefix.identity in mine and suits(entry.prefix.ids, ids, is_whole=entry.prefix.state is not None)
         )
         return longest_match(usable, ids)
 
@@ -125,7 +144,9 @@ class PrefixCache:
         for key, old in list(self._entries.items()):
             if old.prefix.identity == new.identity and begins_with(new.ids, old.prefix.ids):
                 entry.used = entry.used or old.used
-                self._drop(key)
+                # What has a state is of use as it is, even if something begins with it.
+                if new.state is None or len(new.ids) == len(old.prefix.ids):
+                    self._drop(key)
         self._entries[next(self._keys)] = entry
         self.num_bytes += new.num_bytes
         while self.num_bytes > self._budget:

@@ -1,11 +1,13 @@
-"""One saved prefix as a file: header, token ids, keys and values, and a tag that authenticates all of it.
+"""One saved prefix as a file: header, token ids, keys and values, state, and a tag that authenticates all of it.
 
 ::
 
-    header    magic, version, element type, shape of the cache, binding, owner (little-endian)
+    header    magic, version, element type, shape of the cache, size of the state, binding, owner (little-endian)
     ids       [num_tokens] int32
     padding   zeros up to a multiple of 64
     cache     [2 * layers, kv_heads, num_tokens, head_dim]
+    padding   zeros up to a multiple of 64
+    state     [size] float32; of models with linear attention
     tag       HMAC-SHA256 over everything before it, 32 bytes
 
 ``binding`` and ``owner`` are keyed digests too: of the model that computed the cache, and of the client it belongs to.
@@ -26,11 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAGIC = b"QWPREFIX"
-VERSION = 1
+VERSION = 2
 TAG_BYTES = 32
 MAX_TOKENS = 1 << 20
 """More than any context; it bounds what a damaged header can make us read."""
-_HEADER = struct.Struct("<8sIB3x4I32s32s")
+_HEADER = struct.Struct("<8sIB3x5I32s32s")
 _ALIGN = 64
 _DTYPES: dict[int, np.dtype[Any]] = {
     1: np.dtype(np.float32),
@@ -57,6 +59,13 @@ class Head:
     dtype: np.dtype[Any]
     shape: tuple[int, int, int, int]
     """Of the cache: [2 * layers, kv_heads, num_tokens, head_dim]."""
+    state_size: int = 0
+    """Numbers of the state; 0 = there is none."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is of use as a whole only."""
+        return self.state_size > 0
 
     @property
     def cache_offset(self) -> int:
@@ -64,13 +73,24 @@ class Head:
         return _aligned(_HEADER.size + 4 * self.shape[2])
 
     @property
+    def cache_size(self) -> int:
+        """Bytes of keys and values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def state_offset(self) -> int:
+        """Where the state begins, or would."""
+        return _aligned(self.cache_offset + self.cache_size)
+
+    @property
     def file_size(self) -> int:
         """Bytes of the whole file."""
-        return self.cache_offset + math.prod(self.shape) * self.dtype.itemsize + TAG_BYTES
+        return self.state_offset + 4 * self.state_size + TAG_BYTES
 
     def pack(self) -> bytes:
         """Header, ids and padding."""
-        header = _HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], *self.shape, self.binding, self.owner)
+        sizes = (*self.shape, self.state_size)
+        header = _HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], *sizes, self.binding, self.owner)
         return (header + self.ids.astype("<i4").tobytes()).ljust(self.cache_offset, b"\0")
 
     @classmethod
@@ -85,14 +105,15 @@ class Head:
         header = os.pread(file.fileno(), _HEADER.size, 0)
         if len(header) != _HEADER.size:
             raise UnusableError
-        magic, version, code, layers, heads, num_tokens, head_dim, its_binding, owner = _HEADER.unpack(header)
+        magic, version, code, layers, heads, num_tokens, head_dim, state_size, *digests = _HEADER.unpack(header)
+        its_binding, owner = digests
         if magic != MAGIC or version != VERSION or code not in _DTYPES or not 0 < num_tokens <= MAX_TOKENS:
             raise UnusableError
         raw = os.pread(file.fileno(), 4 * num_tokens, _HEADER.size)
         if len(raw) != 4 * num_tokens or not hmac.compare_digest(its_binding, binding):
             raise UnusableError
         ids = np.frombuffer(raw, "<i4").astype(np.int32)
-        head = cls(binding, owner, ids, _DTYPES[code], (layers, heads, num_tokens, head_dim))
+        head = cls(binding, owner, ids, _DTYPES[code], (layers, heads, num_tokens, head_dim), state_size)
         if head.file_size != os.fstat(file.fileno()).st_size:
             raise UnusableError
         return head
@@ -103,31 +124,41 @@ def can_hold(cache: NDArray[Any]) -> bool:
     return cache.dtype in _CODES
 
 
-def write_prefix(file: BinaryIO, head: Head, cache: NDArray[Any], key: bytes) -> None:
+def write_prefix(
+    file: BinaryIO, head: Head, cache: NDArray[Any], state: NDArray[np.float32] | None, key: bytes
+) -> None:
     """Write a whole file.
 
     Args:
         file: open for writing, empty.
         head: its ``shape`` may hold fewer tokens than ``cache``: the first ones are written.
         cache: keys and values [2 * layers, kv_heads, at least num_tokens, head_dim].
+        state: of exactly these tokens, where there is one.
         key: authenticates the file.
 
     Raises:
         OSError: the disk refused.
     """
     mac = hmac.new(key, digestmod="sha256")
-    begin = head.pack()
-    mac.update(begin)
-    file.write(begin)
-    for layer in cache:  # one at a time: a copy of the whole would double the memory
-        part = np.ascontiguousarray(layer[:, : head.shape[2]]).reshape(-1).view(np.uint8).data
+
+    def put(part: bytes | memoryview) -> None:
         mac.update(part)
         file.write(part)
+
+    put(head.pack())
+    for layer in cache:  # one at a time: a copy of the whole would double the memory
+        put(np.ascontiguousarray(layer[:, : head.shape[2]]).reshape(-1).view(np.uint8).data)
+    put(bytes(head.state_offset - head.cache_offset - head.cache_size))
+    if state is not None:
+        put(state.view(np.uint8).data)
     file.write(mac.digest())
 
 
-def read_cache(file: BinaryIO, expected: Head, key: bytes) -> NDArray[Any]:
-    """Read a whole file, authenticate it, and return its keys and values [2 * layers, kv_heads, num_tokens, head_dim].
+def read_arrays(file: BinaryIO, expected: Head, key: bytes) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+    """Read a whole file and authenticate it.
+
+    Returns:
+        Keys and values [2 * layers, kv_heads, num_tokens, head_dim], and the state where there is one.
 
     Args:
         file: open for reading, unbuffered.
@@ -152,8 +183,9 @@ def read_cache(file: BinaryIO, expected: Head, key: bytes) -> NDArray[Any]:
         raise UnusableError
     if data[: len(begin)] != begin:
         raise UnusableError
-    cache = np.frombuffer(data[len(begin) : -TAG_BYTES], expected.dtype)
-    return cache.reshape(expected.shape)
+    cache = np.frombuffer(data[len(begin) : len(begin) + expected.cache_size], expected.dtype)
+    state = np.frombuffer(data[expected.state_offset : -TAG_BYTES], np.float32)
+    return cache.reshape(expected.shape), state if expected.is_whole else None
 
 
 def _aligned(size: int) -> int:

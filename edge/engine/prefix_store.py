@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.engine.prefix import Prefix, begins_with, common_length, longest_match, owners
-from edge.engine.prefix_file import Head, UnusableError, can_hold, read_cache, write_prefix
+from edge.engine.prefix import Prefix, begins_with, common_length, longest_match, owners, suits
+from edge.engine.prefix_file import Head, UnusableError, can_hold, read_arrays, write_prefix
 from edge.engine.private_folder import NotPlainError, PrivateFolder
 from edge.errors import QwedgeError
 
@@ -133,7 +133,9 @@ class PrefixStore:
         owners = self._owners(identity)
         with self._changed:
             usable = (
-                (stored, stored.head.ids) for stored in reversed(self._files.values()) if stored.head.owner in owners
+                (stored, stored.head.ids)
+                for stored in reversed(self._files.values())
+                if stored.head.owner in owners and suits(stored.head.ids, ids, is_whole=stored.head.is_whole)
             )
             best = longest_match(usable, ids)
             if best is not None:
@@ -148,7 +150,7 @@ class PrefixStore:
         """
         try:
             with self._folder.read(stored.name) as file:
-                cache = read_cache(file, stored.head, self._key)
+                cache, state = read_arrays(file, stored.head, self._key)
             ids = stored.head.ids.astype(np.int64)
         except (UnusableError, NotPlainError):
             self._num_unusable += 1
@@ -164,7 +166,7 @@ class PrefixStore:
         else:
             self._num_loaded += 1
             owner = next(each for each in owners(identity) if stored.head.owner == self._owner(each))
-            return Prefix(owner, ids, cache)
+            return Prefix(owner, ids, cache, state)
         return None
 
     def save(self, prefix: Prefix, length: int) -> None:
@@ -227,14 +229,19 @@ class PrefixStore:
             return False
         owners, ids = self._owners(prefix.identity), prefix.ids[:length]
         heads = [stored.head for stored in self._files.values()] + [job.head for job in self._jobs]
-        known = (common_length(head.ids, ids) for head in heads if head.owner in owners)
+        # What has a state spares nothing to a prompt that goes on in another way.
+        mine = (
+            head.ids for head in heads if head.owner in owners and (not head.is_whole or begins_with(ids, head.ids))
+        )
+        known = (common_length(its_ids, ids) for its_ids in mine)
         return length - max(known, default=0) >= MIN_STORED_TOKENS
 
     def _head(self, prefix: Prefix, length: int) -> Head:
         layers, heads, _, head_dim = prefix.cache.shape
         shape = (layers, heads, length, head_dim)
         ids = prefix.ids[:length].astype(np.int32)
-        return Head(self._binding, self._owner(prefix.identity), ids, prefix.cache.dtype, shape)
+        state_size = 0 if prefix.state is None else prefix.state.size
+        return Head(self._binding, self._owner(prefix.identity), ids, prefix.cache.dtype, shape, state_size)
 
     def _write_all(self) -> None:
         """The writer's thread."""
@@ -254,7 +261,7 @@ class PrefixStore:
             return
         self._make_room(job.head.file_size)
         stored = StoredPrefix(secrets.token_hex(16) + _SUFFIX, job.head)
-        fill = partial(write_prefix, head=job.head, cache=job.prefix.cache, key=self._key)
+        fill = partial(write_prefix, head=job.head, cache=job.prefix.cache, state=job.prefix.state, key=self._key)
         try:
             self._folder.write(stored.name, fill)
         except MemoryError:
@@ -276,7 +283,9 @@ class PrefixStore:
                 self._remove(next(oldest))
 
     def _remove_extended(self, newest: StoredPrefix) -> None:
-        """Remove the files whose tokens are the beginning of the newest one's."""
+        """Remove the files whose tokens are the beginning of the newest one's, unless they are of use by themselves."""
+        if newest.head.is_whole:
+            return
         with self._changed:
             for stored in list(self._files.values()):
                 same = stored is not newest and stored.head.owner == newest.head.owner

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.engine.grammar import Constraint
 from edge.engine.logprobs import TokenLogprobs, token_logprobs, top_k
+from edge.engine.thinking import TokenMask
 from edge.errors import EngineError, RequestError
 
 Floats = NDArray[np.float32]
@@ -116,7 +116,7 @@ class Sampler:
         params: how to choose.
         prompt_ids: the prompt, which the repetition penalty counts in.
         vocab_size: number of real token ids; logits at and beyond it are padding and never chosen.
-        constraint: keeps the answer inside a grammar.
+        constraint: keeps the answer inside a grammar, or thoughts inside their budget.
         num_logprobs: alternatives to record with the log-probability of each token; None records nothing.
 
     Raises:
@@ -129,7 +129,7 @@ class Sampler:
         prompt_ids: Sequence[int],
         vocab_size: int,
         *,
-        constraint: Constraint | None = None,
+        constraint: TokenMask | None = None,
         num_logprobs: int | None = None,
     ) -> None:
         if max(params.logit_bias, default=0) >= vocab_size:

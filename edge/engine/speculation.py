@@ -135,7 +135,9 @@ class StepCosts:
         return self._seconds[nearest] * _relative(rows) / _relative(nearest)
 
 
-def share_out(chances: Sequence[Sequence[float]], num_certain: int, costs: StepCosts, most: int) -> list[int]:
+def share_out(
+    chances: Sequence[Sequence[float]], num_certain: int, costs: StepCosts, most: int, *, all_or_again: bool = False
+) -> list[int]:
     """How many tokens of each draft to verify, so that a second of work gives the most tokens.
 
     Args:
@@ -143,13 +145,18 @@ def share_out(chances: Sequence[Sequence[float]], num_certain: int, costs: StepC
         num_certain: rows that the step has anyway, each of which gives a token.
         costs: of steps.
         most: rows left for drafts.
+        all_or_again: whether one wrong guess means that the step's tokens have to be computed again, beside the next
+            one's; there is one draft at most then.
     """
     # The likeliest tokens first; within a draft the order is kept, since chances fall.
     offers = sorted(((chance, i) for i, row in enumerate(chances) for chance in row), key=lambda offer: -offer[0])
     best, best_rate, expected = 0, num_certain / costs.of(num_certain), float(num_certain)
     for taken, (chance, _) in enumerate(offers[:most], start=1):
         expected += chance
-        rate = expected / costs.of(num_certain + taken)
+        seconds = costs.of(num_certain + taken)
+        if all_or_again:
+            seconds += (1 - chance) * (seconds - costs.of(1))
+        rate = expected / seconds
         if rate > best_rate:
             best, best_rate = taken, rate
     counts = [0] * len(chances)
