@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from edge import __version__
-from edge.commands import bench, chat, doctor, eval, generate, mqtt, serve, verify  # noqa: A004 - the name of the command
+from edge.commands import bench, chat, doctor, eval, generate, http, mqtt, serve, verify  # noqa: A004 - the name of the command
 from edge.errors import ConfigError, QwedgeError
 
 COMMAND_GROUP = "qwedge.commands"
@@ -39,7 +39,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback()(_root)
-    for command in (serve, chat, generate, bench, eval, verify, doctor, mqtt):
+    for command in (serve, chat, generate, bench, eval, verify, doctor, mqtt, http):
         command.register(app)
     for entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
         _register_extension(app, entry)

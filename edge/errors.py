@@ -22,6 +22,7 @@
         ├── ConflictError            409: an id was used again with another payload
         ├── TooLargeError            413
         ├── OverloadedError          429, with retry_after_s
+        │   └── RateLimitError       429: the key has sent its requests of this minute
         └── CancelledError           499
 
 ``status`` is an HTTP status; MQTT answers carry the same number. ``hint`` says what the user can do next and is shown
@@ -206,6 +207,12 @@ class OverloadedError(RequestError):
     code = "overloaded"
     status = 429
     retryable = True
+
+
+class RateLimitError(OverloadedError):
+    """The key has sent more requests than it may; ``retry_after_s`` says when it may send the next one."""
+
+    code = "rate_limited"
 
 
 class CancelledError(RequestError):

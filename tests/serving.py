@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
@@ -52,14 +53,14 @@ class Served:
 
 
 @contextmanager
-def serving(service: Service, settings: ServerSettings) -> Iterator[tuple[str, int]]:
-    """Serve until the block ends; gives host and port."""
+def serving(service: Service, settings: ServerSettings, **app: Any) -> Iterator[tuple[str, int]]:
+    """Serve until the block ends; gives host and port. ``app`` is for :func:`create_app`."""
     sock = bind(settings.host, settings.port)
     ready: list[tuple[HttpServer, asyncio.AbstractEventLoop]] = []
     started = threading.Event()
 
     async def main() -> None:
-        ready.append((HttpServer(create_app(service, settings), sock), asyncio.get_running_loop()))
+        ready.append((HttpServer(create_app(service, settings, **app), sock), asyncio.get_running_loop()))
         started.set()
         await ready[0][0].serve()
 
@@ -78,11 +79,13 @@ def serving(service: Service, settings: ServerSettings) -> Iterator[tuple[str, i
 
 
 @contextmanager
-def served(engine: FakeEngine, *, max_queue: int, settings: ServerSettings) -> Iterator[Served]:
-    """Serve a fake engine's answers until the block ends."""
-    service = make_service(engine, max_queue=max_queue)
+def served(
+    engine: FakeEngine, *, max_queue: int, settings: ServerSettings, prefix_cache_bytes: int = 0, **app: Any
+) -> Iterator[Served]:
+    """Serve a fake engine's answers until the block ends; ``app`` is for :func:`create_app`."""
+    service = make_service(engine, max_queue=max_queue, prefix_cache_bytes=prefix_cache_bytes)
     with (
-        serving(service, settings) as (host, port),
+        serving(service, settings, **app) as (host, port),
         httpx.Client(base_url=f"http://{host}:{port}", timeout=20) as client,
     ):
         try:

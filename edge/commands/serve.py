@@ -7,7 +7,6 @@ import logging
 import os
 import shlex
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ from edge.commands.loading import bundle_of, load
 from edge.config import Settings
 from edge.errors import ConfigError, UnavailableError
 from edge.log_buffer import LogBuffer
-from edge.settings.folders import broker_folder, journal_folder
+from edge.settings.folders import broker_folder, journal_folder, keys_file
 from edge.settings.mqtt import BrokerAddress, MqttSettings
 
 if TYPE_CHECKING:  # these bring onnxruntime and the web framework, which `qwedge --help` does without
     from edge.commands.mqtt_panel import BridgePanel
-    from edge.http.routes.device import DeviceSources
+    from edge.http.server import HttpServer
     from edge.journal import Journal
     from edge.service import Service
 
@@ -97,8 +96,8 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
     Raises:
         QwedgeError: what is needed to start cannot be had: the port, the bundle, memory, prompts that can be read.
     """
-    from edge.http.listening import bind
-    from edge.http.routes.device import DeviceSources
+    from edge.http.keys import KeyRing
+    from edge.http.listening import bind, check_exposure
 
     bundle_of(settings)
     if warm is not None and settings.engine.prefix_cache_mb == 0:
@@ -107,13 +106,29 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
     with ExitStack() as stack:
         # The port first: that it is taken should show before seconds go into the model.
         sock = stack.enter_context(bind(settings.server.host, settings.server.port))
+        keys = KeyRing(keys_file(settings.server, os.environ))
+        keys.load()
+        local = check_exposure(sock, settings.server, has_keys=keys.asked_for)
         logs = stack.enter_context(_kept_log())
         service = load(settings, imports=("edge.http.app", "edge.http.server"))
+        from edge.http.access import Access
+        from edge.http.app import create_app
+        from edge.http.routes.device import DeviceSources
+        from edge.http.server import HttpServer
+
         stack.callback(service.stop)
         start(service)
         journal = _make_journal(settings.mqtt)
         panel = _start_mqtt(settings.mqtt, service, journal, stack)
-        asyncio.run(_serve_http(service, settings, sock, journal, DeviceSources(logs, panel)))
+        app = create_app(
+            service,
+            settings.server,
+            problem=lambda: journal.problem,
+            device=DeviceSources(logs, panel),
+            access=Access(keys, settings.server, local=local),
+        )
+        broker = None if panel is None else panel.address
+        asyncio.run(_serve_http(service, settings, HttpServer(app, sock), broker))
     log.info("stopped")
 
 
@@ -177,17 +192,10 @@ def _start_mqtt(settings: MqttSettings, service: Service, journal: Journal, stac
     return BridgePanel(bridge, settings, address)
 
 
-async def _serve_http(
-    service: Service, settings: Settings, sock: socket.socket, journal: Journal, device: DeviceSources
-) -> None:
+async def _serve_http(service: Service, settings: Settings, server: HttpServer, broker: BrokerAddress | None) -> None:
     """Answer HTTP until SIGINT or SIGTERM, then drain."""
-    from edge.http.app import create_app
-    from edge.http.server import HttpServer
-
     signals = _Signals()
-    server = HttpServer(create_app(service, settings.server, problem=lambda: journal.problem, device=device), sock)
     serving = asyncio.create_task(server.serve())
-    broker = None if device.mqtt is None else device.mqtt.address
     print(ready_text(settings, Endpoints.of(settings, server.address, broker), service), flush=True)
     leaving = asyncio.create_task(signals.first.wait())
     await asyncio.wait({serving, leaving}, return_when=asyncio.FIRST_COMPLETED)

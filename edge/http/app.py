@@ -21,6 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 from edge.errors import CancelledError, QwedgeError, RequestError
 from edge.http import openapi
+from edge.http.access import Access
 from edge.http.errors import error_response
 from edge.http.guard import Guard
 from edge.http.routes.anthropic import anthropic_routes
@@ -38,6 +39,7 @@ def create_app(
     *,
     problem: Callable[[], str | None] = lambda: None,
     device: DeviceSources | None = None,
+    access: Access | None = None,
 ) -> Starlette:
     """The application; it starts and stops nothing.
 
@@ -46,6 +48,7 @@ def create_app(
         settings: limits and allowed hosts.
         problem: tells what else does not work as it should, for ``/health``; None where all is well.
         device: what the page's device view shows besides the service; None = nothing.
+        access: who may do what; None: everybody anything.
     """
     routes = [
         *openai_routes(service),
@@ -55,7 +58,7 @@ def create_app(
     ]
     return Starlette(
         routes=[*routes, _document(routes), Mount("/static", StaticFiles(directory=STATIC), name="static")],
-        middleware=[Middleware(Guard, settings=settings)],
+        middleware=[Middleware(Guard, settings=settings, access=access)],
         exception_handlers=dict.fromkeys((QwedgeError, HTTPException, ClientDisconnect), _answer_error),
     )
 

@@ -1,4 +1,4 @@
-"""What every request passes first: Host and Origin checks, the body limit, a request id, security headers.
+"""What every request passes first: Host, Origin, key, the body limit, a request id, security headers.
 
 A web page on another site must not drive a model on this machine. The Host allow-list stops DNS rebinding: a foreign
 name that resolves to this address is refused. A plain IP address as Host is allowed: no rebinding produces it. The
@@ -12,12 +12,16 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
+from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge.errors import QwedgeError, RequestError, TooLargeError
-from edge.http.caller import begin_exchange
+from edge.http.access import Access
+from edge.http.caller import Exchange, begin_exchange
+from edge.http.cors import Cors
 from edge.http.errors import error_response
 from edge.settings.server import ServerSettings
 
@@ -42,13 +46,17 @@ class Guard:
 
     Args:
         app: the application.
-        settings: allowed hosts and the body limit.
+        settings: allowed hosts, origins and the body limit.
+        access: who may do what; None: everybody anything.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings, access: Access | None = None) -> None:
         self._app = app
+        self._access = access
         self._max_body_bytes = settings.max_body_bytes
         self._hosts = {host.lower() for host in (*settings.allowed_hosts, settings.host)}
+        self._cors = Cors(settings.cors_origins)
+        self._hsts_s = settings.hsts_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the request and pass it on, or answer it with the error."""
@@ -56,19 +64,22 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        response = _Response(send, headers.get("x-request-id"))
-        begin_exchange(scope, response.request_id)
+        exchange = begin_exchange(scope, _request_id(headers.get("x-request-id")))
+        response = _Response(send, exchange.id, self._headers(scope, headers.get("origin")))
         started_at = time.monotonic()
         try:
             await self._handle(scope, headers, receive, response)
         finally:
-            _log_request(scope, response, time.monotonic() - started_at)
+            _log_request(scope, exchange, response.status, time.monotonic() - started_at)
 
     async def _handle(self, scope: Scope, headers: Headers, receive: Receive, response: _Response) -> None:
         body = _LimitedBody(receive, self._max_body_bytes)
         try:
             self._check(scope, headers)
-            await self._app(scope, body.receive, response.send)
+            app = self._cors.preflight(scope, headers)
+            if app is None:
+                self._admit(scope, headers)
+            await (app or self._app)(scope, body.receive, response.send)
         except QwedgeError as error:
             await error_response(error, scope)(scope, receive, response.send)
         except Exception:
@@ -84,12 +95,24 @@ class Guard:
         if not self._is_allowed(_without_port(host)):
             hint = "use the device's address, or add the name to allowed_hosts in the [server] settings"
             raise RequestError("this Host header is not allowed", hint=hint)
-        origin = headers.get("origin")
-        if origin is not None and scope["method"] not in {"GET", "HEAD"} and origin.partition("://")[2] != host:
-            raise RequestError("requests from other web sites are not allowed", hint="call from a program or this page")
+        if scope["method"] not in {"GET", "HEAD"} and self._is_foreign(headers.get("origin"), host):
+            hint = "call from a program or this page, or add the site to cors_origins in the [server] settings"
+            raise RequestError("requests from other web sites are not allowed", hint=hint)
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             raise too_large(self._max_body_bytes)
+
+    def _admit(self, scope: Scope, headers: Headers) -> None:
+        if self._access is not None:
+            scope["state"]["exchange"].caller = self._access.admit(scope, headers)
+
+    def _headers(self, scope: Scope, origin: str | None) -> dict[str, str]:
+        """What a response has beside its own headers."""
+        hsts = {"strict-transport-security": f"max-age={self._hsts_s}"} if self._hsts_s else {}
+        return _SECURITY_HEADERS | self._cors.headers(origin) | (hsts if scope["scheme"] == "https" else {})
+
+    def _is_foreign(self, origin: str | None, host: str) -> bool:
+        return origin is not None and origin.partition("://")[2] != host and not self._cors.allows(origin)
 
     def _is_allowed(self, host: str) -> bool:
         if host in self._hosts:
@@ -120,10 +143,11 @@ class _LimitedBody:
 class _Response:
     """Adds the headers that every response has."""
 
-    def __init__(self, send: Send, request_id: str | None) -> None:
+    def __init__(self, send: Send, request_id: str, headers: Mapping[str, str]) -> None:
         self.status: int | None = None
         """None until the response has begun."""
-        self.request_id = request_id if request_id and _REQUEST_ID.fullmatch(request_id) else uuid.uuid4().hex
+        self.request_id = request_id
+        self._headers = headers
         self._send = send
 
     async def send(self, message: Message) -> None:
@@ -131,16 +155,24 @@ class _Response:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.request_id
-            headers.update(_SECURITY_HEADERS)
+            headers.update(self._headers)
             headers.setdefault("cache-control", "no-cache" if "etag" in headers else "no-store")
+            if self.status == HTTPStatus.UNAUTHORIZED:
+                headers["www-authenticate"] = "Bearer"
         await self._send(message)
 
 
-def _log_request(scope: Scope, response: _Response, seconds: float) -> None:
+def _request_id(given: str | None) -> str:
+    """The client's, if it can do no harm in a log."""
+    return given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _log_request(scope: Scope, exchange: Exchange, status: int | None, seconds: float) -> None:
     # The raw path is percent-encoded ASCII: it cannot forge log lines.
     path = scope["raw_path"][:200].decode("ascii", "replace")
     level = logging.INFO if scope["method"] == "POST" else logging.DEBUG
-    log.log(level, "%s %s %s %s %.3f s", response.request_id, scope["method"], path, response.status, seconds)
+    key = f" key={exchange.caller.name}" if exchange.caller.name else ""
+    log.log(level, "%s %s %s %s %.3f s%s", exchange.id, scope["method"], path, status, seconds, key)
 
 
 def too_large(limit: int) -> TooLargeError:

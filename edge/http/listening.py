@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 
-from edge.errors import UnavailableError
+from edge.errors import ConfigError, UnavailableError
+from edge.settings.server import ServerSettings
 
 BACKLOG = 512
 """Connections that wait to be accepted."""
@@ -43,3 +45,25 @@ def bind(host: str, port: int) -> socket.socket:
         hint = "choose another port" if error.errno in {errno.EADDRINUSE, errno.EACCES} else "check the address"
         raise UnavailableError(f"cannot listen on {host}:{port}: {error.strerror}", hint=hint) from None
     return sock
+
+
+def check_exposure(sock: socket.socket, settings: ServerSettings, *, has_keys: bool) -> bool:
+    """Whether only this device's own programs reach a socket; beyond that, somebody must be kept out.
+
+    Args:
+        sock: bound.
+        settings: says who may come in.
+        has_keys: whether clients need a key.
+
+    Raises:
+        ConfigError: everybody on the network could use the device, and nobody has said that it should be so.
+    """
+    address = sock.getsockname()[0].partition("%")[0]
+    if ipaddress.ip_address(address).is_loopback:
+        return True
+    if not has_keys and settings.tls_client_ca is None and settings.open == "off":
+        raise ConfigError(
+            f"{settings.host} can be reached from the network, and there are no keys",
+            hint='make one: qwedge http add-key NAME; or let everybody in: server.open = "on"',
+        )
+    return False

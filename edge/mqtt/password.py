@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from edge.errors import ConfigError
-from edge.mqtt.secret_files import find_secret
+from edge.settings.secret_files import find_secret
 
 MAX_PASSWORD_BYTES: Final = 1024
 

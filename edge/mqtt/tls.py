@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from edge.errors import ConfigError
-from edge.mqtt.secret_files import find_secret
+from edge.settings.secret_files import find_secret
 from edge.settings.mqtt import MqttSettings
 
 _HOSTNAME_MISMATCH: Final = {62, 64}

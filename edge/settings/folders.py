@@ -8,6 +8,8 @@ from pathlib import Path
 from edge.errors import ConfigError
 from edge.settings.engine import ModelSettings
 from edge.settings.mqtt import MqttSettings
+from edge.settings.secret_files import find_secret
+from edge.settings.server import ServerSettings
 
 
 def store_folder(settings: ModelSettings, env: Mapping[str, str]) -> Path:
@@ -45,6 +47,26 @@ def broker_folder(settings: MqttSettings, env: Mapping[str, str]) -> Path:
     if settings.broker_folder is not None:
         return settings.broker_folder.expanduser()
     return state_folder(env) / settings.device / "broker"
+
+
+def keys_file(settings: ServerSettings, env: Mapping[str, str]) -> Path:
+    """Where the keys of HTTP clients are; ``env`` as for :func:`journal_folder`.
+
+    Raises:
+        ConfigError: no file is configured, and the user has no home.
+    """
+    if settings.keys_file is not None:
+        return find_secret(settings.keys_file.expanduser())
+    return state_folder(env) / "http" / "keys.json"
+
+
+def tls_folder(env: Mapping[str, str]) -> Path:
+    """Where ``qwedge tls`` keeps its CA and certificates; ``env`` as for :func:`journal_folder`.
+
+    Raises:
+        ConfigError: the user has no home.
+    """
+    return state_folder(env) / "tls"
 
 
 def state_folder(env: Mapping[str, str]) -> Path:

@@ -46,7 +46,20 @@ def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> N
 
 def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
     values = {
-        "server": {"host": "::1", "port": 0, "max_body_bytes": 4096, "allowed_hosts": ("a.local", "b"), "drain_s": 0.5},
+        "server": {
+            "host": "::1",
+            "port": 0,
+            "max_body_bytes": 4096,
+            "allowed_hosts": ("a.local", "b"),
+            "cors_origins": ("https://a.example", "http://b:8080"),
+            "keys_file": tmp_path / "keys.json",
+            "open": "on",
+            "tls_cert": tmp_path / "cert.pem",
+            "tls_key": tmp_path / "key.pem",
+            "tls_client_ca": tmp_path / "ca.pem",
+            "hsts_s": 0,
+            "drain_s": 0.5,
+        },
         "model": {"bundle": tmp_path, "adapters": tmp_path / "adapters"},
         "engine": {
             "threads": 2,

@@ -13,11 +13,12 @@ from tests.serving import Served, served
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Served]]:
-    """Start servers: ``serve(engine, max_queue=..., max_body_bytes=...)``; all end with the test."""
+    """Start servers: ``serve(engine, max_queue=..., app={...}, max_body_bytes=...)``; all end with the test."""
     with ExitStack() as stack:
 
-        def start(engine: FakeEngine | None = None, *, max_queue: int = 8, **settings: Any) -> Served:
-            server = served(engine or FakeEngine(), max_queue=max_queue, settings=ServerSettings(port=0, **settings))
+        def start(engine: FakeEngine | None = None, *, max_queue: int = 8, app: Any = None, **settings: Any) -> Served:
+            chosen = ServerSettings(port=0, **settings)
+            server = served(engine or FakeEngine(), max_queue=max_queue, settings=chosen, **(app or {}))
             return stack.enter_context(server)
 
         yield start
