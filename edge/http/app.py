@@ -26,6 +26,7 @@ from edge.http.errors import error_response
 from edge.http.guard import Guard
 from edge.http.routes.anthropic import anthropic_routes
 from edge.http.routes.device import DeviceSources, device_routes
+from edge.http.routes.evaluation import Evaluations, evaluation_routes
 from edge.http.routes.information import STATIC, information_routes
 from edge.http.routes.openai import openai_routes
 from edge.log_buffer import LogBuffer
@@ -39,6 +40,7 @@ def create_app(
     *,
     problem: Callable[[], str | None] = lambda: None,
     device: DeviceSources | None = None,
+    evaluations: Evaluations | None = None,
     access: Access | None = None,
 ) -> Starlette:
     """The application; it starts and stops nothing.
@@ -48,6 +50,7 @@ def create_app(
         settings: limits and allowed hosts.
         problem: tells what else does not work as it should, for ``/health``; None where all is well.
         device: what the page's device view shows besides the service; None = nothing.
+        evaluations: runs suites for the page's evaluate view; None = there is none.
         access: who may do what; None: everybody anything.
     """
     routes = [
@@ -55,6 +58,7 @@ def create_app(
         *anthropic_routes(service),
         *information_routes(service, problem),
         *device_routes(service, device or DeviceSources(LogBuffer())),
+        *([] if evaluations is None else evaluation_routes(evaluations)),
     ]
     return Starlette(
         routes=[*routes, _document(routes), Mount("/static", StaticFiles(directory=STATIC), name="static")],
