@@ -168,8 +168,9 @@ def _context(manifest: Manifest, options: EngineSettings) -> int:
         raise ConfigError(f"a context of {wanted} tokens is more than the bundle has", hint=hint)
     if options.kv_cache_mb is None:
         return wanted
-    room = (options.kv_cache_mb << 20) // manifest.kv.bytes_per_token
-    if options.context is not None and wanted > room:
+    states = manifest.state.bytes_per_slot if manifest.state else 0
+    room = max(0, (options.kv_cache_mb << 20) - states) // manifest.kv.bytes_per_token
+    if room == 0 or (options.context is not None and wanted > room):
         hint = f"it holds {room} tokens of this model: raise engine.kv_cache_mb or lower engine.context"
         raise ConfigError(f"a context of {wanted} tokens does not fit into the KV cache", hint=hint)
     return min(wanted, room)
