@@ -20,7 +20,7 @@ from edge.commands.loading import bundle_of, load
 from edge.config import Settings
 from edge.errors import ConfigError, UnavailableError
 from edge.log_buffer import LogBuffer
-from edge.settings.folders import broker_folder, journal_folder, keys_file
+from edge.settings.folders import broker_folder, evaluations_folder, journal_folder, keys_file
 from edge.settings.mqtt import BrokerAddress, MqttSettings
 
 if TYPE_CHECKING:  # these bring onnxruntime and the web framework, which `qwedge --help` does without
@@ -111,6 +111,7 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
         local = check_exposure(sock, settings.server, has_keys=keys.asked_for)
         logs = stack.enter_context(_kept_log())
         service = load(settings, imports=("edge.http.app", "edge.http.server"))
+        from edge.evaluation.background import BackgroundEvaluations
         from edge.http.access import Access
         from edge.http.app import create_app
         from edge.http.routes.device import DeviceSources
@@ -125,6 +126,7 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
             settings.server,
             problem=lambda: journal.problem,
             device=DeviceSources(logs, panel),
+            evaluations=BackgroundEvaluations(service, evaluations_folder(os.environ)),
             access=Access(keys, settings.server, local=local),
         )
         broker = None if panel is None else panel.address

@@ -69,6 +69,15 @@ def tls_folder(env: Mapping[str, str]) -> Path:
     return state_folder(env) / "tls"
 
 
+def evaluations_folder(env: Mapping[str, str]) -> Path:
+    """Where reports of evaluations are kept; ``env`` as for :func:`journal_folder`.
+
+    Raises:
+        ConfigError: the user has no home.
+    """
+    return state_folder(env) / "evaluations"
+
+
 def state_folder(env: Mapping[str, str]) -> Path:
     """The folder of everything that outlives a process: systemd's, or the user's.
 
