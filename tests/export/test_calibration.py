@@ -19,8 +19,8 @@ from export.graph import GraphBuilder
 from export.pipeline import Graph, build_graph
 from export.progress import Silent
 from export.quantize.recipes import RECIPES, Blockwise, Projections, Recipe
-from export.segments import Layer, embed
-from tests.export import tiny
+from export.segments import Layer, embed, num_layers
+from tests.export import tiny, tiny_qwen3_5
 
 TEXT = CalibrationText("test", CalibrationText.open(BUILT_IN).text[:4000])
 FOUR_BITS = replace(RECIPES["balanced"], layer=Projections.all(Blockwise(bits=4, block=32)))
@@ -28,6 +28,7 @@ SHAPES = {
     "qwen2": tiny.qwen2_config(),
     "qwen3-untied": tiny.qwen3_config(tie_word_embeddings=False, num_key_value_heads=1),
     "qwen2-odd": tiny.qwen2_config(intermediate_size=80),
+    "qwen3_5": tiny_qwen3_5.config(linear_num_value_heads=4),
 }
 
 
@@ -45,7 +46,7 @@ def build(
 
 def hidden(graph: Graph, folder: Path, tokens: list[int]) -> NDArray[np.float32]:
     x = embed(graph.model, folder, tokens)
-    for index in range(graph.kv.layers):
+    for index in range(num_layers(graph.model)):
         x = Layer(graph.model, folder, index).append(x)
     return x
 

@@ -21,7 +21,7 @@ from export.oracle import Decoder
 from export.pipeline import Graph, build_graph
 from export.progress import Silent
 from export.quantize.recipes import RECIPES, Blockwise, Recipe
-from tests.export import tiny
+from tests.export import tiny, tiny_qwen3_5
 from tests.oracle import golden
 
 SCHEDULES: dict[str, list[int]] = {"prefill": [24], "decode": [10, *[1] * 14], "chunked": [7, 7, 7, 3]}
@@ -33,6 +33,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     # 3 blocks of 32 in a row, and rows that end within a block.
     "qwen2-odd-blocks": tiny.qwen2_config(hidden_size=96, num_attention_heads=6, num_key_value_heads=3),
     "qwen3-ragged": tiny.qwen3_config(intermediate_size=100),
+    "qwen3_5": tiny_qwen3_5.config(),
+    "qwen3_5-grouped": tiny_qwen3_5.config(linear_num_value_heads=4, tie_word_embeddings=False),
 }
 
 

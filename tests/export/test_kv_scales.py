@@ -33,11 +33,12 @@ from export.oracle import Decoder
 from export.pipeline import Graph, Report, build_graph, export_bundle
 from export.progress import Silent
 from export.quantize.recipes import RECIPES
-from tests.export import tiny
+from tests.export import tiny, tiny_qwen3_5
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2": tiny.qwen2_config(),
     "qwen3-untied": tiny.qwen3_config(tie_word_embeddings=False, num_key_value_heads=1),
+    "qwen3_5": tiny_qwen3_5.config(num_key_value_heads=1),
 }
 PROMPT = "hello world, hello hello"
 NUM_DECODED = 24
@@ -137,7 +138,7 @@ class TestGraph:
         calibration, _ = with_int8_cache(tmp_path / "int8", config)
         after = Decoder(tmp_path / "int8")
         after.append(ids)
-        # Only the first layer's inputs are the same in both.
+        # Only the first cache is of the same inputs in both.
         for kind, scale in (("key", calibration.scales[0].key), ("value", calibration.scales[0].value)):
             codes = np.clip(np.rint(cached(before, f"0.{kind}") / scale), -128, 127)
             difference = np.abs(cached(after, f"0.{kind}") - codes)

@@ -27,7 +27,7 @@ from export.pipeline import SELF_TEST_PROMPT, Report, build_graph, export_bundle
 from export.progress import Silent
 from export.quantize.recipes import RECIPES
 from export.verify import self_test
-from tests.export import tiny
+from tests.export import tiny, tiny_qwen3_5
 
 FILES = {"chat_template.jinja", "generation.json", "model.onnx", "model.onnx.data", "tokenizer.json"}
 ROOT = Path(__file__).parents[2]
@@ -121,7 +121,9 @@ def test_shards_change_the_source_and_nothing_else(source: Path, output: Path, t
     assert first["manifest.json"] != second["manifest.json"]
 
 
-@pytest.mark.parametrize("config", [tiny.qwen2_config(), tiny.qwen3_config(tie_word_embeddings=False)])
+@pytest.mark.parametrize(
+    "config", [tiny.qwen2_config(), tiny.qwen3_config(tie_word_embeddings=False), tiny_qwen3_5.config()]
+)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_self_test_says_what_the_whole_graph_says(config: dict[str, Any], recipe: str, tmp_path: Path) -> None:
     """It runs the graph layer by layer: cut and joined, that must be the same."""
