@@ -17,7 +17,20 @@ from typing import Annotated, Any
 import typer
 
 from edge import __version__
-from edge.commands import bench, chat, doctor, eval, generate, http, mqtt, serve, verify  # noqa: A004 - the name of the command
+from edge.commands import (
+    bench,
+    chat,
+    doctor,
+    eval,  # noqa: A004 - the name of the command
+    generate,
+    http,
+    keys,
+    mqtt,
+    sbom,
+    serve,
+    store,
+    verify,
+)
 from edge.errors import ConfigError, QwedgeError
 
 COMMAND_GROUP = "qwedge.commands"
@@ -39,7 +52,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback()(_root)
-    for command in (serve, chat, generate, bench, eval, verify, doctor, mqtt, http):
+    for command in (serve, chat, generate, bench, eval, verify, doctor, mqtt, http, store, keys, sbom):
         command.register(app)
     for entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
         _register_extension(app, entry)

@@ -2,8 +2,8 @@
 
 :func:`load_settings` merges the four and checks the result; what it cannot use is a
 :class:`~edge.errors.ConfigError` that names the place (``--port``, ``QWEDGE_SERVER_PORT`` or
-``qwedge.toml: [server] port``), the reason and what is allowed. ``docs/configuration.md`` is generated from the classes of
-:mod:`edge.settings`.
+``qwedge.toml: [server] port``), the reason and what is allowed. ``docs/configuration.md`` is generated from the classes
+of :mod:`edge.settings`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ FOREIGN_ENV = frozenset({"QWEDGE_CACHE"})
 """Variables with our prefix that are not settings of the runtime: the exporter's download folder."""
 FLAGS = {
     "model.bundle": "--bundle",
+    "model.store": "--store",
+    "model.trust": "--trust",
     "server.host": "--host",
     "server.port": "--port",
     "engine.threads": "--threads",

@@ -143,7 +143,7 @@ class Trust:
 
     folder: Path
 
-    def keys(self) -> tuple[PublicKey, ...]:
+    def read_keys(self) -> tuple[PublicKey, ...]:
         """The keys, by file name.
 
         Raises:
@@ -169,9 +169,9 @@ class Trust:
 
         Raises:
             SignatureError: there is no signature, it is malformed, of a key that is not trusted, or does not fit.
-            ConfigError: as :meth:`keys`.
+            ConfigError: as :meth:`read_keys`.
         """
-        keys = {key.key_id: key for key in self.keys()}
+        keys = {key.key_id: key for key in self.read_keys()}
         if signature is None:
             hint = f"sign it with `qwedge sign`; the keys in {self.folder} are trusted"
             raise SignatureError(f"{what} is not signed", hint=hint)

@@ -117,10 +117,11 @@ def _load(chosen: Settings) -> Loaded:
     from edge.commands.loading import bundle_of
     from edge.commands.verify import check_bundle
     from edge.loader import load_service
+    from edge.trust import trust_of
 
     bundle = bundle_of(chosen)
     began = time.perf_counter()
-    manifest = check_bundle(bundle)
+    manifest = check_bundle(bundle, trust_of(chosen.model))
     verified = time.perf_counter()
     service = load_service(bundle, manifest, chosen)
     load_s = time.perf_counter() - verified

@@ -21,6 +21,12 @@ Config = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Bundle = Annotated[Path | None, typer.Option("--bundle", metavar="DIR", help="The bundle to load.")]
+StoreFolder = Annotated[
+    Path | None, typer.Option("--store", metavar="DIR", help="The model store [default: in the state folder].")
+]
+Trust = Annotated[
+    Path | None, typer.Option("--trust", metavar="DIR", help="Folder of public keys; one must have signed the bundle.")
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", metavar="N", help="Engine threads [default: physical cores].")
 ]

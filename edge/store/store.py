@@ -69,6 +69,15 @@ class Store:
                 log.warning("%s", error)
         return tuple(found)
 
+    def active_path(self) -> Path | None:
+        """The folder of what the next start serves, without a look at it; None where nothing was activated.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        active = self._read_state().active
+        return None if active is None else self._bundles / active
+
     def active(self) -> Installed | None:
         """What the next start serves; None where nothing was activated.
 

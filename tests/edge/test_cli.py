@@ -101,7 +101,7 @@ def test_version_and_help_go_to_stdout() -> None:
     ("args", "error"),
     [
         (("servve",), "error: no such command 'servve'"),
-        (("verify",), "error: missing argument 'DIR'"),
+        (("activate",), "error: missing argument 'NAME'"),
         (("verify", "--jsn", "x"), "error: no such option: --jsn"),
     ],
 )

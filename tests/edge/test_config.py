@@ -60,7 +60,12 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
             "hsts_s": 0,
             "drain_s": 0.5,
         },
-        "model": {"bundle": tmp_path, "adapters": tmp_path / "adapters"},
+        "model": {
+            "bundle": tmp_path,
+            "adapters": tmp_path / "adapters",
+            "store": tmp_path / "models",
+            "trust": tmp_path / "trusted",
+        },
         "engine": {
             "threads": 2,
             "context": 512,
