@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edge.commands import options
-from edge.commands.loading import bundle_of, load
+from edge.commands.trial import starting
 from edge.config import Settings
 from edge.errors import ConfigError, UnavailableError
 from edge.log_buffer import LogBuffer
@@ -43,6 +43,7 @@ def register(app: typer.Typer) -> None:
 def serve(
     *,
     bundle: options.Bundle = None,
+    trust: options.Trust = None,
     host: Annotated[str | None, typer.Option("--host", metavar="H", help="Address [default: 127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option("--port", metavar="N", help="TCP port [default: 8080]; 0: any.")] = None,
     broker: Annotated[
@@ -63,7 +64,7 @@ def serve(
     ] = None,
     config: options.Config = None,
 ) -> None:
-    """Serve a bundle over HTTP and MQTT.
+    """Serve a bundle over HTTP and MQTT: the one of --bundle, or the one that is active in the model store.
 
     Prints one ready line with the addresses, and examples to copy. SIGINT (Ctrl-C) or SIGTERM lets running requests
     finish first; a second one does not.
@@ -74,6 +75,7 @@ def serve(
     chosen = options.settings(
         config,
         model__bundle=bundle,
+        model__trust=trust,
         server__host=host,
         server__port=port,
         mqtt__broker=broker,
@@ -98,19 +100,20 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
     """
     from edge.http.keys import KeyRing
     from edge.http.listening import bind, check_exposure
+    from edge.http.tls import Certificates
 
-    bundle_of(settings)
     if warm is not None and settings.engine.prefix_cache_mb == 0:
         raise ConfigError("--warm needs memory to keep prompts in", hint="set engine.prefix_cache_mb above 0")
     start = _starter(warm)
-    with ExitStack() as stack:
+    with starting(settings) as served, ExitStack() as stack:
         # The port first: that it is taken should show before seconds go into the model.
         sock = stack.enter_context(bind(settings.server.host, settings.server.port))
         keys = KeyRing(keys_file(settings.server, os.environ))
         keys.load()
         local = check_exposure(sock, settings.server, has_keys=keys.asked_for)
+        tls = None if settings.server.tls_cert is None else Certificates(settings.server).context
         logs = stack.enter_context(_kept_log())
-        service = load(settings, imports=("edge.http.app", "edge.http.server"))
+        service = served.load(imports=("edge.http.app", "edge.http.server"))
         from edge.evaluation.background import BackgroundEvaluations
         from edge.http.access import Access
         from edge.http.app import create_app
@@ -119,6 +122,7 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
 
         stack.callback(service.stop)
         start(service)
+        served.watch(service)
         journal = _make_journal(settings.mqtt)
         panel = _start_mqtt(settings.mqtt, service, journal, stack)
         app = create_app(
@@ -130,7 +134,7 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
             access=Access(keys, settings.server, local=local),
         )
         broker = None if panel is None else panel.address
-        asyncio.run(_serve_http(service, settings, HttpServer(app, sock), broker))
+        asyncio.run(_serve_http(service, settings, HttpServer(app, sock, tls), broker))
     log.info("stopped")
 
 
