@@ -28,6 +28,7 @@ from edge.http.routes.anthropic import anthropic_routes
 from edge.http.routes.device import DeviceSources, device_routes
 from edge.http.routes.evaluation import Evaluations, evaluation_routes
 from edge.http.routes.information import STATIC, information_routes
+from edge.http.routes.ollama import ollama_routes
 from edge.http.routes.openai import openai_routes
 from edge.log_buffer import LogBuffer
 from edge.service import Service
@@ -56,6 +57,7 @@ def create_app(
     routes = [
         *openai_routes(service),
         *anthropic_routes(service),
+        *ollama_routes(service),
         *information_routes(service, problem),
         *device_routes(service, device or DeviceSources(LogBuffer())),
         *([] if evaluations is None else evaluation_routes(evaluations)),

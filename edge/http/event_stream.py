@@ -55,3 +55,9 @@ class EventStream(Response):
             if line:
                 await send({"type": "http.response.body", "body": line, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class LineStream(EventStream):
+    """The same as lines of JSON."""
+
+    media_type = "application/x-ndjson"
