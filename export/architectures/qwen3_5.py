@@ -42,6 +42,8 @@ class Qwen3_5(Decoder):  # noqa: N801 - the makers' name, whose dot is a version
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
+        # One name, whether the checkpoint holds more than the text or not.
+        self.model_type = "qwen3_5"
         self.rotary_dim = int(self.head_dim * _rotated_share(config))
         self.key_heads = positive_int(config, "linear_num_key_heads")
         self.value_heads = positive_int(config, "linear_num_value_heads")
