@@ -219,7 +219,7 @@ class Report:
             **self.summary(),
             "description": self.description,
             "facts": dict(self.facts),
-            "seconds": round(self.seconds, 3),
+            "seconds": self.seconds,
             "groups": {
                 key: {value: {"passed": share.passed, "cases": share.count} for value, share in of.items()}
                 for key, of in self.groups().items()

@@ -66,7 +66,7 @@ def evaluate(
         target=target.name,
         facts=target.facts,
         started=started,
-        seconds=time.monotonic() - began,
+        seconds=round(time.monotonic() - began, 3),
         results=tuple(found[case.id] for case in suite.cases),
     )
 

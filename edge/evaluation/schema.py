@@ -151,7 +151,14 @@ def parse(kind: type[_Kind], document: Document) -> _Kind:
         found = error.errors(include_url=False, include_input=False)
         # Of a value that may be one thing or another, the branch that got furthest says what is wrong.
         path, message, extra = max(
-            ((_path(e["loc"], document.value), e["msg"], e["type"] == "extra_forbidden") for e in found),
+            (
+                (
+                    _path(e["loc"], document.value, missing=e["type"] == "missing"),
+                    e["msg"],
+                    e["type"] == "extra_forbidden",
+                )
+                for e in found
+            ),
             key=lambda item: len(item[0]),
         )
         if extra:
@@ -163,13 +170,11 @@ def parse(kind: type[_Kind], document: Document) -> _Kind:
         raise document.error(path, f"{field}: {reason[:1].lower()}{reason[1:]}") from None
 
 
-def _path(location: tuple[str | int, ...], root: Any) -> Path:
+def _path(location: tuple[str | int, ...], root: Any, *, missing: bool) -> Path:
     """A pydantic location without the names of union members in it; a missing field's name stays at its end."""
     path: Path = ()
     node = root
-    for number, step in enumerate(location):
+    for step in location:
         if step in node if isinstance(node, dict) else isinstance(node, list) and step in range(len(node)):
             path, node = (*path, step), node[step]
-        elif isinstance(node, dict) and number == len(location) - 1 and isinstance(step, str):
-            path = (*path, step)
-    return path
+    return (*path, location[-1]) if missing else path

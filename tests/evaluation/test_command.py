@@ -1,0 +1,148 @@
+"""``qwedge eval`` as its users meet it: targets, gates, files, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import edge.cli
+from edge.config import ServerSettings
+from export.checkpoint import open_checkpoint
+from export.pipeline import export_bundle
+from export.progress import Silent
+from export.quantize.recipes import recipe_named
+from tests.export import tiny
+from tests.fakes import FakeEngine, last_user_message
+from tests.serving import Served, served
+
+SUITE = """\
+description: Counts
+prompts: ["{{n}}"]
+tests:
+  - {vars: {n: [1, 2, 3, 4]}, metadata: {size: small}, assert: [{type: number, value: "{{n}}"}]}
+  - {vars: {n: 50}, metadata: {size: large}, assert: [{type: number, value: 51}]}
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def qwedge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    for name in [name for name in os.environ if name.startswith("QWEDGE_")]:
+        monkeypatch.delenv(name)
+
+    def run(*args: str | Path) -> Done:
+        status = edge.cli.run(["eval", *map(str, args)])
+        return Done(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    path = tmp_path / "counts.yaml"
+    path.write_text(SUITE)
+    return path
+
+
+@pytest.fixture
+def server() -> Iterator[Served]:
+    with served(FakeEngine(reply=last_user_message), max_queue=8, settings=ServerSettings(port=0)) as running:
+        yield running
+
+
+def test_a_server_is_evaluated_and_files_are_written(qwedge: Run, suite: Path, server: Served, tmp_path: Path) -> None:
+    json_file, html_file = tmp_path / "r.json", tmp_path / "r.html"
+    done = qwedge(suite, "--url", server.url, "--json", json_file, "--html", html_file)
+    assert done.status == 0, done.stderr
+    assert "score    80.0%, 4 of 5 cases" in done.stdout
+    assert "size     small 4/4, large 0/1" in done.stdout
+    assert json.loads(json_file.read_text())["score"] == 0.8
+    assert html_file.read_text().startswith("<!doctype html>")
+    assert "5 of 5, 4 passed" in done.stderr
+
+
+@pytest.mark.parametrize(("least", "status"), [("0.8", 0), ("0.81", 1)])
+def test_a_gate_is_an_exit_status(qwedge: Run, suite: Path, server: Served, least: str, status: int) -> None:
+    done = qwedge(suite, "--url", server.url, "--require", least)
+    assert done.status == status
+    assert ("failed: the score 0.8 is below the required 0.81" in done.stderr) == bool(status)
+
+
+def test_a_baseline_says_what_became_worse(qwedge: Run, suite: Path, server: Served, tmp_path: Path) -> None:
+    before = tmp_path / "before.json"
+    assert qwedge(suite, "--url", server.url, "--json", before).status == 0
+    with served(FakeEngine(reply=lambda _: "1"), max_queue=8, settings=ServerSettings(port=0)) as worse:
+        done = qwedge(suite, "--url", worse.url, "--baseline", before, "--max-drop", "0.5")
+        assert done.status == 1
+        assert "-60.0%" in done.stdout
+        assert re.search(r"lost +2, 3, 4\n", done.stdout)
+        assert "fell by 0.6" in done.stderr
+        done = qwedge(suite, "--url", worse.url, "--against", server.url, "--json", "-")
+        assert json.loads(done.stdout)["comparison"]["lost"] == ["2", "3", "4"]
+
+
+def test_parts_of_a_suite_and_going_on(qwedge: Run, suite: Path, server: Served, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    assert "4 of 4 cases" in qwedge(suite, "--url", server.url, "--where", "size=small", "--resume", log).stdout
+    steps = server.engine.num_steps
+    assert "2 of 2 cases" in qwedge(suite, "--url", server.url, "--limit", "2", "--resume", log).stdout
+    assert server.engine.num_steps == steps
+
+
+def test_the_list_names_what_runs_code(qwedge: Run) -> None:
+    done = qwedge("--list")
+    assert done.status == 0
+    assert re.search(r"code +164 cases .*needs --allow-code", done.stdout)
+    assert re.search(r"factory +\d+ cases", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        ((), "no suite is given"),
+        (("nonsense",), "there is no suite 'nonsense'"),
+        (("missing.yaml",), "missing.yaml cannot be read"),
+        (("factory",), "no bundle is given"),
+        (("factory", "--bundle", "x", "--against", "y", "--baseline", "z"), "do not go together"),
+        (("factory", "--max-drop", "0.1"), "needs something to compare with"),
+        (("factory", "--where", "language"), "has no value"),
+        (("factory", "--where", "language=fr"), "no case of factory is like that"),
+        (("code", "--url", "http://127.0.0.1:9"), "no connection"),
+        (("factory", "--url", "http://127.0.0.1:9"), "no connection"),
+        (("factory", "--baseline", "/dev/null", "--url", "http://127.0.0.1:9"), "is no report"),
+    ],
+)
+def test_wrong_command_lines_say_what_is_wrong(qwedge: Run, args: tuple[str, ...], error: str) -> None:
+    done = qwedge(*args)
+    assert done.status in {2, 6}
+    assert error in done.stderr
+    assert "hint: " in done.stderr
+
+
+def test_a_bundle_is_loaded_evaluated_and_compared_with_itself(qwedge: Run, tmp_path: Path) -> None:
+    checkpoint = tiny.write_folder(tmp_path / "checkpoint", tiny.qwen2_config())
+    with open_checkpoint(checkpoint) as opened:
+        export_bundle(opened, tmp_path / "bundle", recipe_named("int8"), progress=Silent(), name="tiny")
+    plain = tmp_path / "plain.yaml"
+    plain.write_text("prompts: [hello]\noptions: {max_tokens: 4}\ntests:\n  - assert: [{type: regex, value: '.*'}]\n")
+    done = qwedge(plain, "--bundle", tmp_path / "bundle", "--against", tmp_path / "bundle", "--threads", "1")
+    assert done.status == 0, done.stderr
+    assert "plain: tiny (int8)" in done.stdout
+    assert "+0.0% (+0.0% to +0.0%), 0 gained, 0 lost, p 1.00" in done.stdout
