@@ -10,10 +10,20 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import Route
 
 from edge import __version__
+from edge.anthropic import CountRequest, MessagesRequest
+from edge.ollama import ChatBody, GenerateBody, ShowBody
 from edge.openai import ChatRequest, CompletionRequest
 
 _REF = "#/components/schemas/{model}"
-_BODIES: dict[str, type[BaseModel]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountRequest,
+    "/api/chat": ChatBody,
+    "/api/generate": GenerateBody,
+    "/api/show": ShowBody,
+}
 
 
 def describe(routes: Sequence[Route]) -> dict[str, Any]:
@@ -52,7 +62,7 @@ def _extra(route: Route) -> dict[str, Any]:
 
 def _body_of(schema: type[BaseModel]) -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": _REF.format(model=schema.__name__)}}}
-    error = {"description": "OpenAI's error object"}
+    error = {"description": "The error object of the API that was asked"}
     return {
         "requestBody": {"required": True, "content": content},
         "responses": {"400": error, "404": error, "413": error, "429": error, "503": error},
