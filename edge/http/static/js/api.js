@@ -1,107 +1,93 @@
-// Talks to the server: OpenAI's API as a stream of small objects, and the health endpoint.
+// Talks to the server: JSON, server-sent events, and the key where the server wants one.
 
-import { t } from "./strings.js";
+import { t } from "./i18n.js";
+import { askForKey, key } from "./key.js";
 
 /** An error with what the user can do about it. */
 export class ApiError extends Error {
-  constructor(message, hint) {
+  constructor(message, { hint = "", status = 0, code = "" } = {}) {
     super(message);
     this.hint = hint ?? "";
+    this.status = status;
+    this.code = code;
   }
 }
 
 /**
- * Ask for the next message of a conversation.
+ * The JSON that a path answers with.
  *
- * Yields {kind: "queued", position, seconds}, {kind: "reasoning", text}, {kind: "text", text} and, at the end,
- * {kind: "end", reason, timings} and {kind: "usage", usage}. Throws ApiError; aborting the signal throws AbortError.
+ * ask: whether a missing key may be asked for; a poll in the background must not.
  */
-export async function* streamChat(request, signal) {
-  const response = await post("v1/chat/completions", request, signal);
-  let ended = false;
-  for await (const event of serverSentEvents(response.body)) {
-    if (event.comment !== undefined) {
-      yield* queuePosition(event.comment);
-    } else if (event.data === "[DONE]") {
-      ended = true;
-    } else {
-      yield* readChunk(JSON.parse(event.data));
+export async function getJson(path, { ask = true, signal } = {}) {
+  return (await send(path, { cache: "no-store", signal: signal ?? AbortSignal.timeout(10000) }, ask)).json();
+}
+
+/** Send JSON (or nothing) with a method; the JSON of the answer. */
+export async function sendJson(method, path, body, { signal } = {}) {
+  const response = await send(path, jsonRequest(method, body, signal), true);
+  const text = await response.text();
+  return text ? JSON.parse(text) : null;
+}
+
+/** Post JSON; yields the events of the answer: {data} with parsed JSON, or {comment}. Ends with [DONE]. */
+export async function* postForEvents(path, body, signal) {
+  const response = await send(path, jsonRequest("POST", body, signal), true);
+  for await (const block of blocks(response.body)) {
+    if (block.startsWith(":")) {
+      yield { comment: block.slice(1).trim() };
+    } else if (block === "data: [DONE]") {
+      return;
+    } else if (block.startsWith("data: ")) {
+      const data = JSON.parse(block.slice(6));
+      if (data.error) throw toError(data.error);
+      yield { data };
     }
   }
-  if (!ended) throw new ApiError(t("broken"), t("unreachableHint"));
+  throw new ApiError(t("broken"), { hint: t("unreachableHint") });
 }
 
-/** The server's health, whatever its status; null when it cannot be reached. */
-export async function fetchHealth() {
-  try {
-    const response = await fetch("health", { cache: "no-store", signal: AbortSignal.timeout(5000) });
-    return await response.json();
-  } catch {
-    return null;
-  }
+function jsonRequest(method, body, signal) {
+  if (body === undefined) return { method, signal };
+  return { method, headers: { "content-type": "application/json" }, body: JSON.stringify(body), signal };
 }
 
-async function post(path, body, signal) {
-  let response;
-  try {
-    response = await fetch(path, {
-      method: "POST",
-      headers: { "content-type": "application/json" },
-      body: JSON.stringify(body),
-      signal,
-    });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ApiError(t("unreachable"), t("unreachableHint"));
-  }
+async function send(path, options, ask) {
+  let response = await fetchWithKey(path, options);
+  while (response.status === 401 && ask && (await askForKey())) response = await fetchWithKey(path, options);
   if (!response.ok) throw await responseError(response);
   return response;
 }
 
+async function fetchWithKey(path, options) {
+  const authorization = key() ? { authorization: `Bearer ${key()}` } : {};
+  try {
+    return await fetch(path, { ...options, headers: { ...options.headers, ...authorization } });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(t("unreachable"), { hint: t("unreachableHint") });
+  }
+}
+
 async function responseError(response) {
   try {
-    return toError((await response.json()).error);
+    return toError((await response.json()).error, response.status);
   } catch {
-    return new ApiError(`${response.status} ${response.statusText}`);
+    return new ApiError(`${response.status} ${response.statusText}`, { status: response.status });
   }
 }
 
-function toError(error) {
-  return new ApiError(error.message, error.hint);
+function toError(error, status = 0) {
+  return new ApiError(error.message, { hint: error.hint, status, code: error.code });
 }
 
-async function* serverSentEvents(body) {
+async function* blocks(body) {
   let buffer = "";
-  for await (const text of textOf(body)) {
-    const blocks = (buffer + text).split("\n\n");
-    buffer = blocks.pop();
-    for (const block of blocks) {
-      if (block.startsWith(":")) yield { comment: block.slice(1).trim() };
-      else if (block.startsWith("data: ")) yield { data: block.slice(6) };
-    }
-  }
-}
-
-async function* textOf(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return;
-    yield value;
-  }
-}
-
-function* queuePosition(comment) {
-  const match = /^queued position=(\d+) eta_s=([\d.]+)$/.exec(comment);
-  if (match) yield { kind: "queued", position: Number(match[1]), seconds: Number(match[2]) };
-}
-
-function* readChunk(chunk) {
-  if (chunk.error) throw toError(chunk.error);
-  if (chunk.usage) yield { kind: "usage", usage: chunk.usage };
-  for (const { delta, finish_reason: reason } of chunk.choices) {
-    if (delta.reasoning_content) yield { kind: "reasoning", text: delta.reasoning_content };
-    if (delta.content) yield { kind: "text", text: delta.content };
-    if (reason) yield { kind: "end", reason, timings: chunk.timings };
+    const complete = (buffer + value).split("\n\n");
+    buffer = complete.pop();
+    yield* complete;
   }
 }
