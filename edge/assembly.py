@@ -12,6 +12,7 @@ from edge.engine.logprobs import PromptScorer
 from edge.engine.pooling import Pooler
 from edge.engine.prefix import owned_by
 from edge.engine.sampler import Sampler
+from edge.engine.thinking import ThoughtsFirst, TokenMask
 from edge.errors import ContextOverflowError, QwedgeError, RequestError, UnavailableError
 from edge.generation import (
     Delta,
@@ -64,7 +65,7 @@ def assemble(
     limits = (request.max_tokens, default_max_tokens, room)
     sampler = _sampler(model, request)
     reader = _prompt_reader(model, request)
-    text = TextStream(model.tokenizer, request.stop)
+    text = TextStream(model.tokenizer, request.stop, spared=request.stop_spares)
     return Sequence(
         prompt_ids=ids,
         max_tokens=min(next(limit for limit in limits if limit is not None), room),
@@ -98,9 +99,16 @@ def _sampler(model: Model, request: GenerationRequest) -> Sampler:
         request.sampling,
         request.prompt_ids,
         model.manifest.vocab_size,
-        constraint=None if request.grammar is None else model.grammars.constraint(request.grammar),
+        constraint=_constraint(model, request),
         num_logprobs=request.num_logprobs,
     )
+
+
+def _constraint(model: Model, request: GenerationRequest) -> TokenMask | None:
+    form = None if request.grammar is None else model.grammars.constraint(request.grammar)
+    if request.thinking is None:
+        return form
+    return ThoughtsFirst(request.thinking, model.tokenizer, model.eos_ids, form)
 
 
 def _prompt_reader(model: Model, request: GenerationRequest) -> PromptScorer | Pooler | None:

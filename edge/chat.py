@@ -14,10 +14,11 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import minijinja
 
+from edge.engine.tool_grammar import Form
 from edge.errors import BundleError, RequestError
 from edge.tokenizer import Tokenizer
 
@@ -37,8 +38,16 @@ _NAME = "chat"
 _Shield = Callable[[str], str]
 
 
+_PROBE: Sequence[Mapping[str, Any]] = ({"role": "user", "content": "?"},)
+_PROBE_TOOL = {"type": "function", "function": {"name": "probe", "description": "?", "parameters": {"type": "object"}}}
+
+
 class ChatTemplate:
     """A model's chat template. Thread-safe.
+
+    Attributes:
+        thinks: whether the model thinks first: never, unless it is told not to, or always.
+        tool_form: how the model writes a tool call.
 
     Args:
         source: the template, Jinja.
@@ -63,9 +72,23 @@ class ChatTemplate:
         except minijinja.TemplateError as error:
             raise BundleError(f"the chat template is malformed: {error.message}", hint=hint) from None
         try:
-            self.render([{"role": "user", "content": "?"}])
+            self.thinks = self._find_thoughts(self.render(_PROBE))
         except RequestError as error:
             raise BundleError(f"the chat template does not work: {error.message}", hint=hint) from None
+        self.tool_form = self._find_tool_form()
+
+    def _find_thoughts(self, prompt: str) -> Literal["never", "optional", "always"]:
+        if self.render(_PROBE, enable_thinking=False) != prompt:
+            return "optional"
+        return "always" if prompt.endswith("<think>\n") else "never"
+
+    def _find_tool_form(self) -> Form:
+        """A template shows the model the form of a call beside the tools."""
+        try:
+            shown = self.render(_PROBE, tools=[_PROBE_TOOL])
+        except RequestError:
+            return "json"  # it knows no tools
+        return "xml" if "<function=" in shown else "json"
 
     @classmethod
     def load(cls, path: Path) -> ChatTemplate:

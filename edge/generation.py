@@ -13,6 +13,7 @@ from edge.engine.logprobs import TokenLogprobs
 from edge.engine.lora import Adapter
 from edge.engine.pooling import Pooling
 from edge.engine.sampler import SamplingParams
+from edge.engine.thinking import Thinking
 from edge.errors import QwedgeError
 from edge.model import Model
 from edge.sequence import FinishReason, Timings
@@ -28,6 +29,8 @@ class GenerationRequest:
     """Most tokens to generate; None = until the context is full; 0 = read the prompt only."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer and are not part of it."""
+    stop_spares: tuple[str, str] | None = None
+    """Tags between which stop strings mean nothing."""
     deadline_s: float | None = None
     """Seconds from submission after which the request fails with 408."""
     identity: str = ""
@@ -46,6 +49,8 @@ class GenerationRequest:
     """Whose tokens these are; a request that a switch of models has overtaken is refused. None: whatever is served."""
     grammar: Grammar | None = None
     """The form the answer must have. On an event loop, :meth:`Model.check_grammar` comes first, in a worker thread."""
+    thinking: Thinking | None = None
+    """That a budget, or the grammar, comes after thoughts; None: the grammar holds from the first token."""
 
 
 @dataclass(frozen=True)

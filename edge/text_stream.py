@@ -20,17 +20,21 @@ class TextStream:
     Args:
         tokenizer: gives the bytes of a token.
         stop: strings that end the text and are not part of it.
+        spared: tags between which stop strings mean nothing, as inside of a tool call.
 
     Raises:
         RequestError: a stop string is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, spared: tuple[str, str] | None = None
+    ) -> None:
         if not all(stop):
             raise RequestError("a stop string is empty", hint="leave it out", param="stop")
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._matchers = [_Matcher(text) for text in dict.fromkeys(stop)]
+        self._spared = _Spared(*spared) if spared and stop else None
         self._held = ""  # decoded, not released
         self._matched_stop: str | None = None
 
@@ -60,6 +64,10 @@ class TextStream:
 
     def _add(self, text: str) -> str:
         for index, char in enumerate(text):
+            if self._spared is not None and self._spared.advance(char):
+                for matcher in self._matchers:
+                    matcher.num_matched = 0
+                continue
             complete = [matcher for matcher in self._matchers if matcher.advance(char)]
             if complete:
                 self._matched_stop = max((matcher.pattern for matcher in complete), key=len)
@@ -70,6 +78,23 @@ class TextStream:
         final = len(self._held) - max((matcher.num_matched for matcher in self._matchers), default=0)
         released, self._held = self._held[:final], self._held[final:]
         return released
+
+
+class _Spared:
+    """Follows a text into blocks between two tags, and out of them."""
+
+    def __init__(self, opening: str, closing: str) -> None:
+        self._tags = (opening, closing)
+        self._is_inside = False
+        self._next = _Matcher(opening)
+
+    def advance(self, char: str) -> bool:
+        """Take the next character; whether it is inside of a block, or the last one of a tag."""
+        was_inside = self._is_inside
+        if self._next.advance(char):
+            self._is_inside = not was_inside
+            self._next = _Matcher(self._tags[self._is_inside])
+        return was_inside or self._is_inside
 
 
 class _Matcher:

@@ -145,7 +145,7 @@ class FakeEngine:
 
     def kept_length(self, slot: int, most: int) -> int:
         """See :class:`edge.engine.interface.Engine`."""
-        assert most <= len(self._prompts[slot]) + len(self._answers[slot])
+        del slot  # a grammar may make an answer longer than the written one: nothing to check it against
         return most
 
     def copy_slot(self, source: int, target: int, length: int) -> None:

@@ -45,6 +45,8 @@ class Grammar:
     :func:`~edge.engine.tool_grammar.tool_grammar`."""
     param: str = field(default="response_format", compare=False)
     """The field of the request it came from, for errors."""
+    leaves_text: bool = False
+    """Whether free text may stand beside what it prescribes, thoughts included."""
 
 
 def llguidance_source(grammar: Grammar) -> str:

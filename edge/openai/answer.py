@@ -69,7 +69,7 @@ class Answer:
         return {
             **self._head(self._shape.body_object),
             "choices": [{**whole, **own} for whole, own in zip(wholes, figures, strict=True)] if several else wholes,
-            "usage": usage(self._timings(), self._num_per_prompt),
+            "usage": self._usage(),
             **({} if several else figures[0]),
         }
 
@@ -79,8 +79,12 @@ class Answer:
             figures = {} if choice.end is None else {"timings": timing_figures(choice.end.timings)}
             yield {**self._head(self._shape.chunk_object), "choices": [part], **no_usage_yet, **figures}
         if isinstance(event, Finished) and self.ended and self._include_usage:
-            counts = usage(self._timings(), self._num_per_prompt)
-            yield {**self._head(self._shape.chunk_object), "choices": [], "usage": counts}
+            yield {**self._head(self._shape.chunk_object), "choices": [], "usage": self._usage()}
+
+    def _usage(self) -> dict[str, Any]:
+        num_reasoning = sum(choice.num_reasoning_tokens for choice in self._choices)
+        details = {"completion_tokens_details": {"reasoning_tokens": num_reasoning}} if num_reasoning else {}
+        return {**usage(self._timings(), self._num_per_prompt), **details}
 
     def _timings(self) -> list[Timings]:
         """Of each choice."""

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from edge.engine.logprobs import TokenLogprobs
 from edge.model import Model
-from edge.openai.blocks import BlockParser
+from edge.openai.blocks import BlockParser, CallReader
+from edge.openai.json_calls import JsonCallReader
 from edge.openai.logprobs import Entry, LogprobsWriter
 from edge.openai.pieces import Call, Piece
 from edge.openai.schemas import ChatRequest, CompletionRequest
 from edge.openai.shapes import shape_of
+from edge.openai.thinking import opens_thinking
+from edge.openai.xml_calls import XmlCallReader
 from edge.service import Delta, Event, Finished, GenerationRequest, PromptScored
-
-_THINK_OPENED = "<think>\n"
-_TAIL_TOKENS = 8
-"""Tokens at a prompt's end that are enough to see whether the template opened a ``<think>`` block."""
 
 
 class Choice:
@@ -43,6 +43,8 @@ class Choice:
         self._logprobs = LogprobsWriter(model.tokenizer) if generation.num_logprobs is not None else None
         self._entries: list[Entry] = []
         self._num_told = 0  # of the entries, in chunks
+        self.num_reasoning_tokens = 0
+        """Tokens inside of the ``<think>`` block."""
 
     def echo_scores(self, event: PromptScored) -> None:
         """Take the log-probabilities of the echoed prompt; they come before the answer's."""
@@ -53,7 +55,9 @@ class Choice:
         """What the chunks for an event say about this choice; with the last of them, :attr:`end` is set."""
         if isinstance(event, Delta):
             self._collect(event.logprobs)
-            yield from self._piece_parts(self._parser.push(self._take_prefix() + event.text))
+            pieces = self._parser.push(self._take_prefix() + event.text)
+            self.num_reasoning_tokens += self._parser.in_reasoning
+            yield from self._piece_parts(pieces)
         elif isinstance(event, Finished):
             self._collect(event.logprobs if self._shape.lists_end else None)
             text = self._take_prefix() + event.text
@@ -109,11 +113,18 @@ def block_parser(model: Model, request: ChatRequest | CompletionRequest, generat
     """What splits the answer to a request into content, reasoning and tool calls."""
     if isinstance(request, CompletionRequest):
         return BlockParser(reasoning=False, tools=False)
-    if generation.grammar is not None:
-        return BlockParser(reasoning=False, tools=generation.grammar.kind == "tool_call")
-    tail = model.tokenizer.decode(generation.prompt_ids[-_TAIL_TOKENS:])
+    grammar, thinking = generation.grammar, generation.thinking
+    is_form = grammar is not None and not grammar.leaves_text
     return BlockParser(
-        reasoning=request.thinking is not False,
-        in_reasoning=tail.endswith(_THINK_OPENED),
+        reasoning=thinking is not None or (request.thinking is not False and not is_form),
+        in_reasoning=opens_thinking(model, generation.prompt_ids),
         tools=bool(request.offered_tools),
+        calls=_call_reader(model, request),
     )
+
+
+def _call_reader(model: Model, request: ChatRequest) -> Callable[[int], CallReader]:
+    if model.template is None or model.template.tool_form == "json":
+        return JsonCallReader
+    functions = (tool.function for tool in request.offered_tools)
+    return partial(XmlCallReader, schemas={function.name: function.parameters or {} for function in functions})

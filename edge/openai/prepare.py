@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from edge.engine.grammar_source import Grammar
 from edge.engine.sampler import SamplingParams
 from edge.errors import RequestError
 from edge.model import Model
-from edge.openai.grammar import requested_grammar
+from edge.openai.fill_in import fill_in_ids, fill_in_stops
+from edge.openai.grammar import usable_grammar
 from edge.openai.schemas import ChatRequest, CompletionRequest
+from edge.openai.thinking import requested_thinking, template_thinking
 from edge.service import GenerationRequest
 
+TOOL_CALL_TAGS = ("<tool_call>", "</tool_call>")
 _SAMPLING = (
     "temperature",
     "top_p",
@@ -34,41 +38,52 @@ def prepare(model: Model, request: ChatRequest | CompletionRequest) -> tuple[Gen
         RequestError: the messages do not suit the template, a parameter is out of range, or the grammar is not usable.
     """
     adapter = model.find_adapter(request.model)
-    if (grammar := requested_grammar(request)) is not None:
-        model.check_grammar(grammar)
-    stop = request.stop or ()
+    grammar = usable_grammar(model, request)
     prototype = GenerationRequest(
         prompt_ids=(),
         prepared_for=model,
         sampling=model.sampling(_given_sampling(request)),
         max_tokens=request.token_limit,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop=_stops(request, grammar),
+        stop_spares=TOOL_CALL_TAGS if grammar is not None and grammar.leaves_text else None,
         ignore_eos=bool(request.ignore_eos),
         num_logprobs=request.num_logprobs,
         score_prompt=request.scores_prompt,
         adapter=adapter,
         grammar=grammar,
     )
-    prompts = (
-        [_chat_ids(model, request, thinks=grammar is None)]
-        if isinstance(request, ChatRequest)
-        else [_completion_ids(model, prompt) for prompt in request.prompts]
-    )
-    return tuple(
-        _nth_choice(replace(prototype, prompt_ids=prompt_ids), number)
-        for prompt_ids in prompts
-        for number in range(request.num_choices)
-    )
+    if isinstance(request, ChatRequest):
+        prompt_ids = _chat_ids(model, request, grammar)
+        thinking = requested_thinking(model, request, grammar, prompt_ids)
+        firsts = [replace(prototype, prompt_ids=prompt_ids, thinking=thinking)]
+    else:
+        firsts = [
+            replace(prototype, prompt_ids=_completion_ids(model, prompt, request.suffix)) for prompt in request.prompts
+        ]
+    return tuple(_nth_choice(first, number) for first in firsts for number in range(request.num_choices))
 
 
-def _chat_ids(model: Model, request: ChatRequest, *, thinks: bool) -> tuple[int, ...]:
+def _chat_ids(model: Model, request: ChatRequest, grammar: Grammar | None) -> tuple[int, ...]:
     # Templates test whether tools are defined: no tools are None, not an empty list.
     tools = [tool.model_dump(exclude_unset=True) for tool in request.offered_tools] or None
-    return model.encode_chat(request.messages, tools=tools, enable_thinking=request.thinking if thinks else False)
+    thinks = template_thinking(request, grammar)
+    return model.encode_chat(request.messages, tools=tools, enable_thinking=thinks)
 
 
-def _completion_ids(model: Model, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+def _completion_ids(model: Model, prompt: str | tuple[int, ...], suffix: str | None) -> tuple[int, ...]:
+    if suffix:
+        return fill_in_ids(model.tokenizer, prompt, suffix)
     return tuple(model.tokenizer.encode(prompt, special=True)) if isinstance(prompt, str) else prompt
+
+
+def _stops(request: ChatRequest | CompletionRequest, grammar: Grammar | None) -> tuple[str, ...]:
+    given = request.stop or ()
+    stops = (given,) if isinstance(given, str) else tuple(given)
+    if isinstance(request, CompletionRequest) and request.suffix:
+        return (*stops, *fill_in_stops())
+    # In a call, a stop string would be a part of the arguments.
+    only_calls = grammar is not None and grammar.kind == "tool_calls" and not grammar.leaves_text
+    return () if only_calls else stops
 
 
 def _given_sampling(request: ChatRequest | CompletionRequest) -> dict[str, Any]:

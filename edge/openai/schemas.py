@@ -23,11 +23,12 @@ MAX_STOP_CHARS = 1024
 MAX_TOKENS = 2**31 - 1
 MAX_CHOICES = 8
 MAX_PROMPTS = 256
+EFFORTS = {"none": 0, "minimal": 0, "low": 512, "medium": 2048, "high": -1, "xhigh": -1, "max": -1}
+"""``reasoning_effort`` in tokens; -1 = no limit."""
 _MAX_NAME = 256
 
 _UNSUPPORTED: Unsupported = {
     "best_of": ((1,), "leave it out"),
-    "suffix": (("",), "use the model's fill-in-the-middle tokens in the prompt"),
     "functions": ((), "use tools"),
     "function_call": (("none",), "use tool_choice"),
     "audio": ((), "this server answers with text"),
@@ -35,7 +36,11 @@ _UNSUPPORTED: Unsupported = {
     "json_schema": ((), "use response_format"),
     "use_beam_search": ((False,), "leave it out"),
 }
-_UNSUPPORTED_IN_CHAT = {**_UNSUPPORTED, "echo": ((False,), "use /v1/completions")}
+_UNSUPPORTED_IN_CHAT = {
+    **_UNSUPPORTED,
+    "echo": ((False,), "use /v1/completions"),
+    "suffix": (("",), "use /v1/completions"),
+}
 
 
 class StreamOptions(Wire):
@@ -191,6 +196,13 @@ class ChatRequest(_Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     enable_thinking: bool | None = None
+    thinking_budget: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    """Most tokens of reasoning; -1 = no limit."""
+    thinking_token_budget: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    """vLLM's name of ``thinking_budget``."""
+    thinking_budget_tokens: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    """llama.cpp's name of ``thinking_budget``."""
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -199,9 +211,6 @@ class ChatRequest(_Generation):
             raise RequestError("tool_choice needs tools", hint="send tools or leave it out", param="tool_choice")
         if isinstance(self.tool_choice, NamedTool) and not self.forced_tools:
             raise RequestError("tool_choice names no tool", hint="name one of tools", param="tool_choice")
-        if self.parallel_tool_calls is False and self.offered_tools and not self.forced_tools:
-            hint = "leave it out, or force a call by tool_choice: that is always one"
-            raise RequestError("the number of calls cannot be limited", hint=hint, param="parallel_tool_calls")
         return self
 
     @model_validator(mode="after")
@@ -237,12 +246,32 @@ class ChatRequest(_Generation):
                 return []
 
     @property
+    def insists_on_tools(self) -> bool:
+        """Whether calls must be held to the schemas of their tools, or their number to one."""
+        strict = any((tool.function.model_extra or {}).get("strict") is True for tool in self.offered_tools)
+        return strict or self.parallel_tool_calls is False
+
+    @property
     def thinking(self) -> bool | None:
         """Whether a reasoning model should think; None = the template's default."""
         if self.enable_thinking is not None:
             return self.enable_thinking
-        value = (self.chat_template_kwargs or {}).get("enable_thinking")
-        return None if value is None else bool(value)
+        if (value := (self.chat_template_kwargs or {}).get("enable_thinking")) is not None:
+            return bool(value)
+        if self.reasoning_effort is not None:
+            return EFFORTS[self.reasoning_effort] != 0
+        return None if self.thinking_limit is None else self.thinking_limit != 0
+
+    @property
+    def thinking_limit(self) -> int | None:
+        """Most tokens of reasoning; None = no limit."""
+        given = (self.thinking_budget, self.thinking_token_budget, self.thinking_budget_tokens)
+        limit = next((value for value in given if value is not None), None)
+        if limit is None and (value := (self.chat_template_kwargs or {}).get("thinking_budget")) is not None:
+            limit = value if type(value) is int and value >= 0 else None
+        if limit is None and self.reasoning_effort is not None:
+            limit = EFFORTS[self.reasoning_effort]
+        return None if limit == -1 else limit
 
 
 class CompletionRequest(_Generation):
@@ -254,6 +283,14 @@ class CompletionRequest(_Generation):
     echo: bool | None = None
     """Put the prompt before the answer, in the text and in the log-probabilities."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+    suffix: str | None = None
+    """What follows the gap that the answer fills, after the prompt."""
+
+    @model_validator(mode="after")
+    def _gap_alone(self) -> CompletionRequest:
+        if self.suffix and self.echo:
+            raise RequestError("echo and suffix do not go together", hint="leave one of them out", param="echo")
+        return self
 
     @model_validator(mode="after")
     def _something_to_answer(self) -> CompletionRequest:

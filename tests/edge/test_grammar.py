@@ -175,7 +175,8 @@ class TestAnswers:
             "log": EVENT,
             'od"d\\ tool': {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "maxProperties": 0}}},
         }
-        text, ended = answer(Grammar("tool_call", json.dumps(tools)), seed=seed)
+        source = {"form": "json", "how_many": "one", "functions": tools}
+        text, ended = answer(Grammar("tool_calls", json.dumps(source)), seed=seed)
         assert ended
         assert text.startswith("<tool_call>\n")
         assert text.endswith("\n</tool_call>")

@@ -153,6 +153,10 @@ class TestFields:
             ("logit_bias", {"1": "x"}, "logit_bias.1"),
             ("logit_bias", [1], "logit_bias"),
             ("model", 3, "model"),
+            ("thinking_budget", -2, "thinking_budget"),
+            ("thinking_budget", 1.5, "thinking_budget"),
+            ("reasoning_effort", "lots", "reasoning_effort"),
+            ("suffix", "x", "suffix"),
         ],
     )
     def test_refusals_name_the_field(self, field: str, value: Any, param: str) -> None:
@@ -176,6 +180,8 @@ class TestFields:
             ({"max_tokens": -1}, "max_tokens"),
             ({"max_tokens": 0}, "max_tokens"),
             ({"max_tokens": 0, "echo": False, "logprobs": 1}, "max_tokens"),
+            ({"suffix": 3}, "suffix"),
+            ({"suffix": "x", "echo": True}, "echo"),
         ],
     )
     def test_refusals_of_completions_name_the_field(self, fields: dict[str, Any], param: str) -> None:
@@ -199,12 +205,29 @@ class TestFields:
         with pytest.raises(RequestError, match="tool_choice"):
             parse_chat({"messages": MESSAGES, "tools": TOOLS, "tool_choice": choice})
 
-    def test_one_call_only_can_be_had_by_force(self) -> None:
-        body = {"messages": MESSAGES, "tools": TOOLS, "parallel_tool_calls": False}
-        with pytest.raises(RequestError, match="cannot be limited"):
-            parse_chat(body)
-        assert parse_chat({**body, "tool_choice": "required"}).forced_tools
-        assert not parse_chat({**body, "tool_choice": "none"}).forced_tools
+    @pytest.mark.parametrize(
+        ("fields", "thinks", "limit"),
+        [
+            ({}, None, None),
+            ({"enable_thinking": True}, True, None),
+            ({"chat_template_kwargs": {"enable_thinking": False}}, False, None),
+            ({"thinking_budget": 7}, True, 7),
+            ({"thinking_budget": 0}, False, 0),
+            ({"thinking_budget": -1}, None, None),
+            ({"thinking_token_budget": 7}, True, 7),
+            ({"thinking_budget_tokens": 7}, True, 7),
+            ({"chat_template_kwargs": {"thinking_budget": 7}}, True, 7),
+            ({"chat_template_kwargs": {"thinking_budget": "x"}}, None, None),
+            ({"reasoning_effort": "none"}, False, 0),
+            ({"reasoning_effort": "low"}, True, 512),
+            ({"reasoning_effort": "high"}, True, None),
+            ({"reasoning_effort": "high", "enable_thinking": False}, False, None),
+            ({"reasoning_effort": "low", "thinking_budget": 9}, True, 9),
+        ],
+    )
+    def test_how_long_to_think(self, fields: dict[str, Any], thinks: bool | None, limit: int | None) -> None:
+        request = parse_chat({"messages": MESSAGES, **fields})
+        assert (request.thinking, request.thinking_limit) == (thinks, limit)
 
 
 class TestPrepare:

@@ -141,7 +141,6 @@ def test_a_forced_call_without_parameters(service: Service) -> None:
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice"),
         ({"response_format": BY_SCHEMA, "tools": TOOLS}, "response_format"),
         ({"guided_regex": "a", "tools": TOOLS, "tool_choice": "required"}, "tools"),
-        ({"guided_regex": "a", "enable_thinking": True}, "enable_thinking"),
         ({"guided_regex": "(a"}, "guided_regex"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strin"}}}}, "response_format"),
         (

@@ -118,3 +118,12 @@ def test_empty_stop_string():
 def byte_id(byte):
     """The token that stands for one byte."""
     return next(i for i in range(TOKENIZER.vocab_size) if TOKENIZER.token_bytes(i) == bytes([byte]))
+
+
+@pytest.mark.parametrize("stop", ["stop", "op </b> c", " d"])
+def test_stop_strings_mean_nothing_between_tags(stop: str) -> None:
+    text = "a <b>stop</b> <b>stop </b> c stop d"
+    text_stream = TextStream(TOKENIZER, [stop], spared=("<b>", "</b>"))
+    released = "".join(text_stream.push(token) for token in TOKENIZER.encode(text, special=False))
+    expected = {"stop": "a <b>stop</b> <b>stop </b> c ", "op </b> c": text, " d": text[:-2]}
+    assert released + text_stream.flush() == expected[stop]
