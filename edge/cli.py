@@ -29,6 +29,7 @@ from edge.commands import (
     sbom,
     serve,
     store,
+    tls,
     verify,
 )
 from edge.errors import ConfigError, QwedgeError
@@ -52,7 +53,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback()(_root)
-    for command in (serve, chat, generate, bench, eval, verify, doctor, mqtt, http, store, keys, sbom):
+    for command in (serve, chat, generate, bench, eval, verify, doctor, mqtt, http, tls, store, keys, sbom):
         command.register(app)
     for entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
         _register_extension(app, entry)

@@ -16,6 +16,7 @@ import httpx
 from edge.http.app import create_app
 from edge.http.listening import bind
 from edge.http.server import HttpServer
+from edge.http.tls import Certificates
 from edge.service import Service
 from edge.settings.server import ServerSettings
 from tests.fakes import FakeEngine, make_service
@@ -55,12 +56,13 @@ class Served:
 @contextmanager
 def serving(service: Service, settings: ServerSettings, **app: Any) -> Iterator[tuple[str, int]]:
     """Serve until the block ends; gives host and port. ``app`` is for :func:`create_app`."""
+    tls = None if settings.tls_cert is None else Certificates(settings).context
     sock = bind(settings.host, settings.port)
     ready: list[tuple[HttpServer, asyncio.AbstractEventLoop]] = []
     started = threading.Event()
 
     async def main() -> None:
-        ready.append((HttpServer(create_app(service, settings, **app), sock), asyncio.get_running_loop()))
+        ready.append((HttpServer(create_app(service, settings, **app), sock, tls), asyncio.get_running_loop()))
         started.set()
         await ready[0][0].serve()
 
@@ -84,12 +86,15 @@ def served(
 ) -> Iterator[Served]:
     """Serve a fake engine's answers until the block ends; ``app`` is for :func:`create_app`."""
     service = make_service(engine, max_queue=max_queue, prefix_cache_bytes=prefix_cache_bytes)
+    scheme = "http" if settings.tls_cert is None else "https"
+    # Tests of TLS bring clients of their own, that check certificates.
+    verify = settings.tls_cert is None
     with (
         serving(service, settings, **app) as (host, port),
-        httpx.Client(base_url=f"http://{host}:{port}", timeout=20) as client,
+        httpx.Client(base_url=f"{scheme}://{host}:{port}", timeout=20, verify=verify) as client,
     ):
         try:
-            yield Served(f"http://{host}:{port}", port, engine, service, client)
+            yield Served(f"{scheme}://{host}:{port}", port, engine, service, client)
         finally:
             engine.gate.set()
 

@@ -34,6 +34,7 @@ LAYERS = (
         "edge.bundle",
         "edge.config",
         "edge.durable",
+        "edge.pem",
         "edge.sbom",
         "edge.settings",
         "edge.signing",

@@ -22,6 +22,8 @@ from edge.errors import ConfigError, UnavailableError
 from edge.log_buffer import LogBuffer
 from edge.settings.folders import broker_folder, evaluations_folder, journal_folder, keys_file
 from edge.settings.mqtt import BrokerAddress, MqttSettings
+from edge.settings.secret_files import find_secret
+from edge.settings.server import ServerSettings
 
 if TYPE_CHECKING:  # these bring onnxruntime and the web framework, which `qwedge --help` does without
     from edge.commands.mqtt_panel import BridgePanel
@@ -233,14 +235,18 @@ class Endpoints:
 
     http: str
     """``http://127.0.0.1:8080``."""
+    login: str
+    """Options of curl that let it in."""
     broker: BrokerAddress | None
 
     @classmethod
     def of(cls, settings: Settings, address: tuple[str, int], broker: BrokerAddress | None) -> Endpoints:
         """From what was bound; an address that stands for all becomes loopback's."""
+        scheme = "http" if settings.server.tls_cert is None else "https"
         host, port = settings.server.host.strip("[]"), address[1]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
-        return cls(f"http://{f'[{host}]' if ':' in host else host}:{port}", broker)
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        return cls(url, _http_login(settings.server), broker)
 
 
 def ready_text(settings: Settings, endpoints: Endpoints, service: Service) -> str:
@@ -257,9 +263,21 @@ def ready_text(settings: Settings, endpoints: Endpoints, service: Service) -> st
 
 def _http_example(endpoints: Endpoints) -> str:
     return (
-        f"  curl {endpoints.http}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"  curl{endpoints.login} {endpoints.http}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f"""    -d '{{"messages": [{{"role": "user", "content": "{EXAMPLE_PROMPT}"}}], "max_tokens": 64}}'"""
     )
+
+
+def _http_login(settings: ServerSettings) -> str:
+    """The options of curl for our certificate, where `qwedge tls` made it, for the client's, and for a key."""
+    login = ""
+    if settings.tls_cert is not None and (ca := find_secret(settings.tls_cert).with_name("ca.pem")).exists():
+        login += f" --cacert {shlex.quote(str(ca))}"
+    if settings.tls_client_ca is not None:
+        login += " --cert CLIENT.pem --key CLIENT.key"
+    elif keys_file(settings, os.environ).exists() and settings.open == "off":
+        login += " -H 'Authorization: Bearer KEY'"
+    return login
 
 
 def _mqtt_examples(settings: MqttSettings, broker: BrokerAddress) -> str:

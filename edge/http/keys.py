@@ -21,7 +21,7 @@ from typing import Annotated, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge.errors import ConfigError, RateLimitError
-from edge.http.private_file import locked, read_private, write_file
+from edge.http.private_file import locked, read_private, write_file, writing
 from edge.http.rights import Caller, Right
 
 log = logging.getLogger(__name__)
@@ -128,15 +128,11 @@ def remove_key(path: Path, name: str) -> None:
 
 
 def _change(path: Path, change: Callable[[dict[str, Key]], bool]) -> bool:
-    try:
-        with locked(path):
-            keys = {key.name: key for key in load_keys(path) or ()}
-            result = change(keys)
-            text = _File(keys=tuple(keys[name] for name in sorted(keys))).model_dump_json(indent=1)
-            write_file(path, text.encode())
-    except OSError as error:
-        hint = "nothing was changed; check the disk and server.keys_file"
-        raise ConfigError(f"{path} cannot be written: {error.strerror}", hint=hint) from None
+    with writing(path), locked(path):
+        keys = {key.name: key for key in load_keys(path) or ()}
+        result = change(keys)
+        text = _File(keys=tuple(keys[name] for name in sorted(keys))).model_dump_json(indent=1)
+        write_file(path, text.encode())
     return result
 
 

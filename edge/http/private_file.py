@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from edge.durable import fsync_path
 from edge.errors import ConfigError
 from edge.settings.secret_files import is_credential
 
@@ -51,7 +52,7 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)  # gone already if all went well
-    _sync(path.parent)
+    fsync_path(path.parent)
 
 
 def make_folder(path: Path) -> None:
@@ -61,6 +62,20 @@ def make_folder(path: Path) -> None:
         OSError: the disk refused.
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Explain what the disk refuses in the block.
+
+    Raises:
+        ConfigError: the disk refused.
+    """
+    try:
+        yield
+    except OSError as error:
+        hint = "check the disk, and use the user that qwedge runs as"
+        raise ConfigError(f"{path} cannot be read or written: {error.strerror}", hint=hint) from None
 
 
 @contextmanager
@@ -76,13 +91,5 @@ def locked(path: Path) -> Iterator[None]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

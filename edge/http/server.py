@@ -3,7 +3,7 @@
 ::
 
     sock = bind(settings.host, settings.port)          # UnavailableError: the port is taken
-    server = HttpServer(create_app(service, settings), sock)
+    server = HttpServer(create_app(service, settings), sock)   # with Certificates(settings).context: HTTPS
     serving = asyncio.create_task(server.serve())      # returns after shutdown()
     ...                                                # wait for SIGINT or SIGTERM
     await asyncio.to_thread(service.stop, settings.drain_s)  # /health says draining, new requests get 503
@@ -20,7 +20,8 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import Iterator
+import ssl
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import h11
@@ -29,6 +30,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edge.errors import RequestError
+from edge.http.accepting import Acceptor
+from edge.http.access import certificate_name
 from edge.http.listening import BACKLOG
 from edge.openai import error_body
 
@@ -40,8 +43,8 @@ BODY_S = 30.0
 """Seconds for a request's body to arrive."""
 WRITE_S = 20.0
 """Seconds for a client to take something of what is ready for it."""
-MAX_CONNECTIONS = 512
-"""Connections at once; more are closed at once."""
+MAX_REQUESTS = 1000
+"""Requests on one connection, which is closed after the last of them."""
 SHUTDOWN_S = 3
 """Seconds for the last bytes to be delivered after :meth:`HttpServer.shutdown`."""
 
@@ -52,11 +55,14 @@ class HttpServer:
     Args:
         app: the application.
         sock: as :func:`edge.http.listening.bind` returns it; closed when :meth:`serve` returns.
+        tls: speaks HTTPS; None: HTTP.
     """
 
-    def __init__(self, app: ASGIApp, sock: socket.socket) -> None:
+    def __init__(self, app: ASGIApp, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         self._sock = sock
         self._server = _Server(
+            sock,
+            tls,
             uvicorn.Config(
                 app,
                 http=DeadlineProtocol,
@@ -72,7 +78,7 @@ class HttpServer:
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=SHUTDOWN_S,
-            )
+            ),
         )
 
     @property
@@ -91,18 +97,32 @@ class HttpServer:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers and its tick ten times a second."""
+    """uvicorn's server without its signal handlers and its tick ten times a second, and with our acceptor."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, sock: socket.socket, tls: ssl.SSLContext | None, config: uvicorn.Config) -> None:
         super().__init__(config)
+        self._acceptor = Acceptor(sock, self._make_protocol, tls)
         self._leaving = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        del sockets  # the acceptor has it
+        self.servers = []
+        self.started = True
+
     async def main_loop(self) -> None:
-        await self._leaving.wait()
+        accepting = asyncio.create_task(self._acceptor.run())
+        try:
+            await self._leaving.wait()
+        finally:
+            accepting.cancel()
+            await asyncio.gather(accepting, return_exceptions=True)
+
+    def _make_protocol(self, on_lost: Callable[[], None]) -> asyncio.Protocol:
+        return DeadlineProtocol(self.config, self.server_state, {}, on_lost=on_lost)
 
     def leave(self) -> None:
         self._leaving.set()
@@ -111,17 +131,17 @@ class _Server(uvicorn.Server):
 class DeadlineProtocol(H11Protocol):
     """HTTP/1.1 with deadlines for what the client has to do: send headers, send the body, read the answer."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, on_lost: Callable[[], None]) -> None:
+        super().__init__(*args)
+        self._on_lost = on_lost
         self._phase: Any = None
         self._read_clock = _Clock(self)
         self._write_clock = _Clock(self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start the clock, or refuse a connection too many."""
+        """Start the clock."""
         super().connection_made(transport)  # type: ignore[arg-type]
-        if len(self.connections) > MAX_CONNECTIONS:
-            self.transport.abort()
+        self.app = _OnConnection(self.app, transport.get_extra_info("peercert"))
         self._watch_phase()
 
     def data_received(self, data: bytes) -> None:
@@ -150,6 +170,7 @@ class DeadlineProtocol(H11Protocol):
         self._read_clock.stop()
         self._write_clock.stop()
         super().connection_lost(exc)
+        self._on_lost()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, in the shape of all errors."""
@@ -170,6 +191,29 @@ class DeadlineProtocol(H11Protocol):
         seconds = {h11.IDLE: HEADER_S, h11.SEND_BODY: BODY_S}.get(phase)
         if seconds is not None and not self.transport.is_closing():
             self._read_clock.start(seconds)
+
+
+class _OnConnection:
+    """The application as the requests of one connection find it.
+
+    Args:
+        app: the application.
+        certificate: the client's, as :meth:`ssl.SSLSocket.getpeercert` gives it; None where there is none.
+    """
+
+    def __init__(self, app: Any, certificate: Mapping[str, Any] | None) -> None:
+        self._app = app
+        self._name = certificate_name(certificate) if certificate else None
+        self._num_requests = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self._num_requests += 1
+        if self._name is not None:
+            scope["state"]["certificate"] = self._name
+        if self._num_requests >= MAX_REQUESTS:
+            # uvicorn answers this with the same header, and closes the connection then.
+            scope["headers"].append((b"connection", b"close"))
+        await self._app(scope, receive, send)
 
 
 class _Clock:

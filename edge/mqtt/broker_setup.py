@@ -13,8 +13,8 @@ from edge.mqtt.broker import EmbeddedBroker, Guard
 from edge.mqtt.broker_clients import load_clients
 from edge.mqtt.broker_config import Network, Owner
 from edge.mqtt.rules import load_rules
-from edge.mqtt.tls import load_ca, load_pair
 from edge.mqtt.topics import Layout
+from edge.pem import load_ca, load_pair
 from edge.settings.mqtt import MqttSettings
 
 
@@ -83,8 +83,8 @@ def _network(settings: MqttSettings) -> Network | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    cert, key = load_pair(context, settings.tls_cert, settings.tls_key)
-    client_ca = None if settings.tls_ca is None else load_ca(context, settings.tls_ca)
+    cert, key = load_pair(context, settings.tls_cert, settings.tls_key, section="mqtt")
+    client_ca = None if settings.tls_ca is None else load_ca(context, settings.tls_ca, setting="mqtt.tls_ca")
     return Network(settings.listen, settings.tls_port, cert, key, client_ca)
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ssl
-from pathlib import Path
 from typing import Final
 
-from edge.errors import ConfigError
-from edge.settings.secret_files import find_secret
+from edge.pem import load_ca, load_pair
 from edge.settings.mqtt import MqttSettings
 
 _HOSTNAME_MISMATCH: Final = {62, 64}
@@ -56,43 +54,10 @@ def client_context(settings: MqttSettings) -> ssl.SSLContext:
         context = default_context()
     else:  # alone: one of the system's might vouch for somebody else's broker
         context = _make_context()
-        load_ca(context, settings.tls_ca)
+        load_ca(context, settings.tls_ca, setting="mqtt.tls_ca")
     if settings.tls_cert is not None and settings.tls_key is not None:
-        load_pair(context, settings.tls_cert, settings.tls_key)
+        load_pair(context, settings.tls_cert, settings.tls_key, section="mqtt")
     return context
-
-
-def load_ca(context: ssl.SSLContext, path: Path) -> Path:
-    """Trust the certificates in a file; returns where it was found.
-
-    Raises:
-        ConfigError: it cannot be read or holds no certificate.
-    """
-    found = _readable("tls_ca", path)
-    try:
-        context.load_verify_locations(found)
-    except ssl.SSLError:
-        hint = "mqtt.tls_ca names a file of certificates that begin with -----BEGIN CERTIFICATE-----"
-        raise ConfigError(f"{found} holds no certificate in PEM", hint=hint) from None
-    return found
-
-
-def load_pair(context: ssl.SSLContext, cert: Path, key: Path) -> tuple[Path, Path]:
-    """Show a certificate of ours; returns where both files were found.
-
-    Raises:
-        ConfigError: one cannot be read or is not PEM, the key is encrypted, or they do not belong together.
-    """
-    found = _readable("tls_cert", cert), _readable("tls_key", key)
-    try:
-        context.load_cert_chain(*found, password=lambda: _refuse_passphrase(found[1]))
-    except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
-            hint = "mqtt.tls_key must be the key that the certificate was made for"
-            raise ConfigError(f"the key {found[1]} does not belong to the certificate {found[0]}", hint=hint) from None
-        hint = "they begin with lines like -----BEGIN CERTIFICATE----- and -----BEGIN PRIVATE KEY-----"
-        raise ConfigError(f"{found[0]} and {found[1]} are not a certificate and a key in PEM", hint=hint) from None
-    return found
 
 
 def explain(error: OSError) -> str:
@@ -121,17 +86,3 @@ def explain_alert(text: str) -> str:
     if "CERTIFICATE_EXPIRED" in text or "CERTIFICATE_REVOKED" in text:
         return "the broker says that our certificate has expired or was revoked (renew mqtt.tls_cert)"
     return ""
-
-
-def _readable(setting: str, path: Path) -> Path:
-    found = find_secret(path)
-    try:
-        with found.open("rb"):
-            return found
-    except OSError as error:
-        hint = f"mqtt.{setting} names a PEM file"
-        raise ConfigError(f"{found} cannot be read: {error.strerror}", hint=hint) from None
-
-
-def _refuse_passphrase(key: Path) -> str:
-    raise ConfigError(f"the key {key} is encrypted", hint="store it without a passphrase, readable by qwedge alone")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from edge.errors import UnavailableError
+from edge.http import accepting
 from edge.http import server as module
 from edge.http.listening import bind
 from tests.fakes import FakeEngine
@@ -85,7 +86,7 @@ def test_a_stalled_reader_is_cut_off_and_its_generation_ends(serve: Serve) -> No
 
 
 def test_more_connections_than_allowed_are_closed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_CONNECTIONS", 5)
+    monkeypatch.setattr(accepting, "MAX_CONNECTIONS", 5)
     monkeypatch.setattr(module, "HEADER_S", 30)
     server = serve()
     with contextlib.ExitStack() as stack:
