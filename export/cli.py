@@ -57,6 +57,13 @@ def export(
         int | None,
         typer.Option(metavar="TOKENS", min=1, help="Longest context.  [default: the model's, at most 32768]"),
     ] = None,
+    counter: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Devices that served a bundle of this name with a higher one refuse it."),
+    ] = 0,
+    sign: Annotated[
+        Path | None, typer.Option(metavar="KEY", help="Sign it with this private key: NAME.key of `qwedge keys init`.")
+    ] = None,
     verify: Annotated[
         OracleName | None,
         typer.Option(help="Also compare the fp32 graph with this library; needs an environment with qwedge[optimum]."),
@@ -84,7 +91,7 @@ def export(
     with console_progress() as progress:
         report, oracle = _export(
             source, output, recipe=recipe, kv=kv, calibrate=calibrate, adapters=_adapters(adapter or []), name=name,
-            context=context, verify=verify, offline=offline, progress=progress,
+            context=context, counter=counter, sign=sign, verify=verify, offline=offline, progress=progress,
         )  # fmt: skip
     _print_report(report, oracle, as_json=as_json)
 
@@ -99,16 +106,20 @@ def _export(
     adapters: dict[str, Path],
     name: str | None,
     context: int | None,
+    counter: int,
+    sign: Path | None,
     verify: OracleName | None,
     offline: bool,
     progress: Progress,
 ) -> tuple[Report, dict[str, Any] | None]:
+    from edge.signing import PrivateKey
     from export.calibration import CalibrationText
     from export.oracle import Oracle, verify_against
     from export.pipeline import export_bundle
     from export.sources import default_cache, resolve
 
     # Read first: a wrong file name must not show after a download.
+    key = PrivateKey.load(sign) if sign else None
     calibration = CalibrationText.open(calibrate) if calibrate else None
     resolved = resolve(source, cache=default_cache(), offline=offline, progress=progress)
     with resolved.open() as checkpoint:
@@ -117,7 +128,7 @@ def _export(
         licence = resolved.entry.licence if resolved.entry else None
         report = export_bundle(
             checkpoint, output, recipe_named(recipe), progress=progress, name=name, context=context, kv=kv,
-            calibration=calibration, adapters=adapters, licence=licence, oracle=oracle,
+            calibration=calibration, adapters=adapters, licence=licence, counter=counter, key=key, oracle=oracle,
         )  # fmt: skip
     return report, oracle
 
@@ -158,6 +169,8 @@ def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: boo
     print(f"bundle     {report.folder}")
     recipe = manifest.recipe["name"] + (", calibrated" if manifest.recipe["calibration"] else "")
     print(f"model      {manifest.name}, {manifest.parameter_count:,} parameters, {recipe}")
+    if manifest.counter:
+        print(f"counter    {manifest.counter}")
     print(f"size       {size / 1e6:,.1f} MB, {manifest.weight_bytes_per_token / 1e6:,.1f} MB read per token")
     print(f"context    {manifest.context_length:,} tokens, {manifest.kv.bytes_per_token:,} bytes of cache each")
     if kv := manifest.measured.get("kv"):

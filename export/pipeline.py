@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from edge.bundle import (
     publish_bundle,
 )
 from edge.errors import ConfigError, ExportError
+from edge.signing import PrivateKey
 from export.architectures import architecture_for
 from export.architectures.decoder import Decoder
 from export.calibration import BUILT_IN, Calibration, CalibrationText
@@ -50,6 +52,8 @@ from export.weights import DataFile, Weights
 MIN_RUNTIME_VERSION = "0.1.0"
 DEFAULT_CONTEXT = 32768
 """Tokens; rotary tables for more cost 8 MB each 32k and no small device has the cache for it."""
+TOOLS = ("qwedge", "gguf", "numpy", "onnx-ir", "onnxruntime", "tokenizers")
+"""What the bytes of a bundle depend on besides source, recipe and options; the manifest names their versions."""
 SELF_TEST_PROMPT = "The capital of France is"
 _NAME = re.compile(r"[^a-z0-9._-]+")
 
@@ -90,6 +94,8 @@ def export_bundle(
     calibration: CalibrationText | None = None,
     adapters: Mapping[str, Path] | None = None,
     licence: str | None = None,
+    counter: int = 0,
+    key: PrivateKey | None = None,
     oracle: dict[str, Any] | None = None,
 ) -> Report:
     """Turn a checkpoint into a verified bundle at ``destination``.
@@ -105,6 +111,8 @@ def export_bundle(
         calibration: what the rounding of the weights is fitted to; None = each weight to nearest.
         adapters: folders of LoRA adapters as PEFT saves them, by the names that requests will use.
         licence: SPDX id or name, where known.
+        counter: devices that have served a bundle of this name with a higher one refuse this one.
+        key: signs the manifest; None = nobody does.
         oracle: what :func:`export.oracle.verify_against` measured, for the manifest.
 
     Raises:
@@ -143,9 +151,11 @@ def export_bundle(
                 adapters=entries,
                 measured=measured,
                 licence=licence,
+                counter=counter,
+                tools={name: version(name) for name in TOOLS},
                 **_facts(graph, checkpoint),
             )
-            _publish(staging, destination.resolve(), manifest)
+            _publish(staging, destination.resolve(), manifest, key)
     return Report(destination, manifest, clock.seconds, checkpoint.notes)
 
 
@@ -257,11 +267,11 @@ def _hash(checkpoint: Checkpoint, staging: Path, progress: Progress) -> tuple[So
         return checkpoint.hash_files(advance), [hash_file(path, progress=advance) for path in paths]
 
 
-def _publish(staging: Path, destination: Path, manifest: Manifest) -> None:
+def _publish(staging: Path, destination: Path, manifest: Manifest, key: PrivateKey | None) -> None:
     if destination.exists():
         # It was empty at the start; if it is not any more, this refuses.
         destination.rmdir()
-    publish_bundle(staging, destination, manifest)
+    publish_bundle(staging, destination, manifest, key=key)
 
 
 def _context(wanted: int | None, architecture: Decoder) -> int:

@@ -267,7 +267,7 @@ class TestFailures:
     def test_a_disk_that_is_full_later(
         self, source: Path, output: Path, place: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def full(*_: object) -> None:
+        def full(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(f"export.pipeline.{place}", full)
