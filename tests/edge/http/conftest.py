@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from edge.settings.server import ServerSettings
+from tests.browser import Browser, chromium
 from tests.fakes import FakeEngine
 from tests.serving import Served, served
 
@@ -22,6 +23,21 @@ def serve() -> Iterator[Callable[..., Served]]:
             return stack.enter_context(server)
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def shared_browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(shared_browser: Browser) -> Iterator[Browser]:
+    """The browser with a desktop's window; fails the test if the page logged an error."""
+    shared_browser.resize(1100, 760)
+    shared_browser.console()
+    yield shared_browser
+    assert shared_browser.console() == []
 
 
 @pytest.fixture(scope="module")
