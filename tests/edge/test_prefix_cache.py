@@ -68,6 +68,28 @@ def test_an_entry_replaces_what_it_extends() -> None:
     assert not cache.has("", ids("s" * 61))
 
 
+def whole(text: str, identity: str = "") -> Prefix:
+    """An entry with a state."""
+    return replace(prefix(text, identity), state=np.zeros(5, np.float32))
+
+
+def test_an_entry_with_a_state_stands_for_all_of_its_tokens_or_none() -> None:
+    cache = PrefixCache(1 << 20)
+    cache.put(whole("s" * 40))
+    cache.put(whole("s" * 80))
+    for length, reusable in ((40, 0), (41, 40), (80, 40), (81, 80)):
+        found = cache.find("", ids("s" * length))
+        assert (found[1] if found else 0) == reusable
+    assert cache.find("", ids("s" * 39 + "other")) is None
+    assert cache.shared_length("", ids("s" * 39 + "other")) == 39
+    assert cache.shared_length("alice", ids("s" * 39 + "other")) == 0
+    assert cache.num_bytes == whole("s" * 40).num_bytes + whole("s" * 80).num_bytes
+    assert cache.has("", ids("s" * 80)), "it is there"
+    assert cache.has("", ids("s" * (79 + MIN_TOKENS))), "few more tokens are not worth another state"
+    assert not cache.has("", ids("s" * (80 + MIN_TOKENS)))
+    assert not cache.has("", ids("s" * 39)), "the state after fewer tokens is not known"
+
+
 def test_the_least_recently_used_entry_goes_first_and_the_budget_holds() -> None:
     size = prefix("a" * 100).num_bytes
     cache = PrefixCache(3 * size)

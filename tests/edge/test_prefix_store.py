@@ -54,6 +54,12 @@ def make(ids: NDArray[np.int64], identity: str = "", dtype: type[np.generic] = n
     return Prefix(identity, ids, cache)
 
 
+def with_state(ids: NDArray[np.int64], identity: str = "") -> Prefix:
+    """As of a model with linear attention; keys and values end where their size is no multiple of four."""
+    cache = make(ids, identity, np.int8).cache[:1, :, :, :1]
+    return Prefix(identity, ids, cache, ids[:50].astype(np.float32) / 3)
+
+
 def opened(folder: Path, budget: int = BUDGET, model: bytes = MODEL) -> PrefixStore:
     store = PrefixStore.open(folder, budget, model)
     assert store is not None
@@ -106,6 +112,36 @@ def test_a_prefix_comes_back_after_a_restart(tmp_path: Path, dtype: type[np.gene
         np.testing.assert_array_equal(found[0].cache, prefix.cache)
         assert cache.find("", with_question(prefix.ids, 3)) is not None
         assert store.stats().num_loaded == 1, "the second time it is in memory"
+
+
+def test_a_state_comes_back_with_its_prefix_and_only_for_all_of_it(tmp_path: Path) -> None:
+    prefix = with_state(tokens(SYSTEM + 1, 1))
+    keep(tmp_path, prefix)
+    with cached(tmp_path) as (cache, store):
+        assert cache.find("", with_question(prefix.ids[:-1], 2)) is None
+        assert cache.find("", prefix.ids) is None, "the last token has to be computed"
+        assert store.stats().num_loaded == 0
+        found = cache.find("", with_question(prefix.ids, 2))
+        assert found is not None
+        assert found[1] == SYSTEM + 1
+        assert found[0].state is not None
+        assert prefix.state is not None
+        np.testing.assert_array_equal(found[0].cache, prefix.cache)
+        np.testing.assert_array_equal(found[0].state, prefix.state)
+    assert len(files(tmp_path)) == 1, "what came from the disk is not written again"
+
+
+def test_beginnings_with_a_state_stay_beside_what_begins_with_them(tmp_path: Path) -> None:
+    talk = tokens(1200, 1)
+    with cached(tmp_path) as (cache, store):
+        cache.put(with_state(talk[:400]), shared=True)
+        wait_for(lambda: store.stats().num_written == 1)
+        cache.put(with_state(talk[:500]), shared=True)  # too little more for a write
+        cache.put(with_state(talk[:900]))
+        assert cache.find("", talk[:1000]) is not None
+    with cached(tmp_path) as (cache, _):
+        lengths = [found[1] if (found := cache.find("", talk[:length])) else 0 for length in (1000, 700, 300)]
+        assert lengths == [900, 400, 0]
 
 
 def test_only_what_two_requests_had_in_common_is_written(tmp_path: Path) -> None:
@@ -181,10 +217,11 @@ def test_what_is_for_everyone_is_written_at_once_and_found_by_all(tmp_path: Path
     assert len(files(tmp_path)) == 1
 
 
-def test_no_changed_byte_gets_through(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [make, with_state])
+def test_no_changed_byte_gets_through(tmp_path: Path, kind: Callable[[NDArray[np.int64]], Prefix]) -> None:
     seed = 20
     rng = random.Random(seed)
-    prefix = make(tokens(SYSTEM, 1))
+    prefix = kind(tokens(SYSTEM, 1))
     file = keep(tmp_path, prefix)
     good = file.read_bytes()
     spots = [*range(0, 104, 3), *(rng.randrange(len(good)) for _ in range(120)), *range(len(good) - 32, len(good), 5)]

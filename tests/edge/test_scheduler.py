@@ -35,11 +35,12 @@ TIMEOUT_S = 10
 class Client:
     """One request and the events it got."""
 
-    def __init__(self, service: Service, prompt: str = "hello", **options: object) -> None:
+    def __init__(self, service: Service, prompt: str | list[int] = "hello", **options: object) -> None:
         self.events: list[Event] = []
         self._queue: queue.Queue[Event] = queue.Queue()
         options.setdefault("sampling", SamplingParams())
-        request = GenerationRequest(tuple(prompt.encode()), **options)  # type: ignore[arg-type]
+        ids = tuple(prompt.encode() if isinstance(prompt, str) else prompt)
+        request = GenerationRequest(ids, **options)  # type: ignore[arg-type]
         self.ticket: Ticket = service.submit(request, self._queue.put)
 
     def wait_for(self, kind: type[Event] | tuple[type[Event], ...]) -> Event:
