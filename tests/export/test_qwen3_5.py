@@ -27,11 +27,11 @@ from edge.bundle import (
     verify_bundle,
 )
 from edge.engine.lora import Places
-from edge.errors import CheckpointError
+from edge.errors import CheckpointError, ConfigError
 from export.architectures import architecture_for
 from export.checkpoint import open_checkpoint
 from export.graph import present_name
-from export.oracle import Decoder
+from export.oracle import Decoder, Oracle, verify_against, write_folder
 from export.pipeline import Graph, Report, build_graph, export_bundle
 from export.progress import Silent
 from export.quantize.recipes import RECIPES, Recipe
@@ -221,6 +221,26 @@ def test_adapters_compute_what_merged_weights_do(tmp_path: Path) -> None:
     plain = Decoder(export(source, tmp_path / "plain-bundle", "fp32").folder).append(ids)
     assert np.abs(found - expected).max() < 1e-3
     assert np.abs(plain - expected).max() > 0.1
+
+
+class TestOracle:
+    """``--verify``: the parity of a whole checkpoint needs transformers 5; the stored logits stand in for it here."""
+
+    def test_what_it_is_given_is_the_text_part(self, tmp_path: Path) -> None:
+        with open_checkpoint(tiny.write_folder(tmp_path / "m", tiny_qwen3_5.config())) as checkpoint:
+            write_folder(checkpoint, tmp_path / "for-oracle")
+            config = json.loads((tmp_path / "for-oracle" / "config.json").read_text("utf-8"))
+            assert (config["architectures"], config["model_type"]) == (["Qwen3_5ForCausalLM"], "qwen3_5_text")
+            with open_checkpoint(tmp_path / "for-oracle") as given:
+                assert given.tensors.keys() == checkpoint.tensors.keys()
+                for name in given.tensors:
+                    np.testing.assert_array_equal(given.rows(name), checkpoint.rows(name))
+
+    def test_optimum_is_not_asked(self, tmp_path: Path) -> None:
+        with open_checkpoint(tiny.write_folder(tmp_path / "m", tiny_qwen3_5.config())) as checkpoint:
+            with pytest.raises(ConfigError, match="optimum knows no qwen3_5") as caught:
+                verify_against(Oracle.OPTIMUM, checkpoint, progress=Silent())
+            assert "transformers 5" in caught.value.hint
 
 
 @pytest.mark.parametrize(

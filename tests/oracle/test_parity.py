@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from edge.errors import ExportError
+from edge.errors import ConfigError, ExportError
 from export.checkpoint import open_checkpoint
 from export.oracle import Oracle, verify_against
 from export.pipeline import build_graph
 from export.progress import Silent
-from tests.export import tiny
+from tests.export import tiny, tiny_qwen3_5
 
 TOLERANCE = 1e-4
 """Absolute, for a logit: what the issue asks for."""
@@ -73,3 +73,10 @@ def test_the_command_writes_the_comparison_into_the_manifest(tmp_path: Path) -> 
     assert result["oracle"]["oracle"] == "optimum"
     assert done.stderr.splitlines()[0] == "asking optimum ..."
     assert all(line.endswith("...") for line in done.stderr.splitlines()), done.stderr
+
+
+def test_a_model_that_this_transformers_does_not_know_is_told_apart(tmp_path: Path) -> None:
+    with open_checkpoint(tiny.write_folder(tmp_path / "m", tiny_qwen3_5.config())) as checkpoint:
+        with pytest.raises(ConfigError, match=r"transformers 4\.\S+ knows no qwen3_5") as caught:
+            verify_against(Oracle.TRANSFORMERS, checkpoint, progress=Silent())
+        assert "transformers 5" in caught.value.hint
