@@ -147,12 +147,8 @@ class Scheduler:
             UnavailableError: the scheduler is stopping.
         """
         with self._changed:
-            if not self._accepting:
-                raise UnavailableError("the server is shutting down", hint="try again when it is back", retry_after_s=5)
+            self.check_room(len(sequences))
             position = len(self._waiting)
-            if position + len(sequences) > self._max_queue:
-                retry = max(1.0, self._eta_s(position) / 2)
-                raise OverloadedError(f"{position} requests are waiting", hint="try again later", retry_after_s=retry)
             if self._idle():
                 # The engine's thread has not woken up yet: idleness must not count as a lack of progress.
                 self._progress_at = time.monotonic()
@@ -160,6 +156,21 @@ class Scheduler:
             for place, sequence in enumerate(sequences, start=position):
                 sequence.consumer.queued(place, self._eta_s(place))
             self._changed.notify_all()
+
+    def check_room(self, num_sequences: int = 1) -> None:
+        """Whether so many sequences would be queued now, before anything is done for them.
+
+        Raises:
+            OverloadedError: the queue has no room for them.
+            UnavailableError: the scheduler is stopping.
+        """
+        with self._changed:
+            if not self._accepting:
+                raise UnavailableError("the server is shutting down", hint="try again when it is back", retry_after_s=5)
+            position = len(self._waiting)
+            if position + num_sequences > self._max_queue:
+                retry = max(1.0, self._eta_s(position) / 2)
+                raise OverloadedError(f"{position} requests are waiting", hint="try again later", retry_after_s=retry)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence at the next step; harmless when it has ended already."""

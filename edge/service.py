@@ -179,13 +179,29 @@ class Service:
             UnavailableError: what :meth:`submit` raises.
         """
         try:
-            if (loaded := self._loaded) is None:
-                hint = "try again in a moment"
-                raise UnavailableError("another model is being loaded", hint=hint, retry_after_s=SWITCH_RETRY_S)
-            return self._submit_to(loaded, requests, on_event)
+            return self._submit_to(self._present(), requests, on_event)
         except QwedgeError as error:
             self.metrics.refused(error)
             raise
+
+    def check_room(self) -> None:
+        """Whether a request would be queued now: under overload, before its prompt is looked at.
+
+        Raises:
+            OverloadedError: the queue is full.
+            UnavailableError: the service is stopping, or another model is being loaded.
+        """
+        try:
+            self._present().scheduler.check_room()
+        except QwedgeError as error:
+            self.metrics.refused(error)
+            raise
+
+    def _present(self) -> Loaded:
+        if (loaded := self._loaded) is None:
+            hint = "try again in a moment"
+            raise UnavailableError("another model is being loaded", hint=hint, retry_after_s=SWITCH_RETRY_S)
+        return loaded
 
     def _submit_to(self, loaded: Loaded, requests: Sequence[GenerationRequest], on_event: OnIndexedEvent) -> Ticket:
         sequences: list[EngineSequence] = []

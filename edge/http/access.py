@@ -19,11 +19,12 @@ _FREE: Final = re.compile(r"/|/favicon\.ico|/static/.*|/health(/live|/ready)?")
 """What is read without a key: the page, which asks for one, and the health that supervisors look at."""
 _ANY_RIGHT: Final = re.compile(r"/openapi\.json|/v1/(models(/.+)?|queue(/.+)?)|/api/(tags|version)")
 """What is read with any key: clients of every kind look there before they ask."""
-_GENERATE: Final = re.compile(
-    r"/v1/(chat/completions|completions|responses|embeddings|messages(/count_tokens)?)"
-    r"|(/v1)?/(tokenize|detokenize|apply-template)|/api/(chat|generate|embed|embeddings|show)"
+_QUEUED: Final = re.compile(
+    r"/v1/(chat/completions|completions|responses|embeddings|messages)|/api/(chat|generate|embed|embeddings)"
 )
-"""What is posted to the model."""
+"""What is posted to the model, and waits for it."""
+_AT_ONCE: Final = re.compile(r"/v1/messages/count_tokens|(/v1)?/(tokenize|detokenize|apply-template)|/api/show")
+"""What is posted to its tokenizer, template and description."""
 OPEN_RIGHTS: Final[frozenset[Right]] = frozenset({"generate", "read"})
 """Of whoever reaches an open server, and of certificates that no key says more about."""
 
@@ -81,7 +82,13 @@ def needed_right(method: str, path: str) -> Right | None:
     """What a request needs; None: any key will do. What is not known here takes the right to manage, or to read."""
     if method in _READING:
         return None if _ANY_RIGHT.fullmatch(path) else "read"
-    return "generate" if method == "POST" and _GENERATE.fullmatch(path) else "manage"
+    asks = method == "POST" and (_QUEUED.fullmatch(path) or _AT_ONCE.fullmatch(path))
+    return "generate" if asks else "manage"
+
+
+def is_queued(method: str, path: str) -> bool:
+    """Whether a request takes a place in the queue."""
+    return method == "POST" and _QUEUED.fullmatch(path) is not None
 
 
 def certificate_name(certificate: Mapping[str, object]) -> str:

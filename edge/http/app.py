@@ -26,10 +26,12 @@ from edge.http.errors import error_response
 from edge.http.guard import Guard
 from edge.http.routes.anthropic import anthropic_routes
 from edge.http.routes.device import DeviceSources, device_routes
+from edge.http.routes.embeddings import embedding_routes
 from edge.http.routes.evaluation import Evaluations, evaluation_routes
 from edge.http.routes.information import STATIC, information_routes
 from edge.http.routes.ollama import ollama_routes
 from edge.http.routes.openai import openai_routes
+from edge.http.routes.text import text_routes
 from edge.log_buffer import LogBuffer
 from edge.service import Service
 from edge.settings.server import ServerSettings
@@ -56,6 +58,8 @@ def create_app(
     """
     routes = [
         *openai_routes(service),
+        *embedding_routes(service),
+        *text_routes(service),
         *anthropic_routes(service),
         *ollama_routes(service),
         *information_routes(service, problem),
@@ -64,7 +68,7 @@ def create_app(
     ]
     return Starlette(
         routes=[*routes, _document(routes), Mount("/static", StaticFiles(directory=STATIC), name="static")],
-        middleware=[Middleware(Guard, settings=settings, access=access)],
+        middleware=[Middleware(Guard, settings=settings, check_room=service.check_room, access=access)],
         exception_handlers=dict.fromkeys((QwedgeError, HTTPException, ClientDisconnect), _answer_error),
     )
 

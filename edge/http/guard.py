@@ -12,14 +12,14 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge.errors import QwedgeError, RequestError, TooLargeError
-from edge.http.access import Access
+from edge.http.access import Access, is_queued
 from edge.http.caller import Exchange, begin_exchange
 from edge.http.cors import Cors
 from edge.http.errors import error_response
@@ -40,6 +40,12 @@ _SECURITY_HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
+MAX_HEADERS = 100
+"""Headers of a request."""
+MAX_HEADER_BYTES = 1 << 14
+"""Names and values of all headers."""
+MAX_TARGET_BYTES = 1 << 12
+"""Path and query."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -49,12 +55,16 @@ class Guard:
     Args:
         app: the application.
         settings: allowed hosts, origins and the body limit.
+        check_room: raises the refusal while the queue is full.
         access: who may do what; None: everybody anything.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, access: Access | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, *, check_room: Callable[[], None], access: Access | None = None
+    ) -> None:
         self._app = app
         self._access = access
+        self._check_room = check_room
         self._max_body_bytes = settings.max_body_bytes
         self._hosts = {host.lower() for host in (*settings.allowed_hosts, settings.host)}
         self._cors = Cors(settings.cors_origins)
@@ -81,6 +91,7 @@ class Guard:
             app = self._cors.preflight(scope, headers)
             if app is None:
                 self._admit(scope, headers)
+                self._check_queue(scope, headers)
             await (app or self._app)(scope, body.receive, response.send)
         except QwedgeError as error:
             await error_response(error, scope)(scope, receive, response.send)
@@ -93,6 +104,7 @@ class Guard:
             await error_response(internal, scope)(scope, receive, response.send)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
+        _check_size(scope)
         host = headers.get("host", "")
         if not self._is_allowed(_without_port(host)):
             hint = "use the device's address, or add the name to allowed_hosts in the [server] settings"
@@ -107,6 +119,11 @@ class Guard:
     def _admit(self, scope: Scope, headers: Headers) -> None:
         if self._access is not None:
             scope["state"]["exchange"].caller = self._access.admit(scope, headers)
+
+    def _check_queue(self, scope: Scope, headers: Headers) -> None:
+        """Under overload refuse before a body is read, templated and tokenized; what is stored is answered anyway."""
+        if is_queued(scope["method"], scope["path"]) and "idempotency-key" not in headers:
+            self._check_room()
 
     def _headers(self, scope: Scope, origin: str | None) -> dict[str, str]:
         """What a response has beside its own headers."""
@@ -175,6 +192,17 @@ def _log_request(scope: Scope, exchange: Exchange, status: int | None, seconds: 
     level = logging.INFO if scope["method"] == "POST" else logging.DEBUG
     key = f" key={exchange.caller.name}" if exchange.caller.name else ""
     log.log(level, "%s %s %s %s %.3f s%s", exchange.id, scope["method"], path, status, seconds, key)
+
+
+def _check_size(scope: Scope) -> None:
+    """h11 limits what it has to wait for; a head that comes at once is limited here."""
+    num_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
+    target = len(scope["raw_path"]) + len(scope["query_string"])
+    if len(scope["headers"]) > MAX_HEADERS or num_bytes > MAX_HEADER_BYTES or target > MAX_TARGET_BYTES:
+        hint = f"send {MAX_HEADERS} headers, {MAX_HEADER_BYTES} bytes of them and {MAX_TARGET_BYTES} of address at most"
+        error = TooLargeError("the request's head is too large", hint=hint)
+        error.status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        raise error
 
 
 def too_large(limit: int) -> TooLargeError:

@@ -32,6 +32,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from edge.errors import RequestError
 from edge.http.accepting import Acceptor
 from edge.http.access import certificate_name
+from edge.http.guard import MAX_HEADER_BYTES
 from edge.http.listening import BACKLOG
 from edge.openai import error_body
 
@@ -66,6 +67,7 @@ class HttpServer:
             uvicorn.Config(
                 app,
                 http=DeadlineProtocol,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 ws="none",
                 loop="asyncio",
                 lifespan="off",

@@ -96,6 +96,63 @@ def test_more_connections_than_allowed_are_closed(serve: Serve, monkeypatch: pyt
         wait_for(lambda: sum(_still_open(sock) for sock in sockets) == 5)
 
 
+def test_one_address_leaves_room_for_others(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accepting, "MAX_PER_ADDRESS", 3)
+    monkeypatch.setattr(module, "HEADER_S", 30)
+    server = serve()
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(server.connect()) for _ in range(6)]
+        for sock in sockets:
+            sock.setblocking(False)
+        wait_for(lambda: sum(_still_open(sock) for sock in sockets) == 3)
+        other = stack.enter_context(
+            socket.create_connection(("127.0.0.1", server.port), timeout=20, source_address=("127.0.0.2", 0))
+        )
+        other.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert _read_all(other).startswith(b"HTTP/1.1 200")
+    wait_for(lambda: server.client.get("/health").status_code == 200)  # those that are gone count no more
+
+
+def test_a_connection_is_closed_after_so_many_requests(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REQUESTS", 3)
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with server.connect() as sock:
+        sock.sendall(request * 5)
+        answers = _read_all(sock)
+    assert answers.count(b"HTTP/1.1 200") == 3
+    assert answers.count(b"connection: close") == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "statuses"),
+    [
+        (b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * 120, {b"431"}),
+        (b"GET /health HTTP/1.1\r\na: " + b"b" * 17_000 + b"\r\n", {b"400", b"431"}),
+        (b"GET /health?" + b"b" * 5000 + b" HTTP/1.1\r\n", {b"431"}),
+        (b"GET /health HTTP/1.1\r\na: " + b"b" * 1_000_000 + b"\r\n", {b"400", b"431"}),
+    ],
+)
+def test_a_head_that_is_too_large_is_refused(server: Served, head: bytes, statuses: set[bytes]) -> None:
+    with server.connect() as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(head + b"Host: localhost\r\nConnection: close\r\n\r\n")
+        assert _read_all(sock)[9:12] in {*statuses, b""}  # an answer to what was never read may be lost
+    assert server.client.get("/health").status_code == 200
+
+
+def test_a_full_queue_is_noticed_before_the_body_is_looked_at(serve: Serve) -> None:
+    server = serve(FakeEngine(slots=1), max_queue=1)
+    server.engine.gate.clear()
+    with server.asking(), server.asking():
+        wait_for(lambda: server.service.stats().num_waiting == 1)
+        refused = server.client.post("/v1/chat/completions", content=b"no JSON")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert 'outcome="overloaded"' in server.client.get("/metrics").text
+        server.engine.gate.set()
+    assert server.client.post("/v1/chat/completions", content=b"no JSON").status_code == 400
+
+
 @pytest.mark.parametrize(
     "request_line",
     [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"HELLO\r\n\r\n", b"GET / HTTP/1.1\r\nbad\r\n\r\n"],
