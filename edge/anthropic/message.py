@@ -34,7 +34,6 @@ class MessageWriter:
     ) -> None:
         self.id = f"msg_{uuid.uuid4().hex}"
         self._model_name = request.model or model.manifest.name
-        self._one_call_at_most = request.one_call_at_most
         self._num_prompt_tokens = len(generation.prompt_ids)
         self._parser = block_parser(model, chat, generation)
         self._blocks: list[dict[str, Any]] = []
@@ -77,8 +76,6 @@ class MessageWriter:
     def _add(self, pieces: list[Piece]) -> Iterator[dict[str, Any]]:
         for piece in pieces:
             match piece:
-                case Call(index=index) | Arguments(index=index) if index and self._one_call_at_most:
-                    continue
                 case Content(text):
                     yield from self._add_text("text", text)
                 case Reasoning(text):

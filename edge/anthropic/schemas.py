@@ -194,11 +194,6 @@ class MessagesRequest(CountRequest):
             raise RequestError("the thinking budget leaves no answer", hint=hint, param="thinking.budget_tokens")
         return self
 
-    @property
-    def one_call_at_most(self) -> bool:
-        """Whether calls after the first one are unwanted."""
-        return bool(self.tool_choice and self.tool_choice.disable_parallel_tool_use)
-
 
 def parse_messages(body: Mapping[str, Any]) -> MessagesRequest:
     """Check the body of a request for a message.

@@ -21,7 +21,7 @@ def to_chat(request: CountRequest) -> ChatRequest:
     fields = {
         "model": request.model,
         "messages": [*_system(request), *(turn for message in request.messages for turn in _turns(message))],
-        "enable_thinking": request.thinking is not None and request.thinking.type != "disabled",
+        **_thinking(request),
         "response_format": _response_format(request),
         **_tools(request),
         **sampling,
@@ -38,6 +38,13 @@ def _sampling(request: MessagesRequest) -> dict[str, Any]:
         "top_k": request.top_k,
         "stream": request.stream,
     }
+
+
+def _thinking(request: CountRequest) -> dict[str, Any]:
+    thinking = request.thinking
+    if thinking is None or thinking.type == "disabled":
+        return {"enable_thinking": False}
+    return {"enable_thinking": True, "thinking_budget": thinking.budget_tokens}
 
 
 def _system(request: CountRequest) -> Iterator[dict[str, Any]]:
@@ -104,7 +111,8 @@ def _tools(request: CountRequest) -> dict[str, Any]:
     if choice is None:
         return {"tools": tools}
     named = {"type": "function", "function": {"name": choice.name}}
-    return {"tools": tools, "tool_choice": _CHOICES.get(choice.type, named)}
+    parallel = None if choice.disable_parallel_tool_use is None else not choice.disable_parallel_tool_use
+    return {"tools": tools, "tool_choice": _CHOICES.get(choice.type, named), "parallel_tool_calls": parallel}
 
 
 def _response_format(request: CountRequest) -> dict[str, Any] | None:

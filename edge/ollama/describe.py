@@ -90,13 +90,10 @@ def _capabilities(model: Model) -> Iterator[str]:
     if model.template is not None:
         if _shows_tools(model.template):
             yield "tools"
-        if _render(model.template, enable_thinking=True) != _render(model.template, enable_thinking=False):
+        if model.template.thinks != "never":
             yield "thinking"
 
 
 def _shows_tools(template: ChatTemplate) -> bool:
-    return _PROBE in _render(template, tools=[{"type": "function", "function": {"name": _PROBE, "parameters": {}}}])
-
-
-def _render(template: ChatTemplate, **options: Any) -> str:
-    return template.render([{"role": "user", "content": "?"}], **options)
+    tool = {"type": "function", "function": {"name": _PROBE, "parameters": {}}}
+    return _PROBE in template.render([{"role": "user", "content": "?"}], tools=[tool])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def information_routes(service: Service, problem: Callable[[], str | None]) -> l
     async def list_models(_request: Request) -> Response:
         """The served model, by itself and with each adapter."""
         names = await run_in_threadpool(service.model.names)
-        return JSONResponse({"object": "list", "data": [_describe_model(service.model, name) for name in names]})
+        ends = {"first_id": names[0], "last_id": names[-1], "has_more": False}
+        data = [_describe_model(service.model, name) for name in names]
+        return JSONResponse({"object": "list", "data": data, **ends})
 
     async def get_model(request: Request) -> Response:
         """The served model, or the model with an adapter; 404 for another name."""
@@ -62,12 +65,16 @@ def information_routes(service: Service, problem: Callable[[], str | None]) -> l
 
 
 def _describe_model(model: Model, name: str) -> dict[str, Any]:
+    """A model as both OpenAI's and Anthropic's clients know it: they ask at the same path."""
     manifest = model.manifest
     return {
         "id": name,
         "object": "model",
         "created": int(model.loaded_at),
         "owned_by": "qwedge",
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(int(model.loaded_at), UTC).isoformat(),
         "context_length": model.context_length,
         "parameter_count": manifest.parameter_count,
         "version": manifest.version,
