@@ -13,11 +13,20 @@ from edge import __version__
 from edge.anthropic import CountRequest, MessagesRequest
 from edge.ollama import ChatBody, GenerateBody, ShowBody
 from edge.openai import ChatRequest, CompletionRequest
+from edge.openai.embeddings import EmbeddingRequest
+from edge.openai.text import DetokenizeRequest, TokenizeRequest
 
 _REF = "#/components/schemas/{model}"
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    "/apply-template": ChatRequest,
+    "/v1/tokenize": TokenizeRequest,
+    "/v1/detokenize": DetokenizeRequest,
+    "/v1/apply-template": ChatRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountRequest,
     "/api/chat": ChatBody,

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from edge.engine.logprobs import MAX_TOP
 from edge.errors import RequestError
+from edge.openai.prompts import Prompt, read_prompts
 from edge.openai.wire import Unsupported, Wire, refuse_unsupported, validate
 
 MAX_MESSAGES = 4096
@@ -310,28 +311,13 @@ class CompletionRequest(_Generation):
         return bool(self.echo) and self.logprobs is not None
 
     @property
-    def prompts(self) -> list[str | tuple[int, ...]]:
+    def prompts(self) -> list[Prompt]:
         """The prompts, each as text or as token ids.
 
         Raises:
             RequestError: one is empty, or neither text nor integers; or there are too many.
         """
-        batch = self.prompt
-        if isinstance(batch, str) or not any(isinstance(item, str | list) for item in batch):
-            batch = [batch]
-        if len(batch) > MAX_PROMPTS:
-            raise RequestError("there are too many prompts", hint=f"send {MAX_PROMPTS} at most", param="prompt")
-        return [_one_prompt(item) for item in batch]
-
-
-def _one_prompt(prompt: Any) -> str | tuple[int, ...]:
-    if prompt in ("", []):
-        raise RequestError("the prompt is empty", hint="send text or token ids", param="prompt")
-    if isinstance(prompt, str):
-        return prompt
-    if not isinstance(prompt, list) or any(isinstance(item, bool) or not isinstance(item, int) for item in prompt):
-        raise RequestError("a prompt is neither text nor token ids", hint="send one of them", param="prompt")
-    return tuple(prompt)
+        return read_prompts(self.prompt, "prompt", MAX_PROMPTS)
 
 
 def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
