@@ -19,9 +19,9 @@ from export.checkpoint import open_checkpoint
 from export.pipeline import export_bundle
 from export.progress import Silent
 from export.quantize.recipes import RECIPES
-from tests.export import peft, tiny
+from tests.export import peft, tiny, tiny_qwen3_5
 
-CONFIGS = {"qwen2": tiny.qwen2_config(), "qwen3": tiny.qwen3_config()}
+CONFIGS = {"qwen2": tiny.qwen2_config(), "qwen3": tiny.qwen3_config(), "qwen3_5": tiny_qwen3_5.text_config()}
 # Different ranks (one that is no multiple of 16, one of two groups), targets and layers.
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "all": {"rank": 8, "seed": 1},
@@ -152,6 +152,19 @@ def test_company_changes_no_bit(quantized: Case, threads: int) -> None:
             done = [start + sum(slot == row[0] for row in rows) for slot, start in enumerate(done)]
     for slot in range(len(adapters)):
         np.testing.assert_array_equal(engine.read_slot(slot, LENGTH + 8), expected[slot])
+
+
+def test_several_tokens_of_a_sequence_are_computed_with_its_adapter(case: Case) -> None:
+    engine = case.engine()
+    ids = prompt(3, LENGTH + 4)
+    for name in (None, *ADAPTERS):
+        adapter = None if name is None else case.read(engine, name)
+        expected = steps(engine, 1, adapter, ids)
+        engine.use_adapter(1, adapter)
+        engine.prefill(1, ids[:LENGTH], 0)
+        engine.decode([1] * 4, ids[LENGTH:].tolist(), range(LENGTH, LENGTH + 4))
+        np.testing.assert_allclose(engine.read_slot(1, LENGTH + 4), expected, rtol=0, atol=1e-5)
+        engine.release_slot(1)
 
 
 def test_a_released_slot_uses_no_adapter(case: Case) -> None:

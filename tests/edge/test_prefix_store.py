@@ -57,7 +57,7 @@ def make(ids: NDArray[np.int64], identity: str = "", dtype: type[np.generic] = n
 def with_state(ids: NDArray[np.int64], identity: str = "") -> Prefix:
     """As of a model with linear attention; keys and values end where their size is no multiple of four."""
     cache = make(ids, identity, np.int8).cache[:1, :, :, :1]
-    return Prefix(identity, ids, cache, ids[:50].astype(np.float32) / 3)
+    return Prefix(identity, ids, cache, (ids[:50] / 3).astype(np.float32))
 
 
 def opened(folder: Path, budget: int = BUDGET, model: bytes = MODEL) -> PrefixStore:
