@@ -45,15 +45,11 @@ class State(BaseModel):
 
     def switched_to(self, name: str) -> State:
         """``name`` is active and on trial; what worked last is where to go back to."""
+        if name == self.previous:
+            return self.rolled_back()
         previous = self.active if self.starts is None else self.previous
-        return self.model_copy(
-            update={
-                "active": name,
-                "previous": previous if previous != name else None,
-                "starts": 0,
-                "failed": self.failed if self.failed != name else None,
-            }
-        )
+        failed = self.failed if self.failed != name else None
+        return self.model_copy(update={"active": name, "previous": previous, "starts": 0, "failed": failed})
 
     def rolled_back(self) -> State:
         """The previous bundle is active again."""
