@@ -64,6 +64,10 @@ def export(
     sign: Annotated[
         Path | None, typer.Option(metavar="KEY", help="Sign it with this private key: NAME.key of `qwedge keys init`.")
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Measure what the recipe costs; write it to the manifest and a page in DIR."),
+    ] = None,
     verify: Annotated[
         OracleName | None,
         typer.Option(help="Also compare the fp32 graph with this library; needs an environment with qwedge[optimum]."),
@@ -89,11 +93,12 @@ def export(
     from export.console import console_progress
 
     with console_progress() as progress:
-        report, oracle = _export(
+        exported, oracle = _export(
             source, output, recipe=recipe, kv=kv, calibrate=calibrate, adapters=_adapters(adapter or []), name=name,
-            context=context, counter=counter, sign=sign, verify=verify, offline=offline, progress=progress,
+            context=context, counter=counter, sign=sign, report=report, verify=verify, offline=offline,
+            progress=progress,
         )  # fmt: skip
-    _print_report(report, oracle, as_json=as_json)
+    _print_report(exported, oracle, as_json=as_json)
 
 
 def _export(
@@ -108,6 +113,7 @@ def _export(
     context: int | None,
     counter: int,
     sign: Path | None,
+    report: Path | None,
     verify: OracleName | None,
     offline: bool,
     progress: Progress,
@@ -126,11 +132,12 @@ def _export(
         # The oracle comes first: a graph that is wrong must not become a bundle.
         oracle = verify_against(Oracle(verify), checkpoint, progress=progress) if verify else None
         licence = resolved.entry.licence if resolved.entry else None
-        report = export_bundle(
+        exported = export_bundle(
             checkpoint, output, recipe_named(recipe), progress=progress, name=name, context=context, kv=kv,
             calibration=calibration, adapters=adapters, licence=licence, counter=counter, key=key, oracle=oracle,
+            report=report,
         )  # fmt: skip
-    return report, oracle
+    return exported, oracle
 
 
 def _adapters(options: list[str]) -> dict[str, Path]:
@@ -175,6 +182,9 @@ def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: boo
     print(f"context    {manifest.context_length:,} tokens, {manifest.kv.bytes_per_token:,} bytes of cache each")
     if kv := manifest.measured.get("kv"):
         print(f"cache      {manifest.kv.dtype}, divergence {kv['kl']:.4f} nats, same first choice {kv['top1']:.1%}")
+    if quality := manifest.measured.get("quality"):
+        change = quality["perplexity"] / quality["reference_perplexity"] - 1
+        print(f"quality    KL {quality['kl']:.4f}, same first choice {quality['top1']:.1%}, perplexity {change:+.1%}")
     for adapter in manifest.adapters:
         print(f"adapter    {manifest.name}:{adapter.name}, rank {adapter.rank}")
     print(f"kernels    largest relative difference {test['kernel_difference']:.1e}")

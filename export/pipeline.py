@@ -27,6 +27,7 @@ from edge.bundle import (
     GRAPH,
     SCHEMA_VERSION,
     TOKENIZER,
+    WEIGHTS,
     CacheType,
     FileEntry,
     KVLayout,
@@ -45,7 +46,9 @@ from export.graph import GraphBuilder
 from export.kv_scales import cache_test, calibrate, quantize_cache
 from export.lora import LoraPlaces, copy_adapters
 from export.progress import Progress, step
-from export.quantize.recipes import Recipe
+from export.quantize.recipes import Recipe, recipe_named
+from export.report import Quality, Row, built_in_windows, check_folder, compare, describe, new_report
+from export.report_page import write_report
 from export.verify import check_kernels, self_test
 from export.weights import DataFile, Weights
 
@@ -97,6 +100,7 @@ def export_bundle(
     counter: int = 0,
     key: PrivateKey | None = None,
     oracle: dict[str, Any] | None = None,
+    report: Path | None = None,
 ) -> Report:
     """Turn a checkpoint into a verified bundle at ``destination``.
 
@@ -114,6 +118,7 @@ def export_bundle(
         counter: devices that have served a bundle of this name with a higher one refuse this one.
         key: signs the manifest; None = nobody does.
         oracle: what :func:`export.oracle.verify_against` measured, for the manifest.
+        report: folder of a report that gets a row for what the recipe costs; None = it is not measured.
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not match its config.
@@ -123,6 +128,7 @@ def export_bundle(
     """
     clock = _Clock()
     model_name = _model_name(name, checkpoint.origin.location)
+    known = None if report is None else check_folder(report, new_report(checkpoint, model_name))
     with _staging(destination) as staging, disk_errors():
         # Before the long work: they may turn out to be of another model.
         entries = copy_adapters(adapters or {}, architecture_for(checkpoint.config), staging)
@@ -138,6 +144,10 @@ def export_bundle(
                 graph, measured["kv"] = _with_int8_cache(graph, checkpoint, staging, progress)
         with clock.phase("verify"):
             measured["self_test"] = _verify(graph, checkpoint, staging, progress)
+        if known is not None:
+            with clock.phase("report"):
+                row = _row(recipe, calibration, graph, staging, _quality(graph, checkpoint, staging, progress))
+                known, measured["quality"] = known.with_row(row), describe(row.quality)
         with clock.phase("hash"):
             if oracle is not None:
                 measured["oracle"] = oracle
@@ -156,6 +166,8 @@ def export_bundle(
                 **_facts(graph, checkpoint),
             )
             _publish(staging, destination.resolve(), manifest, key)
+        if report is not None and known is not None:
+            write_report(report, known)
     return Report(destination, manifest, clock.seconds, checkpoint.notes)
 
 
@@ -231,6 +243,27 @@ def _verify(graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Progr
         tested = self_test(graph.model, staging, prompt_ids)
     text = {"prompt": SELF_TEST_PROMPT, "next_text": tokenizer.decode([tested.next_id])}
     return {"kernel_difference": difference, **text, **asdict(tested)}
+
+
+def _quality(graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Progress) -> Quality:
+    """What the graph costs against the checkpoint in float32, which lies beside the bundle meanwhile."""
+    windows = built_in_windows(Tokenizer.from_file(str(staging / TOKENIZER)), graph.context_length)
+    with tempfile.TemporaryDirectory(prefix=".reference.", dir=staging.parent) as name:
+        folder = Path(name)
+        reference = build_graph(checkpoint, folder, recipe_named("fp32"), progress=progress)
+        with step(progress, "measuring what the recipe costs", None):
+            return compare(windows.logits(reference.model, folder), windows.logits(graph.model, staging), windows)
+
+
+def _row(recipe: Recipe, calibration: CalibrationText | None, graph: Graph, staging: Path, quality: Quality) -> Row:
+    return Row(
+        recipe=recipe.name,
+        calibrated=calibration is not None,
+        kv=graph.kv.dtype,
+        weight_bytes=(staging / WEIGHTS).stat().st_size,
+        weight_bytes_per_token=graph.weight_bytes_per_token,
+        quality=quality,
+    )
 
 
 def _write_text(checkpoint: Checkpoint, staging: Path) -> None:

@@ -19,7 +19,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -33,12 +33,11 @@ from tokenizers import Tokenizer
 from edge.bundle import GRAPH, WEIGHTS
 from export.calibration import CalibrationText
 from export.checkpoint import Checkpoint, open_checkpoint
-from export.kv_scales import divergence
 from export.pipeline import build_graph
 from export.progress import Silent
 from export.quantize.recipes import Blockwise, Recipe, TwoStage, recipe_named
-from export.segments import Array, Layer, embed, final_hidden, num_layers
-from export.verify import head_logits
+from export.report import Windows, compare
+from export.segments import Array
 
 SEED = 1
 _CODES: dict[str, list[tuple[int, int, int]]] = {
@@ -119,60 +118,6 @@ class Result:
         )
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Texts cut into windows [windows, tokens]; the second half of each is scored."""
-
-    ids: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, texts: Sequence[str], tokenizer: Tokenizer, count: int, length: int) -> Windows:
-        """Spread ``count`` windows of ``length`` tokens evenly, as many in each text."""
-        rows = []
-        for text in texts:
-            ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
-            starts = np.linspace(0, len(ids) - length, max(1, count // len(texts))).astype(np.int64)
-            rows += [ids[start : start + length] for start in starts]
-        return cls(np.stack(rows))
-
-    def logits(self, model: ir.Model, folder: Path) -> Iterator[Array]:
-        """Logits [scored tokens, vocabulary] of one window after the other, a layer at a time."""
-        length = self.ids.shape[1]
-        windows = [embed(model, folder, cast("list[int]", row.tolist())) for row in self.ids]
-        for index in range(num_layers(model)):
-            layer = Layer(model, folder, index)
-            for number, x in enumerate(windows):
-                layer.clear()
-                windows[number] = layer.append(x)
-        for x in windows:
-            yield head_logits(model, folder, final_hidden(model, folder, x, range(length // 2 - 1, length - 1)))
-
-    def next_ids(self, window: int) -> NDArray[np.int64]:
-        """What follows the scored places."""
-        return self.ids[window, self.ids.shape[1] // 2 :]
-
-
-def surprise(logits: Array, next_ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Negative log-probability of each next token."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    found: NDArray[np.float64] = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(next_ids)), next_ids]
-    return found
-
-
-def compare(
-    reference: Sequence[Array], found: Iterator[Array], windows: Windows
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Divergence, same first choice, surprise of the found and of the reference: each as a column; and its means."""
-    columns = []
-    for number, (expected, logits) in enumerate(zip(reference, found, strict=True)):
-        next_ids = windows.next_ids(number)
-        same = expected.argmax(axis=1) == logits.argmax(axis=1)
-        surprises = surprise(logits, next_ids), surprise(expected, next_ids)
-        columns.append(np.stack([divergence(expected, logits).astype(np.float64), same, *surprises]))
-    rows = np.concatenate(columns, axis=1)
-    return rows, rows.mean(axis=1)
-
-
 def reference_logits(checkpoint: Checkpoint, windows: Windows, cache: Path) -> list[Array]:
     """Of the float32 graph, window by window; mapped from files in ``cache`` where they were computed before."""
     digest = hashlib.sha256(windows.ids.tobytes() + repr(sorted(checkpoint.tensors.items())).encode())
@@ -229,15 +174,10 @@ def measure(
         graph = build_graph(checkpoint, folder, changed(name), progress=Silent(), calibration=calibration)
         model, read = graph.model, graph.weight_bytes_per_token
     seconds = time.process_time() - started
-    rows, (kl, same, surprised, expected) = compare(reference, windows.logits(model, folder), windows)
+    quality = compare(reference, windows.logits(model, folder), windows)
     return Result(
         name=name,
-        tokens=rows.shape[1],
-        kl=float(kl),
-        kl_p999=float(np.quantile(rows[0], 0.999)),
-        top1=float(same),
-        perplexity=float(np.exp(surprised)),
-        reference_perplexity=float(np.exp(expected)),
+        **asdict(quality),
         disk_bytes=(folder / WEIGHTS).stat().st_size,
         bytes_per_token=read,
         export_seconds=seconds,
