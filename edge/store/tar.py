@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from io import FileIO
 
 BLOCK = 512
-MAX_MEMBERS = 256
+MAX_HEADERS = 512
 MAX_EXTENDED_BYTES = 1 << 16
 """Bytes of a pax header."""
 _PLAIN = {tarfile.REGTYPE, tarfile.AREGTYPE}
+_NO_FILES = {tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE}
+"""Folders, and pax headers: for the next entry, and for all."""
 
 
 class TarError(ValueError):
@@ -45,9 +47,9 @@ def read_members(file: FileIO) -> dict[str, Member]:
     found: dict[str, Member] = {}
     folders = set()
     for member in _members(file):
-        *parents, name = [part for part in member.path.split("/") if part != "."]
-        folders.add("/".join(parents))
-        if member.path.startswith("/") or ".." in parents or name in {"", ".."} or len(folders) > 1 or len(parents) > 1:
+        folder, _, name = member.path.removeprefix("./").rpartition("/")
+        folders.add(folder)
+        if name in {"", "..", "."} or folder in {".", ".."} or "/" in member.path[:1] + folder or len(folders) > 1:
             raise TarError(f"{member.path!r} is not in the bundle's one folder")
         if name in found:
             raise TarError(f"{name!r} is there twice")
@@ -58,23 +60,21 @@ def read_members(file: FileIO) -> dict[str, Member]:
 def _members(file: FileIO) -> Iterator[Member]:
     """The plain files in their order."""
     end = os.fstat(file.fileno()).st_size
-    position, extended, count = 0, dict[str, str](), 0
-    while (header := _header(file, position)) is not None:
-        count += 1
-        start = position + BLOCK
-        size = int(extended.get("size", header.size))
-        if count > 2 * MAX_MEMBERS or size < 0 or start + size > end:
-            raise TarError("it is cut off" if size >= 0 else "a size is negative")
-        if header.type == tarfile.XHDTYPE:
-            extended = _extended(file, start, size)
-        elif header.type in _PLAIN:
+    position, extended = 0, dict[str, str]()
+    for _ in range(MAX_HEADERS):
+        header = _header(file, position)
+        if header is None:
+            return
+        start, size = position + BLOCK, int(extended.get("size", header.size))
+        if not 0 <= size <= end - start:
+            raise TarError("it is cut off")
+        if header.type in _PLAIN:
             yield Member(extended.get("path", header.name), start, size)
-            extended = {}
-        elif header.type == tarfile.DIRTYPE:
-            extended = {}
-        elif header.type != tarfile.XGLTYPE:
+        elif header.type not in _NO_FILES:
             raise TarError(f"{header.name!r} is no plain file")
+        extended = _extended(file, start, size) if header.type == tarfile.XHDTYPE else {}
         position = start + -(-size // BLOCK) * BLOCK
+    raise TarError("it holds more files than any bundle")
 
 
 def _header(file: FileIO, position: int) -> tarfile.TarInfo | None:
