@@ -22,6 +22,7 @@ MISSING = (
 )
 """Why there is no browser; empty where there is one."""
 ENTER, ESCAPE, TAB, SHIFT, SPACE = "\ue007", "\ue00c", "\ue004", "\ue008", " "
+BACKSPACE, CONTROL = "\ue003", "\ue009"
 _OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
@@ -69,8 +70,21 @@ class Browser:
         self._post(f"element/{self._find(selector)}/click")
 
     def type(self, selector: str, text: str) -> None:
-        """Type into an element."""
+        """Type into an element; for a file input, the path of the file."""
         self._post(f"element/{self._find(selector)}/value", text=text)
+
+    def choose(self, selector: str, value: str) -> None:
+        """Choose an option of a select, as a user does."""
+        self.run(
+            "const node = document.querySelector(arguments[0]); node.value = arguments[1];"
+            "node.dispatchEvent(new Event('change', {bubbles: true}))",
+            selector,
+            value,
+        )
+
+    def download_to(self, folder: Path) -> None:
+        """Save downloads there, without a question."""
+        self._devtools("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
 
     def press(self, *keys: str) -> None:
         """Press and release keys, whatever has the focus."""

@@ -1,11 +1,16 @@
 // The list of conversations.
 
-import { confirmed, askText } from "../dialogs.js";
+import { askText, confirmed } from "../dialogs.js";
 import { byId, element } from "../dom.js";
-import { t } from "../i18n.js";
+import { language, t } from "../i18n.js";
+
+let shown = ""; // what the list was made from: a list that did not change keeps its nodes, and so the focus
 
 /** Show the list. actions: {select(id), rename(id, title), remove(id)}. */
 export function renderSidebar(conversations, currentId, actions) {
+  const wanted = JSON.stringify([language(), currentId, conversations.map(({ id, title }) => [id, title])]);
+  if (wanted === shown) return;
+  shown = wanted;
   byId("conversations").replaceChildren(...conversations.map((each) => item(each, each.id === currentId, actions)));
 }
 
@@ -16,7 +21,11 @@ export function setUpSidebar() {
     byId("sidebar").classList.toggle("open", open);
     opener.setAttribute("aria-expanded", String(open));
   };
-  opener.addEventListener("click", () => toggle(!byId("sidebar").classList.contains("open")));
+  opener.addEventListener("click", () => {
+    toggle(!byId("sidebar").classList.contains("open"));
+    if (byId("sidebar").classList.contains("open")) byId("new-chat").focus();
+  });
+  byId("scroller").addEventListener("pointerdown", () => toggle(false));
   byId("sidebar").addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || !byId("sidebar").classList.contains("open")) return;
     event.stopPropagation();

@@ -77,6 +77,8 @@ class Chat {
     });
     prompt.addEventListener("input", fitPrompt);
     byId("stop").addEventListener("click", () => this.#stop());
+    // A page that is left must not keep the device busy.
+    addEventListener("pagehide", () => this.#stop());
     document.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && !event.defaultPrevented && !document.querySelector("dialog[open]")) this.#stop();
     });
@@ -220,6 +222,7 @@ class Chat {
     if (!this.#conversations.includes(conversation)) return;
     this.#savedAt = Date.now();
     conversation.updated = this.#savedAt / 1000;
+    this.#conversations.sort((a, b) => b.updated - a.updated);
     this.#renderList();
     try {
       await this.#store.put(withoutRunning(conversation));
