@@ -29,6 +29,7 @@ LAYERS = (
         "edge",
         "edge.errors",
         "edge.log_buffer",
+        "edge.log_format",
         "edge.adapter",
         "edge.background",
         "edge.bundle",

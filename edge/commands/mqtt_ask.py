@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edge.commands import options
+from edge.settings.log import LogSettings
 from edge.settings.mqtt import MqttSettings
 
 if TYPE_CHECKING:  # these bring paho, which `qwedge --help` does without
@@ -57,7 +58,7 @@ def ask(
     """
     from edge.client.answer import text_of
 
-    options.log_to_stderr("error")  # what matters about the link is in the error
+    options.log_to_stderr(LogSettings.model_validate({"level": "error"}))  # what matters about the link is in the error
     text = prompt if prompt is not None else options.read_stdin()
     settings = options.settings(config, mqtt__broker=broker).mqtt
     body: dict[str, Any] = {"messages": options.messages(system, text)}

@@ -15,6 +15,8 @@ import typer
 
 from edge.config import Settings, load_settings
 from edge.errors import ConfigError
+from edge.log_format import JsonFormatter, TextFormatter
+from edge.settings.log import LogSettings
 
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="Settings as TOML; see docs/configuration.md.")
@@ -86,19 +88,11 @@ def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def log_to_stderr(level: str) -> None:
+def log_to_stderr(settings: LogSettings) -> None:
     """Write the log to stderr, one record a line."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-
-
-class _OneLine(logging.Formatter):
-    """Keeps control characters of a message from starting a line of their own, so that nobody can forge records."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        text = super().formatMessage(record)
-        return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+    handler.setFormatter(JsonFormatter() if settings.format == "json" else TextFormatter())
+    logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
 
 
 @contextmanager

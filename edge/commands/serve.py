@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edge.commands import options
+from edge.commands.front_door import FrontDoor
 from edge.commands.trial import starting
 from edge.config import Settings
 from edge.errors import ConfigError, UnavailableError
@@ -86,7 +87,7 @@ def serve(
         engine__threads=threads,
         log__level=log_level,
     )
-    options.log_to_stderr(chosen.log.level)
+    options.log_to_stderr(chosen.log)
     run_server(chosen, warm)
 
 
@@ -100,24 +101,15 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
     Raises:
         QwedgeError: what is needed to start cannot be had: the port, the bundle, memory, prompts that can be read.
     """
-    from edge.http.keys import KeyRing
-    from edge.http.listening import bind, check_exposure
-    from edge.http.tls import Certificates
-
     if warm is not None and settings.engine.prefix_cache_mb == 0:
         raise ConfigError("--warm needs memory to keep prompts in", hint="set engine.prefix_cache_mb above 0")
     start = _starter(warm)
     with starting(settings) as served, ExitStack() as stack:
         # The port first: that it is taken should show before seconds go into the model.
-        sock = stack.enter_context(bind(settings.server.host, settings.server.port))
-        keys = KeyRing(keys_file(settings.server, os.environ))
-        keys.load()
-        local = check_exposure(sock, settings.server, has_keys=keys.asked_for)
-        tls = None if settings.server.tls_cert is None else Certificates(settings.server).context
+        door = FrontDoor.open(settings, stack)
         logs = stack.enter_context(_kept_log())
         service = served.load(imports=("edge.http.app", "edge.http.server"))
         from edge.evaluation.background import BackgroundEvaluations
-        from edge.http.access import Access
         from edge.http.app import create_app
         from edge.http.routes.device import DeviceSources
         from edge.http.server import HttpServer
@@ -127,16 +119,18 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
         served.watch(service)
         journal = _make_journal(settings.mqtt)
         panel = _start_mqtt(settings.mqtt, service, journal, stack)
+        audit = door.audit(stack)
         app = create_app(
             service,
             settings.server,
-            problem=lambda: journal.problem,
+            problem=lambda: journal.problem or (audit.problem if audit is not None else None),
             device=DeviceSources(logs, panel),
             evaluations=BackgroundEvaluations(service, evaluations_folder(os.environ)),
-            access=Access(keys, settings.server, local=local),
+            access=door.access(),
+            audit=audit,
         )
         broker = None if panel is None else panel.address
-        asyncio.run(_serve_http(service, settings, HttpServer(app, sock, tls), broker))
+        asyncio.run(_serve_http(service, settings, HttpServer(app, door.sock, door.tls), broker))
     log.info("stopped")
 
 

@@ -52,7 +52,7 @@ class Access:
             RateLimitError: the key has sent too many requests.
         """
         method, path = scope["method"], scope["path"]
-        if method in _READING and _FREE.fullmatch(path):
+        if is_free(method, path):
             return Caller()
         caller = self._identify(headers, scope["state"].get("certificate"))
         if (right := needed_right(method, path)) is not None:
@@ -76,6 +76,11 @@ class Access:
             hint = "send it as Authorization: Bearer KEY; qwedge http add-key NAME makes one"
             raise UnauthorizedError("a key is needed that this server knows", hint=hint)
         return self._nobody
+
+
+def is_free(method: str, path: str) -> bool:
+    """Whether everybody may have it."""
+    return method in _READING and _FREE.fullmatch(path) is not None
 
 
 def needed_right(method: str, path: str) -> Right | None:

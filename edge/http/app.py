@@ -22,6 +22,7 @@ from starlette.staticfiles import StaticFiles
 from edge.errors import CancelledError, QwedgeError, RequestError
 from edge.http import openapi
 from edge.http.access import Access
+from edge.http.audit import AuditLog
 from edge.http.errors import error_response
 from edge.http.guard import Guard
 from edge.http.routes.anthropic import anthropic_routes
@@ -45,6 +46,7 @@ def create_app(
     device: DeviceSources | None = None,
     evaluations: Evaluations | None = None,
     access: Access | None = None,
+    audit: AuditLog | None = None,
 ) -> Starlette:
     """The application; it starts and stops nothing.
 
@@ -55,6 +57,7 @@ def create_app(
         device: what the page's device view shows besides the service; None = nothing.
         evaluations: runs suites for the page's evaluate view; None = there is none.
         access: who may do what; None: everybody anything.
+        audit: notes requests; whoever made it starts and stops it.
     """
     routes = [
         *openai_routes(service),
@@ -68,7 +71,7 @@ def create_app(
     ]
     return Starlette(
         routes=[*routes, _document(routes), Mount("/static", StaticFiles(directory=STATIC), name="static")],
-        middleware=[Middleware(Guard, settings=settings, check_room=service.check_room, access=access)],
+        middleware=[Middleware(Guard, settings=settings, check_room=service.check_room, access=access, audit=audit)],
         exception_handlers=dict.fromkeys((QwedgeError, HTTPException, ClientDisconnect), _answer_error),
     )
 

@@ -19,10 +19,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge.errors import QwedgeError, RequestError, TooLargeError
-from edge.http.access import Access, is_queued
+from edge.http.access import Access, is_free, is_queued
+from edge.http.audit import MAX_PATH, AuditLog
 from edge.http.caller import Exchange, begin_exchange
 from edge.http.cors import Cors
 from edge.http.errors import error_response
+from edge.log_format import FIELDS
 from edge.settings.server import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -57,14 +59,22 @@ class Guard:
         settings: allowed hosts, origins and the body limit.
         check_room: raises the refusal while the queue is full.
         access: who may do what; None: everybody anything.
+        audit: notes every request but those for page and health; None: nothing does.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: ServerSettings, *, check_room: Callable[[], None], access: Access | None = None
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        *,
+        check_room: Callable[[], None],
+        access: Access | None = None,
+        audit: AuditLog | None = None,
     ) -> None:
         self._app = app
         self._access = access
         self._check_room = check_room
+        self._audit = audit
         self._max_body_bytes = settings.max_body_bytes
         self._hosts = {host.lower() for host in (*settings.allowed_hosts, settings.host)}
         self._cors = Cors(settings.cors_origins)
@@ -82,7 +92,10 @@ class Guard:
         try:
             await self._handle(scope, headers, receive, response)
         finally:
-            _log_request(scope, exchange, response.status, time.monotonic() - started_at)
+            seconds = time.monotonic() - started_at
+            _log_request(scope, exchange, response.status, seconds)
+            if self._audit is not None and not is_free(scope["method"], scope["path"]):
+                self._audit.record(scope, exchange, response.status, seconds)
 
     async def _handle(self, scope: Scope, headers: Headers, receive: Receive, response: _Response) -> None:
         body = _LimitedBody(receive, self._max_body_bytes)
@@ -188,10 +201,19 @@ def _request_id(given: str | None) -> str:
 
 def _log_request(scope: Scope, exchange: Exchange, status: int | None, seconds: float) -> None:
     # The raw path is percent-encoded ASCII: it cannot forge log lines.
-    path = scope["raw_path"][:200].decode("ascii", "replace")
+    path = scope["raw_path"][:MAX_PATH].decode("ascii", "replace")
     level = logging.INFO if scope["method"] == "POST" else logging.DEBUG
+    fields = {
+        "request_id": exchange.id,
+        "key": exchange.caller.name or None,
+        "method": scope["method"],
+        "path": path,
+        "status": status,
+        "duration_s": round(seconds, 3),
+    }
     key = f" key={exchange.caller.name}" if exchange.caller.name else ""
-    log.log(level, "%s %s %s %s %.3f s%s", exchange.id, scope["method"], path, status, seconds, key)
+    text = "%s %s %s %s %.3f s%s"
+    log.log(level, text, exchange.id, scope["method"], path, status, seconds, key, extra={FIELDS: fields})
 
 
 def _check_size(scope: Scope) -> None:

@@ -102,7 +102,7 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
             "pool": "on",
             "pool_slots": 2,
         },
-        "log": {"level": "debug"},
+        "log": {"level": "debug", "format": "json", "audit": tmp_path / "audit.jsonl", "audit_mb": 3},
     }
     fields = {f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields}
     assert fields - FILE_ONLY == {f"{name}.{field}" for name, given in values.items() for field in given}

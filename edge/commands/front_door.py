@@ -1,0 +1,71 @@
+"""The HTTP server's socket, certificate, keys and audit log, as the settings have them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edge.config import Settings
+from edge.settings.folders import keys_file
+
+if TYPE_CHECKING:  # these bring the web framework, which is loaded while the bundle is verified
+    from edge.http.access import Access
+    from edge.http.audit import AuditLog
+    from edge.http.keys import KeyRing
+
+
+@dataclass(frozen=True)
+class FrontDoor:
+    """What is needed before the model: it takes no time, and says at once what is wrong with the settings."""
+
+    settings: Settings
+    sock: socket.socket
+    tls: ssl.SSLContext | None
+    keys: KeyRing
+    local: bool
+    """Only this device's own programs come to it."""
+
+    @classmethod
+    def open(cls, settings: Settings, stack: ExitStack) -> FrontDoor:
+        """Take the port, and read keys and certificate.
+
+        Raises:
+            UnavailableError: the port cannot be had.
+            ConfigError: a file cannot be used, or the server would be open to the network unasked.
+        """
+        from edge.http.keys import KeyRing
+        from edge.http.listening import bind, check_exposure
+        from edge.http.tls import Certificates
+
+        server = settings.server
+        sock = stack.enter_context(bind(server.host, server.port))
+        keys = KeyRing(keys_file(server, os.environ))
+        keys.load()
+        local = check_exposure(sock, server, has_keys=keys.asked_for)
+        tls = None if server.tls_cert is None else Certificates(server).context
+        return cls(settings, sock, tls, keys, local)
+
+    def access(self) -> Access:
+        """Who may do what."""
+        from edge.http.access import Access
+
+        return Access(self.keys, self.settings.server, local=self.local)
+
+    def audit(self, stack: ExitStack) -> AuditLog | None:
+        """The audit log, started, where there is to be one; ``stack`` stops it.
+
+        Raises:
+            ConfigError: its file cannot be opened.
+        """
+        from edge.http.audit import AuditLog
+
+        if self.settings.log.audit is None:
+            return None
+        audit = AuditLog(self.settings.log.audit.expanduser(), self.settings.log.audit_mb << 20)
+        audit.start()
+        stack.callback(audit.stop)
+        return audit
