@@ -32,6 +32,7 @@ from edge.http.routes.evaluation import Evaluations, evaluation_routes
 from edge.http.routes.information import STATIC, information_routes
 from edge.http.routes.ollama import ollama_routes
 from edge.http.routes.openai import openai_routes
+from edge.http.routes.responses import response_routes
 from edge.http.routes.text import text_routes
 from edge.log_buffer import LogBuffer
 from edge.service import Service
@@ -61,6 +62,7 @@ def create_app(
     """
     routes = [
         *openai_routes(service),
+        *response_routes(service),
         *embedding_routes(service),
         *text_routes(service),
         *anthropic_routes(service),

@@ -14,12 +14,14 @@ from edge.anthropic import CountRequest, MessagesRequest
 from edge.ollama import ChatBody, GenerateBody, ShowBody
 from edge.openai import ChatRequest, CompletionRequest
 from edge.openai.embeddings import EmbeddingRequest
+from edge.openai.responses import ResponseRequest
 from edge.openai.text import DetokenizeRequest, TokenizeRequest
 
 _REF = "#/components/schemas/{model}"
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponseRequest,
     "/v1/embeddings": EmbeddingRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
