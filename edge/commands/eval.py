@@ -142,8 +142,8 @@ class _Run:
 
     @contextmanager
     def _target(self, what: str | None) -> Iterator[Target]:
-        from edge.commands.loading import bundle_of
-        from edge.evaluation import bundle_target, url_target
+        from edge.commands.loading import bundle_of, load
+        from edge.evaluation import service_target, url_target
 
         if what is not None and what.startswith(_URLS):
             parallel = self.parallel or 4
@@ -153,7 +153,7 @@ class _Run:
         folder = bundle_of(self.settings) if what is None else Path(what)
         adapter = None if self.model is None else self.model.partition(":")[2] or None
         options.note(f"loading {folder}")
-        with bundle_target(folder, self.settings, adapter) as loaded:
+        with service_target(load(self.settings, bundle=folder), self.settings.engine.slots, adapter) as loaded:
             yield loaded
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from edge.commands import options
+from edge.commands.gates import score_gates
 from edge.commands.loading import store_of
 from edge.errors import ConfigError, StoreError
 from edge.store import Installed, Store, find_sources, open_source
@@ -18,6 +19,12 @@ AllowDowngrade = Annotated[
     bool, typer.Option("--allow-downgrade", help="Also a bundle whose counter is lower than one that worked here.")
 ]
 NoTest = Annotated[bool, typer.Option("--no-test", help="Switch without the self-test.")]
+Require = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require", metavar="SUITE:SCORE", help="Switch only if it reaches this in `qwedge eval`; may be repeated."
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -37,6 +44,7 @@ def install(
     *,
     activate: Annotated[bool, typer.Option("--activate", help="Test it and switch to it, too.")] = False,
     no_test: NoTest = False,
+    require: Require = None,
     allow_downgrade: AllowDowngrade = False,
     trust: options.Trust = None,
     store: options.StoreFolder = None,
@@ -48,6 +56,9 @@ def install(
     Signature and space are checked first, then every byte. An interrupted copy goes on where it stopped. A stick may
     hold several bundles; files that an installed one has too are not copied again.
     """
+    if require and not activate:
+        raise ConfigError("--require is for switching", hint="add --activate")
+    gates = score_gates(require or [], config)
     models = _store(config, store, trust)
     installed = models.install(
         open_source(_choose(bundle)), watch=options.byte_progress, allow_downgrade=allow_downgrade
@@ -55,7 +66,7 @@ def install(
     if activate:
         options.note("testing it: a process of its own loads it and answers" if not no_test else "switching")
         installed = models.activate(
-            installed.name, test=not no_test, allow_downgrade=allow_downgrade, watch=options.byte_progress
+            installed.name, gates=gates, test=not no_test, allow_downgrade=allow_downgrade, watch=options.byte_progress
         )
     _tell(installed, "active: the next start of `qwedge serve` serves" if activate else "installed:", as_json=as_json)
 
@@ -64,6 +75,7 @@ def activate(
     name: Name,
     *,
     no_test: NoTest = False,
+    require: Require = None,
     allow_downgrade: AllowDowngrade = False,
     trust: options.Trust = None,
     store: options.StoreFolder = None,
@@ -75,8 +87,9 @@ def activate(
     It is verified, and a process of its own loads it and generates a few tokens, before the switch. After the switch it
     is on trial: if it ends three times before it has worked for a minute, the one before is active again.
     """
+    gates = score_gates(require or [], config)
     installed = _store(config, store, trust).activate(
-        name, test=not no_test, allow_downgrade=allow_downgrade, watch=options.byte_progress
+        name, gates=gates, test=not no_test, allow_downgrade=allow_downgrade, watch=options.byte_progress
     )
     _tell(installed, "active: the next start of `qwedge serve` serves", as_json=as_json)
 

@@ -3,7 +3,7 @@
 ::
 
     suite = load_suite("factory")
-    with bundle_target(Path("models/demo"), settings) as target:
+    with service_target(load_service(bundle, manifest, settings), settings.engine.slots) as target:
         report = evaluate(suite, target)
     print(report.score)
 
@@ -16,7 +16,7 @@ from edge.evaluation.html import page
 from edge.evaluation.report import Report, Result
 from edge.evaluation.run import ResultLog, evaluate
 from edge.evaluation.suite import Suite, built_in_suites, load_suite
-from edge.evaluation.target import ServiceTarget, Target, bundle_target, url_target
+from edge.evaluation.target import ServiceTarget, Target, service_target, url_target
 
 __all__ = [
     "Comparison",
@@ -27,10 +27,10 @@ __all__ = [
     "Suite",
     "Target",
     "built_in_suites",
-    "bundle_target",
     "compare",
     "evaluate",
     "load_suite",
     "page",
+    "service_target",
     "url_target",
 ]

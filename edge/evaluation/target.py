@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edge import __version__
-from edge.bundle import WEIGHTS, Manifest, verify_bundle
-from edge.config import Settings
+from edge.bundle import WEIGHTS, Manifest
 from edge.errors import EngineError, OverloadedError
 from edge.evaluation.answer import Answer
 
@@ -120,19 +118,11 @@ class UrlTarget:
 
 
 @contextmanager
-def bundle_target(bundle: Path, settings: Settings, adapter: str | None = None) -> Iterator[ServiceTarget]:
-    """Verify and load a bundle, serve it to this process, and stop in the end.
-
-    Raises:
-        BundleError: it is damaged.
-        ConfigError: it does not fit the settings.
-    """
-    from edge.loader import load_service  # noqa: PLC0415 - see TYPE_CHECKING
-
-    service = load_service(bundle, verify_bundle(bundle), settings)
+def service_target(service: Service, parallel: int, adapter: str | None = None) -> Iterator[ServiceTarget]:
+    """Start a loaded service, and stop it in the end; arguments are :class:`ServiceTarget`'s."""
     service.start()
     try:
-        yield ServiceTarget(service, settings.engine.slots, adapter)
+        yield ServiceTarget(service, parallel, adapter)
     finally:
         service.stop()
 

@@ -1,0 +1,60 @@
+"""``qwedge activate --require``: a bundle is switched to when it can do what it must."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import edge.cli
+from export.checkpoint import open_checkpoint
+from export.pipeline import export_bundle
+from export.progress import Silent
+from export.quantize.recipes import recipe_named
+from tests.export import tiny
+
+EASY = "prompts: [hello]\noptions: {max_tokens: 4}\ntests:\n  - assert: [{type: regex, value: '.*'}]\n"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    checkpoint = tiny.write_folder(tmp_path / "checkpoint", tiny.qwen2_config())
+    with open_checkpoint(checkpoint) as opened:
+        export_bundle(opened, tmp_path / "bundle", recipe_named("int8"), progress=Silent(), name="tiny")
+    return tmp_path / "bundle"
+
+
+def test_a_bundle_must_reach_what_is_required(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith("QWEDGE_")]:
+        monkeypatch.delenv(name)
+    easy, hard = tmp_path / "easy.yaml", tmp_path / "hard.yaml"
+    easy.write_text(EASY)
+    hard.write_text(EASY.replace("'.*'", "'^cannot be said$'"))
+    store = ["--store", str(tmp_path / "store")]
+    assert edge.cli.run(["install", str(bundle), *store]) == 0
+    assert edge.cli.run(["activate", "tiny", *store, "--no-test", "--require", f"{hard}:0.5"]) != 0
+    told = capsys.readouterr().err
+    assert "does not pass" in told
+    assert "the score 0 is below the required 0.5" in told
+    assert edge.cli.run(["activate", "tiny", *store, "--no-test", "--require", f"{easy}:1"]) == 0
+    assert "active" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (["activate", "tiny", "--require", "factory"], "is no SUITE:SCORE"),
+        (["activate", "tiny", "--require", "factory:2"], "is no SUITE:SCORE"),
+        (["activate", "tiny", "--require", "nonsense:0.5"], "there is no suite"),
+        (["activate", "tiny", "--require", "code:0.5"], "executes code"),
+        (["install", "tiny", "--require", "factory:0.5"], "add --activate"),
+    ],
+)
+def test_wrong_requirements_are_said_at_once(
+    args: list[str], error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert edge.cli.run([*args, "--store", str(tmp_path)]) == 2
+    assert error in capsys.readouterr().err
