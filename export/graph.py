@@ -154,6 +154,10 @@ class GraphBuilder:
         """RMS normalization over the last axis (Zhang & Sennrich 2019)."""
         return self.op("RMSNormalization", [x, self.vector(weight, [weight], change)], axis=-1, epsilon=epsilon)
 
+    def silu(self, x: ir.Value) -> ir.Value:
+        """Multiply ``x`` by its sigmoid, in one pass: QuickGelu with alpha 1 is that."""
+        return self.op("QuickGelu", [x], contrib=True, alpha=1.0)
+
     def linear(
         self, x: ir.Value, name: str, form: Format, sources: Sequence[str], bias: Sequence[str] = ()
     ) -> ir.Value:

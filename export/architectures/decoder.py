@@ -162,8 +162,7 @@ class Decoder(ABC):
             [f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"],
         )
         gate, up = graph.ops("Split", [both], 2, axis=-1, num_outputs=2)
-        # QuickGelu with alpha 1 is SiLU: x * sigmoid(x), in one pass.
-        active = graph.op("Mul", [graph.op("QuickGelu", [gate], contrib=True, alpha=1.0), up])
+        active = graph.op("Mul", [graph.silu(gate), up])
         return graph.linear(
             active, f"{prefix}down_proj", graph.weights.recipe.layer.down, [f"{prefix}down_proj.weight"]
         )
