@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from edge.settings.mqtt import BrokerAddress, MqttSettings
 
 if TYPE_CHECKING:
-    from edge.client import AsyncClient, Progress
+    from edge.client import AsyncClient
     from edge.mqtt import MqttBridge
 
 TRY_TIMEOUT_S: Final = 120.0
@@ -68,20 +68,25 @@ class BridgePanel:
         Raises:
             QwedgeError: there is no answer.
         """
+        events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()  # bounded by the answer
+        asking = asyncio.create_task(self._ask(body, events.put_nowait))
+        asking.add_done_callback(lambda _task: events.put_nowait({}))
+        try:
+            while event := await events.get():
+                yield event
+            yield {"kind": "end", "answer": asking.result()}
+        finally:
+            asking.cancel()
+            await asyncio.wait({asking})
+
+    async def _ask(self, body: Mapping[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
         client = await asyncio.to_thread(self._client)
-        progress: list[dict[str, Any]] = []
-
-        def note(step: Progress) -> None:
-            progress.append({"kind": "progress", **asdict(step)})
-
         async with client:
-            stream = client.stream(body, on_progress=note)
+            stream = client.stream(body, on_progress=lambda step: tell({"kind": "progress", **asdict(step)}))
             async with aclosing(aiter(stream)) as pieces:
                 async for piece in pieces:
-                    while progress:
-                        yield progress.pop(0)
-                    yield {"kind": "text", "text": piece}
-            yield {"kind": "end", "answer": stream.answer}
+                    tell({"kind": "text", "text": piece})
+            return stream.answer
 
     def _client(self) -> AsyncClient:
         from edge.client import AsyncClient
