@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from collections.abc import Sequence as List
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.engine.interface import Engine
 from edge.engine.speculation import Draft, StepCosts, share_out
-from edge.sequence import Sequence
+from edge.sequence import Sequence, SequenceStatus
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,62 @@ class Share:
     def is_complete(self) -> bool:
         """Whether the last output is among them, so that the next token can be sampled."""
         return self.past + len(self.known) == self.sequence.num_tokens
+
+
+class Decoding:
+    """Decode steps of an engine, and what is learned from them. The engine's thread only.
+
+    Args:
+        engine: runs them.
+        draft_tokens: most tokens guessed in one step; 0 never guesses.
+    """
+
+    def __init__(self, engine: Engine, draft_tokens: int) -> None:
+        self._engine = engine
+        self._draft_tokens = draft_tokens
+        self._costs = StepCosts()
+        self.num_drafted = 0
+        """Guessed tokens that were verified so far."""
+        self.num_accepted = 0
+        """Guessed tokens that were right so far."""
+
+    def step(self, running: List[Sequence]) -> Iterator[tuple[Share, NDArray[np.float32]]]:
+        """Append a token, or several, to each of the ``running`` sequences.
+
+        Returns:
+            Of each its share and the logits [len(share.ids), padded_vocab], which are valid until the next step.
+        """
+        shares = plan_step(
+            running,
+            rows=self._engine.rows,
+            draft_tokens=self._draft_tokens,
+            context_length=self._engine.context_length,
+            costs=self._costs,
+            has_states=self._engine.bytes_per_slot > 0,
+        )
+        slots: list[int] = []
+        ids: list[int] = []
+        past: list[int] = []
+        for share in shares:
+            slots += [share.sequence.slot] * len(share.ids)
+            ids += share.ids
+            past += range(share.past, share.past + len(share.ids))
+            if share.is_complete:
+                share.sequence.sampler.prepare()
+        began = time.monotonic()
+        logits = self._engine.decode(slots, ids, past)
+        self._costs.took(len(ids), time.monotonic() - began)
+        return zip(shares, _split(logits, shares), strict=True)
+
+    def settle(self, share: Share, num_right: int) -> None:
+        """After sampling: so many guesses were right, and ``num_computed_tokens`` counts them already."""
+        sequence = share.sequence
+        if num_right < share.num_drafted and sequence.status is not SequenceStatus.FINISHED:
+            # A state that has seen a wrong guess is of no use: what was right is appended again, with the next token.
+            kept = self._engine.kept_length(sequence.slot, sequence.num_computed_tokens)
+            sequence.num_computed_tokens = kept
+        self.num_drafted += share.num_drafted
+        self.num_accepted += num_right
 
 
 def plan_step(
@@ -77,6 +139,14 @@ def plan_step(
         for share, draft, count in zip(shares, drafts, counts, strict=True)
     ]
     return [_with_even_number(share) for share in shares] if has_states else shares
+
+
+def _split(logits: NDArray[np.float32], shares: List[Share]) -> Iterator[NDArray[np.float32]]:
+    """The rows of each share."""
+    first = 0
+    for share in shares:
+        yield logits[first : first + len(share.ids)]
+        first += len(share.ids)
 
 
 def _with_even_number(share: Share) -> Share:

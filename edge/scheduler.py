@@ -16,20 +16,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.decode_step import Share, plan_step
+from edge.decode_step import Decoding, Share
 from edge.engine.interface import Engine
 from edge.engine.prefix_cache import PrefixCache
-from edge.engine.speculation import StepCosts
 from edge.errors import CancelledError, DeadlineError, EngineError, OverloadedError, QwedgeError, UnavailableError
+from edge.scheduler_stats import SchedulerStats, SlotStats
 from edge.sequence import FinishReason, Sequence, SequenceStatus
 from edge.slots import Slots
+
+__all__ = ["Scheduler", "SchedulerStats", "SlotStats"]
 
 log = logging.getLogger(__name__)
 
@@ -37,45 +37,6 @@ _EWMA = 0.2
 """Weight of the newest request in the running mean that retry hints and ETAs are made from."""
 _REST_AFTER_S = 1.0
 """Seconds of idleness after which memory that was in use is given back."""
-
-
-@dataclass(frozen=True)
-class SchedulerStats:
-    """A snapshot for health, metrics and the MQTT load topic."""
-
-    num_waiting: int
-    num_running: int
-    """In prefill or decode."""
-    slots: int
-    max_queue: int
-    accepting: bool
-    seconds_since_progress: float
-    """0 when idle; else since the engine last finished a step. Health follows this."""
-    asleep: bool = False
-    """The weights are not in memory; the next request brings them back."""
-    kv_bytes: int = 0
-    """Keys, values and states of the sequences in prefill and decode."""
-    num_preempted: int = 0
-    """How often a sequence had to give its slot back, since the start."""
-    num_drafted: int = 0
-    """Guessed tokens that were verified, since the start."""
-    num_accepted: int = 0
-    """Guessed tokens that were right, since the start."""
-
-
-@dataclass(frozen=True)
-class SlotStats:
-    """What one occupied slot works on."""
-
-    slot: int
-    status: Literal["prefill", "decode"]
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-    tokens_per_s: float
-    """Since the first token; 0 before it."""
-    age_s: float
-    """Since the request was taken."""
 
 
 class Scheduler:
@@ -102,8 +63,7 @@ class Scheduler:
         sleep_after_s: float | None = None,
     ) -> None:
         self._engine = engine
-        self._draft_tokens = draft_tokens
-        self._costs = StepCosts()
+        self._decoding = Decoding(engine, draft_tokens)  # the engine's thread only
         self._slots = Slots(engine, prefixes or PrefixCache(0), kv_cache_bytes)  # the engine's thread only
         self._sleep_after_s = sleep_after_s
         self._max_queue = max_queue
@@ -114,7 +74,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # the engine's thread only, like all below
         self._prefilling: Sequence | None = None
         self._asleep = False
-        self._num_preempted = self._num_drafted = self._num_accepted = 0
+        self._num_preempted = 0
         self._progress_at = time.monotonic()
         self._mean_request_s = 1.0
         self._thread: threading.Thread | None = None
@@ -193,8 +153,8 @@ class Scheduler:
                 asleep=self._asleep,
                 kv_bytes=self._slots.num_bytes(active),
                 num_preempted=self._num_preempted,
-                num_drafted=self._num_drafted,
-                num_accepted=self._num_accepted,
+                num_drafted=self._decoding.num_drafted,
+                num_accepted=self._decoding.num_accepted,
             )
 
     def busy_slots(self) -> list[SlotStats]:
@@ -374,31 +334,8 @@ class Scheduler:
 
     def _decode(self) -> None:
         """At least one token for every running sequence."""
-        shares = plan_step(
-            self._running,
-            rows=self._engine.rows,
-            draft_tokens=self._draft_tokens,
-            context_length=self._engine.context_length,
-            costs=self._costs,
-            has_states=self._engine.bytes_per_slot > 0,
-        )
-        slots: list[int] = []
-        ids: list[int] = []
-        past: list[int] = []
-        for share in shares:
-            slots += [share.sequence.slot] * len(share.ids)
-            ids += share.ids
-            past += range(share.past, share.past + len(share.ids))
-            if share.is_complete:
-                share.sequence.sampler.prepare()
-        began = time.monotonic()
-        logits = self._engine.decode(slots, ids, past)
-        self._costs.took(len(ids), time.monotonic() - began)
-        first = 0
-        for share in shares:
-            rows = logits[first : first + len(share.ids)]
-            self._guarded(partial(self._take, share, rows), [share.sequence])
-            first += len(share.ids)
+        for share, logits in self._decoding.step(self._running):
+            self._guarded(partial(self._take, share, logits), [share.sequence])
 
     def _take(self, share: Share, logits: NDArray[np.float32]) -> None:
         """Sample the next tokens from the logits [len(share.ids), padded_vocab], as far as guesses are right."""
@@ -414,12 +351,7 @@ class Scheduler:
                 break
             sequence.num_computed_tokens += 1
             num_right += 1
-        if num_right < share.num_drafted and sequence.status is not SequenceStatus.FINISHED:
-            # A state that has seen a wrong guess is of no use: what was right is appended again, with the next token.
-            kept = self._engine.kept_length(sequence.slot, sequence.num_computed_tokens)
-            sequence.num_computed_tokens = kept
-        self._num_drafted += share.num_drafted
-        self._num_accepted += num_right
+        self._decoding.settle(share, num_right)
 
     def _next_token(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
         """Sample from ``logits`` [padded_vocab] and let the token take effect."""

@@ -46,6 +46,7 @@ LAYERS = (
     {
         "edge.adapters",
         "edge.scheduler",
+        "edge.scheduler_stats",
         "edge.decode_step",
         "edge.slots",
         "edge.snapshots",

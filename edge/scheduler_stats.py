@@ -1,0 +1,45 @@
+"""How busy a scheduler is, for health, metrics and those who look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    """A snapshot for health, metrics and the MQTT load topic."""
+
+    num_waiting: int
+    num_running: int
+    """In prefill or decode."""
+    slots: int
+    max_queue: int
+    accepting: bool
+    seconds_since_progress: float
+    """0 when idle; else since the engine last finished a step. Health follows this."""
+    asleep: bool = False
+    """The weights are not in memory; the next request brings them back."""
+    kv_bytes: int = 0
+    """Keys, values and states of the sequences in prefill and decode."""
+    num_preempted: int = 0
+    """How often a sequence had to give its slot back, since the start."""
+    num_drafted: int = 0
+    """Guessed tokens that were verified, since the start."""
+    num_accepted: int = 0
+    """Guessed tokens that were right, since the start."""
+
+
+@dataclass(frozen=True)
+class SlotStats:
+    """What one occupied slot works on."""
+
+    slot: int
+    status: Literal["prefill", "decode"]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    tokens_per_s: float
+    """Since the first token; 0 before it."""
+    age_s: float
+    """Since the request was taken."""
