@@ -104,6 +104,15 @@ class Management:
         """Whether there are bundles to choose from."""
         return self._store is not None
 
+    def serves(self, name: str | None) -> bool:
+        """Whether this bundle is what is served."""
+        return name is not None and name == self._served_name
+
+    @property
+    def served(self) -> str | None:
+        """The name in the store of what is served; None where that does not come from it."""
+        return self._served_name
+
     def bundles(self) -> Sequence[Installed]:
         """The installed bundles.
 

@@ -78,21 +78,22 @@ class MqttTransport:
         """First level(s) of every topic."""
         self._address = address
         self._connect_timeout_s = connect_timeout_s
+        filters = (
+            answers_filter(root, self.client),
+            devices_filter(root, "status"),
+            devices_filter(root, "info"),
+        )
         self.connection = Connection(
             address,
             identity,
             keepalive_s=KEEPALIVE_S,
-            filters=(
-                answers_filter(root, self.client),
-                devices_filter(root, "status"),
-                devices_filter(root, "info"),
-            ),
+            filters=filters,
             max_payload=MAX_ANSWER_BYTES,
             on_message=self._receive,
             on_ready=self._linked,
             on_unheard=self._unheard,
             keep_session=False,
-            retained=True,
+            retained=filters,
         )
         """The link to the broker."""
         self._lock = threading.Lock()

@@ -41,6 +41,9 @@ def add(
         list[str] | None,
         typer.Option("--subscribe", metavar="T", help="A further topic to read, with + and #; may be repeated."),
     ] = None,
+    manage: Annotated[
+        bool, typer.Option("--manage", help="It may give commands: switch, verify, rollback, reload, restart.")
+    ] = False,
     config: options.Config = None,
 ) -> None:
     """Let a client use the embedded broker, or change its password and topics.
@@ -60,6 +63,7 @@ def add(
             password=hash_password(password),
             publish=tuple(map(check_filter, publish or ())),
             subscribe=tuple(map(check_filter, subscribe or ())),
+            manage=manage,
         )
     except ValueError as error:
         raise ConfigError(str(error), hint="qwedge mqtt add-client --help") from None
@@ -88,11 +92,8 @@ def show(*, config: options.Config = None, as_json: options.Json = False) -> Non
         options.print_json([client.model_dump(exclude={"password"}) for client in clients])
         return
     for client in clients:
-        print(
-            "  ".join(
-                [client.name, *(f"publish {t}" for t in client.publish), *(f"read {t}" for t in client.subscribe)]
-            )
-        )
+        rights = [*(f"publish {t}" for t in client.publish), *(f"read {t}" for t in client.subscribe)]
+        print("  ".join([client.name, *(["manage"] if client.manage else []), *rights]))
     if not clients:
         options.note(f"there are no clients in {folder}")
 

@@ -8,8 +8,10 @@ from typing import Final
 
 from edge.errors import UnavailableError
 from edge.journal import Journal
+from edge.management import Management, Operation
 from edge.mqtt import homeassistant
 from edge.mqtt.answers import Answers
+from edge.mqtt.commands import Commands
 from edge.mqtt.connection import Connection, Identity, Incoming, Outgoing
 from edge.mqtt.intake import Intake
 from edge.mqtt.ledger import Ledger
@@ -61,6 +63,7 @@ class MqttBridge:
         settings: root, device, credentials and rules.
         address: the broker.
         journal: makes requests durable; opened and closed with the bridge. None: one in memory.
+        management: carries commands out, where the settings allow for them; None takes none.
 
     Raises:
         ConfigError: the root or the device cannot stand in a topic, a file of a password, certificate or key cannot be
@@ -68,10 +71,16 @@ class MqttBridge:
     """
 
     def __init__(
-        self, service: Service, settings: MqttSettings, address: BrokerAddress, journal: Journal | None = None
+        self,
+        service: Service,
+        settings: MqttSettings,
+        address: BrokerAddress,
+        journal: Journal | None = None,
+        management: Management | None = None,
     ) -> None:
         self._service = service
         self._settings = settings
+        self._management = management if settings.management == "on" else None
         self._thermometer = Thermometer()
         self.layout = Layout(settings.root, settings.device)
         """Our topics."""
@@ -90,12 +99,14 @@ class MqttBridge:
                 [
                     *self.layout.filters,
                     *homeassistant.subscriptions(settings, self.layout),
+                    *([self.layout.commands] if self._management is not None else []),
                     *(rule.settings.subscribe for rule in rules),
                 ]
             ),
             max_payload=MAX_PAYLOAD_BYTES,
             on_ready=self._announce,
             on_message=self._receive,
+            retained=[self.layout.commands],
             trace=self.trace,
         )
         self._journal = journal or Journal()
@@ -117,6 +128,11 @@ class MqttBridge:
             if settings.pool == "on"
             else None
         )
+        self._commands = (
+            None if self._management is None else Commands(self._management, self.layout, self._connection.publish)
+        )
+        if management is not None:
+            management.listen(self._managed)
         self._load = LoadReporter(
             self._connection,
             self.layout.load,
@@ -155,6 +171,8 @@ class MqttBridge:
         self._answers.start()
         self._intake.start()
         self._rules.start()
+        if self._commands is not None:
+            self._commands.start()
         self._load.start()
         self._connection.start()
         if self._pool is not None:
@@ -173,6 +191,8 @@ class MqttBridge:
             self._end_running()
         self._intake.stop()
         self._rules.stop()
+        if self._commands is not None:
+            self._commands.stop()
         self._answers.stop()
         self._load.stop()
         self._connection.stop(status_message(self.layout, "offline"), FLUSH_S)
@@ -189,13 +209,30 @@ class MqttBridge:
             for job in self._ledger.running():
                 self._answers.refuse(job.reply, stuck)
 
+    def _managed(self, operation: Operation) -> None:
+        """Say who we are now that an operation has ended: the model may be another one."""
+        if operation.state == "running":
+            return
+        if self._connection.ready:
+            self._announce()
+        if self._pool is not None:
+            self._pool.serve(pool_filter(self._settings.root, self._service.model.manifest.name))
+
     def _announce(self) -> None:
-        """Say who we are, whenever a connection is made; on the network thread."""
-        info = make_info(self._service, self.layout.device, self._connection.protocol)
+        """Say who we are, whenever a connection is made, on the network thread; and when that has changed."""
+        info = make_info(self._service, self.layout.device, self._connection.protocol, self._management)
         self._connection.publish(Outgoing(self.layout.info, info.encode(), qos=1, retain=True))
         self._connection.publish(status_message(self.layout, "online"))
         model, has_temperature = self._service.model.manifest.name, self._thermometer.read() is not None
-        if card := homeassistant.discovery(self._settings, self.layout, model, has_temperature=has_temperature):
+        card = homeassistant.discovery(
+            self._settings,
+            self.layout,
+            model,
+            has_temperature=has_temperature,
+            takes_commands=self._management is not None,
+            bundles=info.bundles,
+        )
+        if card is not None:
             self._connection.publish(card)
         self._load.refresh()
 
@@ -203,6 +240,9 @@ class MqttBridge:
         """Tell our protocol's messages from those of the rules; on the network thread."""
         if any(match(each, message.topic) is not None for each in self.layout.filters):
             self._intake.put(message)
+            return
+        if self._commands is not None and match(self.layout.commands, message.topic) is not None:
+            self._commands.put(message)
             return
         if message.topic == self.layout.prompt:
             self._intake.put(homeassistant.as_request(message, self.layout))

@@ -75,6 +75,8 @@ class BrokerClient(BaseModel):
     """Further topics on which it may publish."""
     subscribe: Filters = ()
     """Further topics that it may read."""
+    manage: bool = False
+    """Whether it may give devices commands."""
 
 
 class _File(BaseModel):

@@ -141,8 +141,9 @@ def make_acl(owner: Owner, clients: Iterable[BrokerClient]) -> str:
         *_topics(owner.publish, owner.subscribe),
     ]
     for client in clients:
-        if client.publish or client.subscribe:
-            lines += [f"user {client.name}", *_topics(client.publish, client.subscribe)]
+        managed = [f"topic readwrite {base}/dev/+/cmd/+/+"] if client.manage else []
+        if topics := [*managed, *_topics(client.publish, client.subscribe)]:
+            lines += [f"user {client.name}", *topics]
     return "\n".join(lines) + "\n"
 
 

@@ -18,7 +18,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -131,7 +131,7 @@ class Connection:
             to; only MQTT 5 tells.
         will: published by the broker when the link is lost.
         keep_session: the broker keeps messages for us while the link is down.
-        retained: subscriptions bring the retained messages. MQTT 3.1.1 brings them in any case.
+        retained: filters whose subscriptions bring the retained messages. MQTT 3.1.1 brings them in any case.
         trace: notes every message that comes or goes.
     """
 
@@ -148,7 +148,7 @@ class Connection:
         on_unheard: Callable[[int], None] = lambda _number: None,
         will: Outgoing | None = None,
         keep_session: bool = True,
-        retained: bool = False,
+        retained: Container[str] = (),
         trace: Trace | None = None,
     ) -> None:
         self._address = address
@@ -382,11 +382,13 @@ class Connection:
     def _subscribe(self, client: paho.Client, filters: Sequence[str]) -> None:
         if client.protocol == MQTTProtocolVersion.MQTTv5:
             # Retained requests are not sent on subscription, and live ones keep their flag, so that they can be told.
-            handling = SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE if self._retained else _DO_NOT_SEND
-            options = SubscribeOptions(qos=1, retainAsPublished=True, retainHandling=handling)
-            client.subscribe([(topic, options) for topic in filters])
+            client.subscribe([(topic, self._options(topic)) for topic in filters])
         else:
             client.subscribe([(topic, 1) for topic in filters])
+
+    def _options(self, topic: str) -> SubscribeOptions:
+        handling = SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE if topic in self._retained else _DO_NOT_SEND
+        return SubscribeOptions(qos=1, retainAsPublished=True, retainHandling=handling)
 
     def _subscribed(
         self, _client: paho.Client, _data: Any, _mid: int, reasons: list[ReasonCode], _properties: Properties | None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -29,7 +30,15 @@ _TEXT: Final = (
 _COMMAND: Final = "{{ {'v': 1, 'body': {'messages': [{'role': 'user', 'content': value}]}} | to_json }}"
 
 
-def discovery(settings: MqttSettings, layout: Layout, model: str, *, has_temperature: bool) -> Outgoing | None:
+def discovery(
+    settings: MqttSettings,
+    layout: Layout,
+    model: str,
+    *,
+    has_temperature: bool,
+    takes_commands: bool = False,
+    bundles: Sequence[str] | None = None,
+) -> Outgoing | None:
     """What to publish when a connection is made: the announcement, its withdrawal, or nothing.
 
     Args:
@@ -37,13 +46,16 @@ def discovery(settings: MqttSettings, layout: Layout, model: str, *, has_tempera
         layout: our topics.
         model: name of what is served.
         has_temperature: whether ``load`` holds one.
+        takes_commands: whether the device can be managed.
+        bundles: what it can be switched to; None where there is no choice.
     """
     if settings.home_assistant is None:
         return None
     name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{settings.client_id}-{settings.device}")
     off = settings.home_assistant == DISCOVERY_OFF
     topic = f"{DISCOVERY_PREFIX if off else settings.home_assistant}/device/{name}/config"
-    payload = b"" if off else json.dumps(_config(name, layout, model, has_temperature)).encode()
+    parts = _parts(layout, has_temperature) | (_commands(layout, bundles) if takes_commands else {})
+    payload = b"" if off else json.dumps(_config(name, layout, model, parts)).encode()
     return Outgoing(topic, payload, qos=1, retain=True)
 
 
@@ -62,7 +74,8 @@ def _answer_topic(layout: Layout) -> str:
     return f"{answers_filter(layout.root, CLIENT).removesuffix('#')}{layout.device}/answer"
 
 
-def _config(name: str, layout: Layout, model: str, has_temperature: bool) -> dict[str, Any]:
+def _config(name: str, layout: Layout, model: str, parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The announcement; ``parts`` are the entities that exist only while the device is online."""
     components = {
         "status": {
             "platform": "binary_sensor",
@@ -73,7 +86,7 @@ def _config(name: str, layout: Layout, model: str, has_temperature: bool) -> dic
             "payload_on": "online",
             "payload_off": "offline",
         },
-        **{key: {**part, **_available(layout)} for key, part in _parts(layout, has_temperature).items()},
+        **{key: {**part, **_available(layout)} for key, part in parts.items()},
     }
     return {
         "device": {
@@ -88,8 +101,36 @@ def _config(name: str, layout: Layout, model: str, has_temperature: bool) -> dic
     }
 
 
+def _commands(layout: Layout, bundles: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """The entities that change the device."""
+    parts: dict[str, dict[str, Any]] = {
+        "restart": {
+            "platform": "button",
+            "name": "Restart",
+            "device_class": "restart",
+            "entity_category": "config",
+            "command_topic": layout.command("restart", CLIENT),
+            "payload_press": json.dumps({"v": 1, "status": "init"}),
+            "qos": 1,
+        }
+    }
+    if bundles:
+        parts["bundle"] = {
+            "platform": "select",
+            "name": "Model",
+            "entity_category": "config",
+            "command_topic": layout.command("switch", CLIENT),
+            "command_template": "{{ {'v': 1, 'status': 'init', 'name': value} | to_json }}",
+            "state_topic": layout.info,
+            "value_template": "{{ value_json.bundle }}",
+            "options": list(bundles),
+            "qos": 1,
+        }
+    return parts
+
+
 def _parts(layout: Layout, has_temperature: bool) -> dict[str, dict[str, Any]]:
-    """The entities that exist only while the device is online."""
+    """The entities that show the device, and take questions."""
     answer = _answer_topic(layout)
     parts = {
         "tokens_per_s": _figure(layout, "Speed", "tokens_per_s", unit_of_measurement="tokens/s"),

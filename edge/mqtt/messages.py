@@ -6,7 +6,7 @@ with the same classes.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -35,6 +35,9 @@ class Message(BaseModel):
     def encode(self) -> bytes:
         """The payload: JSON in UTF-8, without the fields that are None."""
         return self.model_dump_json(exclude_none=True).encode()
+
+
+_Message = TypeVar("_Message", bound=Message)
 
 
 class Request(Message):
@@ -169,6 +172,10 @@ class Info(Message):
     models: tuple[ModelInfo, ...]
     limits: Limits
     versions: Versions
+    bundle: str | None = None
+    """Name in the device's store of what is served, where it takes commands and has a store."""
+    bundles: tuple[str, ...] | None = None
+    """What it can be switched to."""
 
 
 class Load(Message):
@@ -184,6 +191,24 @@ class Load(Message):
     """Decode speed of the latest answer over MQTT: what one stream can expect; 0 before the first."""
     temperature_c: float | None = None
     """Of the machine's hottest sensor, where it has one; told anew when it moved by 2 °C."""
+
+
+CommandStatus = Literal["init", "executing", "successful", "failed"]
+"""The states of a command, in the words of thin-edge.io."""
+
+
+class Command(Message):
+    """Retained, on ``cmd``: a management command and its state. Clients write ``init``, the device all others."""
+
+    status: CommandStatus
+    name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """The bundle, for ``switch`` and ``verify``."""
+    step: str | None = None
+    """What is being done."""
+    progress: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of the step."""
+    error: dict[str, Any] | None = None
+    """With ``failed``: OpenAI's error object."""
 
 
 class RuleFailure(Message):
@@ -208,10 +233,29 @@ def parse_request(payload: bytes) -> Request:
     Raises:
         RequestError: it is no JSON object, or a field is unknown, missing or of the wrong type.
     """
+    return _parse(Request, payload, '{"v":1,"body":{"messages":[...]}}')
+
+
+def parse_command(payload: bytes) -> Command:
+    """Read a command.
+
+    Raises:
+        RequestError: as :func:`parse_request`.
+    """
+    return _parse(Command, payload, '{"v":1,"status":"init","name":"BUNDLE"}')
+
+
+def command_error(error: QwedgeError) -> dict[str, Any]:
+    """The error object of a command that failed."""
+    body: dict[str, Any] = error_body(error)["error"]
+    return body
+
+
+def _parse(kind: type[_Message], payload: bytes, example: str) -> _Message:
     try:
-        return Request.model_validate(parse_body(payload))
+        return kind.model_validate(parse_body(payload))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         param = ".".join(map(str, first["loc"]))[:64]
-        hint = 'send {"v":1,"body":{"messages":[...]}}; see docs/mqtt-protocol.md'
+        hint = f"send {example}; see docs/mqtt-protocol.md"
         raise RequestError(f"the field {param!r} is not allowed: {first['msg']}", hint=hint, param=param) from None

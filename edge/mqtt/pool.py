@@ -92,6 +92,13 @@ class Pool:
         self._thread = threading.Thread(target=self._run, name="mqtt-pool", daemon=True)
         self._thread.start()
 
+    def serve(self, topics: str) -> None:
+        """Be a member of the pool of another model from now on."""
+        with self._lock:
+            if topics != self._topics:
+                self._topics = topics
+                self._connection.listen([topics] if self._member else [])
+
     def stop(self) -> None:
         """Leave for good."""
         self._stopping = True

@@ -7,6 +7,7 @@
     {root}/v1/dev/{device}/load                    retained: slots, queue, speed
     {root}/v1/dev/{device}/req/{client}/{id}       a request for this device
     {root}/v1/dev/{device}/cancel/{client}/{id}    ends that request
+    {root}/v1/dev/{device}/cmd/{type}/{id}         retained: a management command and its state
     {root}/v1/dev/{device}/prompt                  a prompt from Home Assistant
     {root}/v1/dev/{device}/rule/{name}/error       why a rule gave no answer
     {root}/v1/pool/{model}/req/{client}/{id}       a request for any device that serves the model and has room
@@ -61,6 +62,14 @@ class CancelTopic:
     """Parsed from ``.../cancel/{client}/{id}``."""
 
     request: RequestId
+
+
+@dataclass(frozen=True)
+class CommandTopic:
+    """Parsed from ``.../cmd/{type}/{id}``."""
+
+    type: str
+    id: str
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,26 @@ class Layout:
     def filters(self) -> tuple[str, str]:
         """What the device subscribes to: requests and cancels."""
         return f"{self._device}/req/+/+", f"{self._device}/cancel/+/+"
+
+    @property
+    def commands(self) -> str:
+        """What the device subscribes to for management commands."""
+        return f"{self._device}/cmd/+/+"
+
+    def command(self, kind: str, command_id: str) -> str:
+        """The topic of one management command."""
+        return f"{self._device}/cmd/{kind}/{command_id}"
+
+    def parse_command(self, topic: str) -> CommandTopic:
+        """Read the topic of a management command.
+
+        Raises:
+            RequestError: it is none of this device, or its type or id is not allowed.
+        """
+        kind, _, command_id = topic.removeprefix(f"{self._device}/cmd/").partition("/")
+        if not (is_segment(kind) and is_segment(command_id)):
+            raise RequestError("the topic's type or id is not allowed", param="topic")
+        return CommandTopic(kind, command_id)
 
     def request(self, request: RequestId) -> str:
         """Where a client publishes a request."""

@@ -97,6 +97,11 @@ class MqttSettings(Section):
         description="`true` announces this device to Home Assistant below `homeassistant`, another word below that;"
         " `false` takes the announcement below `homeassistant` back. Without it, neither.",
     )
+    management: Literal["on", "off"] = Field(
+        "off",
+        description="`on` takes management commands (switch, verify, rollback, reload, restart) from whoever may write"
+        " to the device's `cmd` topics. The broker's access control decides who that is.",
+    )
     rule: tuple[RuleSettings, ...] = Field(
         (),
         max_length=MAX_RULES,
@@ -109,7 +114,7 @@ class MqttSettings(Section):
         " confirmed in the last moment only, for about 20 kB a request; `off`, every five minutes and when it stops.",
     )
 
-    @field_validator("pool", "broker_sync", mode="before")
+    @field_validator("pool", "management", "broker_sync", mode="before")
     @classmethod
     def _on_off(cls, value: Any) -> Any:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value

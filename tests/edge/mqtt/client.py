@@ -20,7 +20,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from edge.mqtt.messages import Accepted, Done, Info, Load, Message, Queued, RuleFailure, Started, Tokens
+from edge.mqtt.messages import Accepted, Command, Done, Info, Load, Message, Queued, RuleFailure, Started, Tokens
 from edge.settings.mqtt import BrokerAddress
 from tests.json_schema import validate
 
@@ -158,6 +158,8 @@ def _class_of(topic: str, payload: bytes) -> type[Message] | None:
     levels = topic.split("/")
     if levels[-3:-2] == ["rule"]:
         return RuleFailure
+    if levels[-3:-2] == ["cmd"]:
+        return Command if payload else None
     return EVENTS[json.loads(payload)["event"]] if levels[-1] == "evt" else KINDS.get(levels[-1])
 
 

@@ -193,7 +193,7 @@ def test_the_commands_manage_the_clients(tmp_path: Path) -> None:
     changed = qwedge("add-client", "plc-7", "--password-file", str(tmp_path / "password"), folder=tmp_path)
     assert (changed.stdout, "changed plc-7" in changed.stderr) == ("", True)
     listed = json.loads(qwedge("list-clients", "--json", folder=tmp_path).stdout)
-    assert listed == [{"name": "plc-7", "publish": [], "subscribe": []}]
+    assert listed == [{"name": "plc-7", "publish": [], "subscribe": [], "manage": False}]
     qwedge("remove-client", "plc-7", folder=tmp_path)
     assert qwedge("list-clients", folder=tmp_path).stdout == ""
 

@@ -252,6 +252,22 @@ def test_further_topics_are_given_to_one_client_and_to_the_devices_rules(make_si
     assert other.heard == []
 
 
+def test_only_who_may_manage_gives_commands_and_sees_them(make_site: Any, authority: Authority) -> None:
+    site = make_site("other")
+    site.add("operator", manage=True)
+    wait_until(lambda: _let_in(site, "operator", authority))
+    operator = site.connect("operator", "open sesame", trust(authority))
+    other = site.connect("other", "open sesame", trust(authority))
+    topic, order = f"{ROOT}/cmd/restart/1", b'{"v":1,"status":"init"}'
+    for visitor in (operator, other):
+        visitor.listen(f"{ROOT}/cmd/#")
+    assert other.say(topic, order) == "Not authorized"
+    assert operator.say(topic, order, retain=True) == "Success"
+    wait_until(lambda: operator.heard)
+    assert operator.heard == [(topic, order)]  # its bridge takes no commands
+    assert other.heard == []
+
+
 def test_clients_come_and_go_while_the_broker_runs(make_site: Any, authority: Authority) -> None:
     site = make_site("first")
     first = site.connect("first", "open sesame", trust(authority))
