@@ -28,6 +28,7 @@ from edge.settings.server import ServerSettings
 
 if TYPE_CHECKING:  # these bring onnxruntime and the web framework, which `qwedge --help` does without
     from edge.commands.mqtt_panel import BridgePanel
+    from edge.evaluation.background import BackgroundEvaluations
     from edge.http.server import HttpServer
     from edge.journal import Journal
     from edge.service import Service
@@ -109,7 +110,6 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
         door = FrontDoor.open(settings, stack)
         logs = stack.enter_context(_kept_log())
         service = served.load(imports=("edge.http.app", "edge.http.server"))
-        from edge.evaluation.background import BackgroundEvaluations
         from edge.http.app import create_app
         from edge.http.routes.device import DeviceSources
         from edge.http.server import HttpServer
@@ -125,13 +125,20 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
             settings.server,
             problem=lambda: journal.problem or (audit.problem if audit is not None else None),
             device=DeviceSources(logs, panel),
-            evaluations=BackgroundEvaluations(service, evaluations_folder(os.environ)),
+            evaluations=lambda: _evaluations(service),
             access=door.access(),
             audit=audit,
         )
         broker = None if panel is None else panel.address
         asyncio.run(_serve_http(service, settings, HttpServer(app, door.sock, door.tls), broker))
     log.info("stopped")
+
+
+def _evaluations(service: Service) -> BackgroundEvaluations:
+    """What runs suites for the page; it takes a tenth of a second to import, which a start need not wait for."""
+    from edge.evaluation.background import BackgroundEvaluations
+
+    return BackgroundEvaluations(service, evaluations_folder(os.environ))
 
 
 @contextmanager

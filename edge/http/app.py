@@ -45,7 +45,7 @@ def create_app(
     *,
     problem: Callable[[], str | None] = lambda: None,
     device: DeviceSources | None = None,
-    evaluations: Evaluations | None = None,
+    evaluations: Callable[[], Evaluations] | None = None,
     access: Access | None = None,
     audit: AuditLog | None = None,
 ) -> Starlette:
@@ -56,7 +56,7 @@ def create_app(
         settings: limits and allowed hosts.
         problem: tells what else does not work as it should, for ``/health``; None where all is well.
         device: what the page's device view shows besides the service; None = nothing.
-        evaluations: runs suites for the page's evaluate view; None = there is none.
+        evaluations: gives what runs suites for the page's evaluate view, once it is wanted; None = there is none.
         access: who may do what; None: everybody anything.
         audit: notes requests; whoever made it starts and stops it.
     """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -54,30 +55,31 @@ class EvaluationRequest(BaseModel):
     """Most cases of it, spread evenly."""
 
 
-def evaluation_routes(evaluations: Evaluations) -> list[Route]:
+def evaluation_routes(make: Callable[[], Evaluations]) -> list[Route]:
     """The routes.
 
     Args:
-        evaluations: runs the suites.
+        make: gives whoever runs the suites; called once, with the first request, in a worker thread.
     """
+    evaluations = cache(make)
 
     async def overview(_request: Request) -> Response:
         """The suites that can be run, the run under way, and past runs."""
-        return JSONResponse(await run_in_threadpool(evaluations.overview))
+        return JSONResponse(await run_in_threadpool(lambda: evaluations().overview()))
 
     async def start(request: Request) -> Response:
         """Run a suite in the background, one question at a time: 202 with its state; 409 while another one runs."""
         wanted = _parse(parse_body(await request.body()))
-        return JSONResponse(await run_in_threadpool(evaluations.start, wanted.suite, wanted.limit), 202)
+        return JSONResponse(await run_in_threadpool(lambda: evaluations().start(wanted.suite, wanted.limit)), 202)
 
     async def get(request: Request) -> Response:
         """A run: progress, cases, and with ``?compare=ID`` the comparison with another one."""
         run_id, baseline = request.path_params["id"], request.query_params.get("compare")
-        return JSONResponse(await run_in_threadpool(evaluations.get, run_id, baseline))
+        return JSONResponse(await run_in_threadpool(lambda: evaluations().get(run_id, baseline)))
 
     async def cancel(request: Request) -> Response:
         """End a run that is under way, or forget a finished one."""
-        await run_in_threadpool(evaluations.cancel, request.path_params["id"])
+        await run_in_threadpool(lambda: evaluations().cancel(request.path_params["id"]))
         return Response(status_code=204)
 
     return [

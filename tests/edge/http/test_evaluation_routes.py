@@ -25,7 +25,7 @@ def evaluating(folder: Path, engine: FakeEngine) -> Iterator[Served]:
     service = make_service(engine)
     evaluations = BackgroundEvaluations(service, folder)
     with (
-        serving(service, ServerSettings(port=0), evaluations=evaluations) as (host, port),
+        serving(service, ServerSettings(port=0), evaluations=lambda: evaluations) as (host, port),
         httpx.Client(base_url=f"http://{host}:{port}", timeout=20) as client,
     ):
         try:
