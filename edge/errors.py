@@ -20,6 +20,7 @@
         ├── ModelNotFoundError       404
         ├── DeadlineError            408
         ├── ConflictError            409: an id was used again with another payload
+        │   └── ReusedKeyError       422: the same of an idempotency key
         ├── TooLargeError            413
         ├── OverloadedError          429, with retry_after_s
         │   └── RateLimitError       429: the key has sent its requests of this minute
@@ -192,6 +193,13 @@ class ConflictError(RequestError):
 
     code = "conflict"
     status = 409
+
+
+class ReusedKeyError(ConflictError):
+    """An idempotency key was used before with another request."""
+
+    code = "idempotency_key_reused"
+    status = 422
 
 
 class TooLargeError(RequestError):

@@ -118,6 +118,7 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
         start(service)
         served.watch(service)
         journal = _make_journal(settings.mqtt)
+        stack.callback(journal.close)
         panel = _start_mqtt(settings.mqtt, service, journal, stack)
         audit = door.audit(stack)
         app = create_app(
@@ -128,6 +129,7 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
             evaluations=lambda: _evaluations(service),
             access=door.access(),
             audit=audit,
+            journal=journal,
         )
         broker = None if panel is None else panel.address
         asyncio.run(_serve_http(service, settings, HttpServer(app, door.sock, door.tls), broker))
@@ -169,10 +171,10 @@ def _starter(warm: Path | None) -> Callable[[Service], None]:
 
 
 def _make_journal(settings: MqttSettings) -> Journal:
-    """The journal of requests, in its folder where there is MQTT; not open yet."""
+    """The journal of requests; not open yet."""
     from edge.journal import Journal, Limits
 
-    folder = None if settings.broker == "none" else journal_folder(settings, os.environ)
+    folder = journal_folder(settings, os.environ)
     return Journal() if folder is None else Journal(folder, Limits(bytes=settings.journal_mb << 20))
 
 

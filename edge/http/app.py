@@ -25,6 +25,7 @@ from edge.http.access import Access
 from edge.http.audit import AuditLog
 from edge.http.errors import error_response
 from edge.http.guard import Guard
+from edge.http.idempotency import Idempotency
 from edge.http.routes.anthropic import anthropic_routes
 from edge.http.routes.device import DeviceSources, device_routes
 from edge.http.routes.embeddings import embedding_routes
@@ -34,6 +35,7 @@ from edge.http.routes.ollama import ollama_routes
 from edge.http.routes.openai import openai_routes
 from edge.http.routes.responses import response_routes
 from edge.http.routes.text import text_routes
+from edge.journal import Journal
 from edge.log_buffer import LogBuffer
 from edge.service import Service
 from edge.settings.server import ServerSettings
@@ -48,6 +50,7 @@ def create_app(
     evaluations: Callable[[], Evaluations] | None = None,
     access: Access | None = None,
     audit: AuditLog | None = None,
+    journal: Journal | None = None,
 ) -> Starlette:
     """The application; it starts and stops nothing.
 
@@ -59,6 +62,8 @@ def create_app(
         evaluations: gives what runs suites for the page's evaluate view, once it is wanted; None = there is none.
         access: who may do what; None: everybody anything.
         audit: notes requests; whoever made it starts and stops it.
+        journal: keeps requests that have an idempotency key, and their answers; opened when the first one comes, and
+            closed by whoever made it. None: in memory.
     """
     routes = [
         *openai_routes(service),
@@ -73,7 +78,10 @@ def create_app(
     ]
     return Starlette(
         routes=[*routes, _document(routes), Mount("/static", StaticFiles(directory=STATIC), name="static")],
-        middleware=[Middleware(Guard, settings=settings, check_room=service.check_room, access=access, audit=audit)],
+        middleware=[
+            Middleware(Guard, settings=settings, check_room=service.check_room, access=access, audit=audit),
+            Middleware(Idempotency, journal=journal or Journal(), check_room=service.check_room),
+        ],
         exception_handlers=dict.fromkeys((QwedgeError, HTTPException, ClientDisconnect), _answer_error),
     )
 
