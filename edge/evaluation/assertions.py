@@ -78,9 +78,9 @@ def prepare(spec: Assertion, value: Any, setup: str = "") -> Check:
         ValueError: there is no such type, or the value or a field does not belong to it.
     """
     name = spec.type.removeprefix(NOT)
-    if name not in _TYPES:
+    if name not in TYPES:
         raise ValueError(f"there is no assertion of the type {spec.type!r}{_advice(name)}")
-    allowed, make = _TYPES[name]
+    allowed, make = TYPES[name]
     given = {field for field in ("threshold", "tolerance", "after", "setup", "timeout_s", "memory_mb")
              if getattr(spec, field) is not None}  # fmt: skip
     if surplus := sorted(given - allowed):
@@ -95,7 +95,7 @@ def _advice(name: str) -> str:
     advice = _REFUSED.get(name)
     if name.startswith(_JUDGED_BY_MODELS):
         advice = "no model judges the answers here: use an assertion that needs none"
-    return f": {advice}" if advice else f"; known are {', '.join(sorted(_TYPES))}"
+    return f": {advice}" if advice else f"; known are {', '.join(sorted(TYPES))}"
 
 
 def _opposite(judge: Judge) -> Judge:
@@ -279,7 +279,7 @@ def _code_runs(spec: Assertion, value: Any, setup: str) -> Judge:
     return judge
 
 
-_TYPES: Mapping[str, tuple[frozenset[str], Callable[..., Judge]]] = {
+TYPES: Mapping[str, tuple[frozenset[str], Callable[..., Judge]]] = {
     "contains": (frozenset(), _containing(fold=False, every=True)),
     "icontains": (frozenset(), _containing(fold=True, every=True)),
     "contains-all": (frozenset(), _containing(fold=False, every=True)),

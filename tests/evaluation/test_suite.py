@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import files as files_of
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 
 from edge.errors import ConfigError
 from edge.evaluation.answer import Answer
+from edge.evaluation.assertions import TYPES
 from edge.evaluation.suite import BUILT_IN, Suite, built_in_suites, load_suite
 
+ROOT = Path(__file__).parents[2]
 SMALL = """\
 description: Two questions
 prompts:
@@ -213,9 +217,24 @@ def test_the_factory_speaks_three_languages() -> None:
     assert sum(count.values()) >= 40
 
 
-def test_the_data_of_suites_is_part_of_the_package() -> None:
-    installed = {Path(str(file)).name for file in files_of("qwedge") or ()}
-    # An editable installation lists no files of the package; a wheel has all of `edge`.
-    for path in BUILT_IN.iterdir():
-        assert path.suffix in {".yaml", ".jsonl"}
-        assert path.name in installed or not any(name.endswith(".yaml") for name in installed)
+def test_the_example_of_the_documentation_is_a_suite(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    suite = load(tmp_path, text.partition("```yaml\n")[2].partition("```")[0])
+    assert [case.id for case in suite.cases] == ["1/1", "1/examples", "2", "3"]
+    assert suite.cases[1].body["max_tokens"] == 8
+    assert suite.cases[0].checks[0].judge(Answer("Kugellager.", 1)).passed
+
+
+def test_the_documentation_names_every_assertion() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    table = text.partition("| assertion |")[2].partition("\n\n")[0]
+    assert {name for name in TYPES if f"`{name}`" not in table} == set()
+
+
+def test_the_wheel_has_the_suites(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(line, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"edge/evaluation/suites/{path.name}" for path in BUILT_IN.iterdir()} <= names
+    assert {"export/report.txt", "export/peers.json"} <= names
