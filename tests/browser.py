@@ -53,6 +53,15 @@ class Browser:
         """Let pages do what the user would be asked about."""
         self._devtools("Browser.grantPermissions", permissions=list(permissions))
 
+    @contextmanager
+    def before_pages(self, script: str) -> Iterator[None]:
+        """Run a script before those of every page that is opened in the block."""
+        added = self._devtools("Page.addScriptToEvaluateOnNewDocument", source=script)
+        try:
+            yield
+        finally:
+            self._devtools("Page.removeScriptToEvaluateOnNewDocument", identifier=added["identifier"])
+
     def run(self, script: str, *arguments: Any) -> Any:
         """The value that a script returns."""
         return self._post("execute/sync", script=script, args=list(arguments))
