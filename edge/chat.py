@@ -46,7 +46,7 @@ class ChatTemplate:
     """A model's chat template. Thread-safe.
 
     Attributes:
-        thinks: whether the model thinks first: never, unless it is told not to, or always.
+        thinks: whether the model thinks first: never, as it is told, or always.
         tool_form: how the model writes a tool call.
 
     Args:
@@ -78,7 +78,8 @@ class ChatTemplate:
         self.tool_form = self._find_tool_form()
 
     def _find_thoughts(self, prompt: str) -> Literal["never", "optional", "always"]:
-        if self.render(_PROBE, enable_thinking=False) != prompt:
+        # Some think by default and some do not: Qwen3.5 does from 4B on.
+        if self.render(_PROBE, enable_thinking=False) != self.render(_PROBE, enable_thinking=True):
             return "optional"
         return "always" if prompt.endswith("<think>\n") else "never"
 

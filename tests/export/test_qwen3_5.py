@@ -26,6 +26,7 @@ from edge.bundle import (
     StateLayout,
     verify_bundle,
 )
+from edge.chat import ChatTemplate
 from edge.engine.lora import Places
 from edge.errors import CheckpointError, ConfigError
 from export.architectures import architecture_for
@@ -42,6 +43,8 @@ from tests.oracle import golden_qwen3_5 as golden
 
 TOLERANCE = 5e-4
 """Absolute, for a logit; the largest are about 3."""
+TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates" / "qwen3.5"
+OPEN, CLOSED = "<think>\n", "<think>\n\n</think>\n\n"
 SCHEDULES: dict[str, list[int]] = {"prefill": [72], "decode": [1] * 72, "chunked": [7, 1, 30, 2, 31, 1]}
 
 
@@ -168,17 +171,26 @@ class TestBundle:
         ("folder", "temperature", "top_p"),
         [("Qwen3.5-0.8B", 0.7, 0.8), ("Qwen3.5-4B", 1.0, 0.95), ("our-own", 0.7, 0.8)],
     )
-    @pytest.mark.parametrize("template", ["thinks", "answers"])
-    def test_the_text_side(self, folder: str, temperature: float, top_p: float, template: str, tmp_path: Path) -> None:
+    def test_the_text_side(self, folder: str, temperature: float, top_p: float, tmp_path: Path) -> None:
         """Two stop ids: the config's, which ends a text, and the one that ends a turn."""
-        text = f"{tiny.CHAT_TEMPLATE}{{# {template} #}}"
-        report = export(write_published(tmp_path / folder, tiny_qwen3_5.config(), text), tmp_path / "bundle")
-        assert (report.folder / CHAT_TEMPLATE).read_text("utf-8") == text
+        report = export(write_published(tmp_path / folder, tiny_qwen3_5.config()), tmp_path / "bundle")
         assert (report.folder / TOKENIZER).read_bytes() == tiny.tokenizer_json()
         generation = json.loads((report.folder / GENERATION).read_text("utf-8"))
         assert generation["eos_token_ids"] == [tiny_qwen3_5.EOS_TEXT, tiny.EOS]
         assert (generation["do_sample"], generation["top_k"]) == (True, 20)
         assert (generation["temperature"], generation["top_p"]) == (temperature, top_p)
+
+    @pytest.mark.parametrize(("template", "ending"), [("template", OPEN), ("small", CLOSED)])
+    def test_thinking_is_the_templates_choice(self, template: str, ending: str, tmp_path: Path) -> None:
+        """The template of 4B and 9B thinks unless told not to, that of 0.8B and 2B the other way round."""
+        text = (TEMPLATES / f"{template}.jinja").read_text("utf-8")
+        report = export(write_published(tmp_path / "m", tiny_qwen3_5.config(), text), tmp_path / "bundle")
+        assert (report.folder / CHAT_TEMPLATE).read_text("utf-8") == text
+        chat, messages = ChatTemplate.load(report.folder / CHAT_TEMPLATE), [{"role": "user", "content": "Hello"}]
+        assert chat.render(messages).endswith(f"Hello<|im_end|>\n<|im_start|>assistant\n{ending}")
+        assert chat.render(messages, enable_thinking=True).endswith(OPEN)
+        assert chat.render(messages, enable_thinking=False).endswith(CLOSED)
+        assert chat.thinks == "optional"
 
     def test_an_int8_cache_leaves_the_states_alone(self, tmp_path: Path) -> None:
         report = export(write_published(tmp_path / "m", tiny_qwen3_5.config()), tmp_path / "bundle", kv="int8")
