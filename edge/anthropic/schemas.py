@@ -30,7 +30,7 @@ def _check_blocks(content: Any, known: tuple[str, ...]) -> Any:
     """Refuse blocks that no text model can read, in words of their own."""
     for block in content if isinstance(content, list) else ():
         kind = block.get("type") if isinstance(block, dict) else None
-        if kind in {"image", "document", "file"}:
+        if kind in ("image", "document", "file"):  # the kind may be a list, which no set takes
             hint = "this model reads text: leave images and documents out"
             raise RequestError("images and documents are not supported", hint=hint, param="messages")
         if isinstance(kind, str) and kind not in known:
@@ -107,7 +107,7 @@ class Tool(Wire):
     @model_validator(mode="before")
     @classmethod
     def _of_the_client(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("type") not in {None, "custom"}:
+        if isinstance(value, dict) and value.get("type") not in (None, "custom"):
             hint = "this device runs no tools itself: describe the tool by an input_schema and run it in the client"
             raise RequestError("a tool is not of type 'custom'", hint=hint, param="tools")
         return value
