@@ -7,9 +7,11 @@ import logging
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,9 +19,9 @@ import typer
 
 from edge.commands import options
 from edge.commands.front_door import FrontDoor
-from edge.commands.trial import starting
+from edge.commands.trial import Start, starting
 from edge.config import Settings
-from edge.errors import ConfigError, UnavailableError
+from edge.errors import ConfigError, QwedgeError, UnavailableError
 from edge.log_buffer import LogBuffer
 from edge.settings.folders import broker_folder, evaluations_folder, journal_folder, keys_file
 from edge.settings.mqtt import BrokerAddress, MqttSettings
@@ -31,7 +33,9 @@ if TYPE_CHECKING:  # these bring onnxruntime and the web framework, which `qwedg
     from edge.evaluation.background import BackgroundEvaluations
     from edge.http.server import HttpServer
     from edge.journal import Journal
-    from edge.service import Service
+    from edge.management import Management
+    from edge.service import Loaded, Service
+    from edge.store import Installed
 
 log = logging.getLogger(__name__)
 
@@ -76,28 +80,40 @@ def serve(
     --warm reads a system prompt, or several prompts as JSON Lines ({"messages": [...]}), before the ready line: what
     begins with one of them is answered sooner.
     """
-    chosen = options.settings(
-        config,
-        model__bundle=bundle,
-        model__trust=trust,
-        server__host=host,
-        server__port=port,
-        mqtt__broker=broker,
-        engine__slots=slots,
-        engine__context=context,
-        engine__threads=threads,
-        log__level=log_level,
-    )
+
+    def read_settings() -> Settings:
+        return options.settings(
+            config,
+            model__bundle=bundle,
+            model__trust=trust,
+            server__host=host,
+            server__port=port,
+            mqtt__broker=broker,
+            engine__slots=slots,
+            engine__context=context,
+            engine__threads=threads,
+            log__level=log_level,
+        )
+
+    chosen = read_settings()
     options.log_to_stderr(chosen.log)
-    run_server(chosen, warm)
+    leaving = Leaving()
+    run_server(chosen, leaving, warm, read_settings)
+    if leaving.begins_anew:
+        log.info("beginning anew")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - the command that we are
 
 
-def run_server(settings: Settings, warm: Path | None = None) -> None:
-    """Serve until a signal ends it.
+def run_server(
+    settings: Settings, leaving: Leaving, warm: Path | None = None, read_settings: Callable[[], object] = lambda: None
+) -> None:
+    """Serve until a signal or an operator ends it.
 
     Args:
         settings: what to serve and how.
+        leaving: tells when to end, and afterwards whether to begin anew.
         warm: prompts to read first (``edge.commands.warm``).
+        read_settings: raises a ConfigError where the settings, read anew, cannot be used.
 
     Raises:
         QwedgeError: what is needed to start cannot be had: the port, the bundle, memory, prompts that can be read.
@@ -119,7 +135,9 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
         served.watch(service)
         journal = _make_journal(settings.mqtt)
         stack.callback(journal.close)
-        panel = _start_mqtt(settings.mqtt, service, journal, stack)
+        management = _make_management(settings, served, service, leaving, read_settings)
+        stack.callback(management.close)
+        panel = _start_mqtt(settings.mqtt, service, journal, management, stack)
         audit = door.audit(stack)
         app = create_app(
             service,
@@ -130,9 +148,12 @@ def run_server(settings: Settings, warm: Path | None = None) -> None:
             access=door.access(),
             audit=audit,
             journal=journal,
+            management=management,
         )
         broker = None if panel is None else panel.address
-        asyncio.run(_serve_http(service, settings, HttpServer(app, door.sock, door.tls), broker))
+        server = HttpServer(app, door.sock, door.tls)
+        reload = partial(_reload, management)
+        asyncio.run(_serve_http(server, service, settings, broker=broker, leaving=leaving, reload=reload))
     log.info("stopped")
 
 
@@ -178,7 +199,43 @@ def _make_journal(settings: MqttSettings) -> Journal:
     return Journal() if folder is None else Journal(folder, Limits(bytes=settings.journal_mb << 20))
 
 
-def _start_mqtt(settings: MqttSettings, service: Service, journal: Journal, stack: ExitStack) -> BridgePanel | None:
+def _make_management(
+    settings: Settings, served: Start, service: Service, leaving: Leaving, read_settings: Callable[[], object]
+) -> Management:
+    """What operators can do to the server."""
+    from edge.bundle import read_manifest
+    from edge.loader import load_bundle
+    from edge.management import Management
+
+    def load_installed(installed: Installed) -> Loaded:
+        loaded = load_bundle(installed.path, read_manifest(installed.path), settings)
+        served.switched(installed)
+        return loaded
+
+    management = Management(
+        service,
+        served.store,
+        load_installed,
+        check_settings=read_settings,
+        restart=leaving.begin_anew,
+        drain_s=settings.server.drain_s,
+    )
+    if served.installed is not None:
+        management.serving(served.installed)
+    return management
+
+
+def _reload(management: Management) -> None:
+    """What SIGHUP does; where the settings cannot be used the log says so, and the server goes on."""
+    try:
+        management.begin("reload")
+    except QwedgeError as error:
+        log.error("the settings are not reloaded: %s", error)  # noqa: TRY400 - the user's error, not a fault of ours
+
+
+def _start_mqtt(
+    settings: MqttSettings, service: Service, journal: Journal, management: Management, stack: ExitStack
+) -> BridgePanel | None:
     """Start broker and bridge as configured and have ``stack`` stop them; None where there is no MQTT."""
     if settings.broker == "none":
         return None
@@ -197,19 +254,26 @@ def _start_mqtt(settings: MqttSettings, service: Service, journal: Journal, stac
             return None
         stack.callback(broker.stop)
         address, settings = broker.address, as_owner(settings, broker)
-    bridge = MqttBridge(service, settings, address, journal)
+    bridge = MqttBridge(service, settings, address, journal, management)
     bridge.start()
     stack.callback(bridge.stop)
     return BridgePanel(bridge, settings, address)
 
 
-async def _serve_http(service: Service, settings: Settings, server: HttpServer, broker: BrokerAddress | None) -> None:
-    """Answer HTTP until SIGINT or SIGTERM, then drain."""
-    signals = _Signals()
+async def _serve_http(
+    server: HttpServer,
+    service: Service,
+    settings: Settings,
+    *,
+    broker: BrokerAddress | None,
+    leaving: Leaving,
+    reload: Callable[[], None],
+) -> None:
+    """Answer HTTP until it is time to leave, then drain."""
+    asked = leaving.listen(reload)
     serving = asyncio.create_task(server.serve())
     print(ready_text(settings, Endpoints.of(settings, server.address, broker), service), flush=True)
-    leaving = asyncio.create_task(signals.first.wait())
-    await asyncio.wait({serving, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({serving, asyncio.create_task(asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
     drain_s = settings.server.drain_s
     log.info("stopping; running requests have %g s (Ctrl-C again: at once)", drain_s)
     await asyncio.to_thread(service.stop, drain_s)
@@ -217,19 +281,39 @@ async def _serve_http(service: Service, settings: Settings, server: HttpServer, 
     await serving
 
 
-class _Signals:
-    """The first SIGINT or SIGTERM asks to leave; the second leaves, and the kernel ends the broker with us."""
+class Leaving:
+    """When the server leaves, and whether it begins anew then.
+
+    The first SIGINT or SIGTERM asks to leave; the second leaves, and the kernel ends the broker with us. SIGHUP asks to
+    begin anew with the settings read anew.
+    """
 
     def __init__(self) -> None:
-        self.first = asyncio.Event()
-        loop = asyncio.get_running_loop()
+        self.begins_anew = False
+        self._asked = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def listen(self, reload: Callable[[], None]) -> asyncio.Event:
+        """Take signals from now on; returns what is set when it is time to leave. On the event loop's thread."""
+        self._loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._take)
+            self._loop.add_signal_handler(number, self._take)
+        self._loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(asyncio.to_thread(reload)))
+        if self.begins_anew:  # it was asked for before
+            self._asked.set()
+        return self._asked
+
+    def begin_anew(self) -> None:
+        """Leave in good order, and start the same command again; on any thread."""
+        self.begins_anew = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._asked.set)
 
     def _take(self) -> None:
-        if self.first.is_set():
+        if self._asked.is_set() and not self.begins_anew:
             os._exit(EXIT_FORCED)
-        self.first.set()
+        self.begins_anew = False
+        self._asked.set()
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ class Start:
             )
             self._watcher.start()
 
+    def switched(self, installed: Installed) -> None:
+        """Another bundle is served, which has been put to the test already: no more need to watch."""
+        self._ended.set()
+        self.installed = installed
+
     def end(self, *, wanted: bool) -> None:
         """The server has ended; a start on trial does not count where that was wanted."""
         self._ended.set()

@@ -31,12 +31,14 @@ from edge.http.routes.device import DeviceSources, device_routes
 from edge.http.routes.embeddings import embedding_routes
 from edge.http.routes.evaluation import Evaluations, evaluation_routes
 from edge.http.routes.information import STATIC, information_routes
+from edge.http.routes.management import management_routes
 from edge.http.routes.ollama import ollama_routes
 from edge.http.routes.openai import openai_routes
 from edge.http.routes.responses import response_routes
 from edge.http.routes.text import text_routes
 from edge.journal import Journal
 from edge.log_buffer import LogBuffer
+from edge.management import Management
 from edge.service import Service
 from edge.settings.server import ServerSettings
 
@@ -51,6 +53,7 @@ def create_app(
     access: Access | None = None,
     audit: AuditLog | None = None,
     journal: Journal | None = None,
+    management: Management | None = None,
 ) -> Starlette:
     """The application; it starts and stops nothing.
 
@@ -64,6 +67,7 @@ def create_app(
         audit: notes requests; whoever made it starts and stops it.
         journal: keeps requests that have an idempotency key, and their answers; opened when the first one comes, and
             closed by whoever made it. None: in memory.
+        management: switches models and begins anew; None = that is not offered.
     """
     routes = [
         *openai_routes(service),
@@ -75,6 +79,7 @@ def create_app(
         *information_routes(service, problem),
         *device_routes(service, device or DeviceSources(LogBuffer())),
         *([] if evaluations is None else evaluation_routes(evaluations)),
+        *([] if management is None else management_routes(management)),
     ]
     return Starlette(
         routes=[*routes, _document(routes), Mount("/static", StaticFiles(directory=STATIC), name="static")],
