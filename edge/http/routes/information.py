@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -13,6 +13,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from edge import __version__
+from edge.http.caller import caller_of
 from edge.metrics import CONTENT_TYPE
 from edge.model import Model
 from edge.service import Service
@@ -20,6 +21,8 @@ from edge.service import Service
 STATIC = Path(__file__).parent.parent / "static"
 STALLED_AFTER_S = 30.0
 """Seconds without a finished engine step, while there is work, after which the server calls itself stalled."""
+
+_WORKING: Final = {"ok", "degraded"}
 
 
 def information_routes(service: Service, problem: Callable[[], str | None]) -> list[Route]:
@@ -30,23 +33,35 @@ def information_routes(service: Service, problem: Callable[[], str | None]) -> l
         problem: tells what else does not work as it should; None where all is well.
     """
 
-    async def list_models(_request: Request) -> Response:
-        """The served model, by itself and with each adapter."""
-        names = await run_in_threadpool(service.model.names)
-        ends = {"first_id": names[0], "last_id": names[-1], "has_more": False}
+    async def list_models(request: Request) -> Response:
+        """The served model, by itself and with each adapter: as far as the key allows them."""
+        known = await run_in_threadpool(service.model.names)
+        names = [name for name in known if caller_of(request).may_use(name)]
+        ends = {"first_id": names[0] if names else None, "last_id": names[-1] if names else None, "has_more": False}
         data = [_describe_model(service.model, name) for name in names]
         return JSONResponse({"object": "list", "data": data, **ends})
 
     async def get_model(request: Request) -> Response:
         """The served model, or the model with an adapter; 404 for another name."""
         name = request.path_params["name"]
+        caller_of(request).check_model(name)
         await run_in_threadpool(service.model.find_adapter, name)
         return JSONResponse(_describe_model(service.model, name))
 
     async def health(_request: Request) -> Response:
         """Whether the server makes progress: 200 with status ok or degraded, or 503 with draining or stalled."""
         body = _health(service, problem())
-        return JSONResponse(body, 200 if body["status"] in {"ok", "degraded"} else 503)
+        return JSONResponse(body, 200 if body["status"] in _WORKING else 503)
+
+    async def live(_request: Request) -> Response:
+        """Whether to leave the process alone: 200, or 503 where it hangs and a restart would help."""
+        body = _health(service, problem())
+        return JSONResponse(body, 200 if body["live"] else 503)
+
+    async def ready(_request: Request) -> Response:
+        """Whether to send requests here: 200, or 503 while it hangs, stops, or its queue is full."""
+        body = _health(service, problem())
+        return JSONResponse(body, 200 if body["ready"] else 503)
 
     async def metrics(_request: Request) -> Response:
         """Prometheus' text format."""
@@ -59,6 +74,8 @@ def information_routes(service: Service, problem: Callable[[], str | None]) -> l
         Route("/v1/models", list_models),
         Route("/v1/models/{name}", get_model),
         Route("/health", health),
+        Route("/health/live", live),
+        Route("/health/ready", ready),
         Route("/metrics", metrics),
         Route("/", page, include_in_schema=False),
     ]
@@ -90,6 +107,8 @@ def _health(service: Service, problem: str | None) -> dict[str, Any]:
         status = "stalled"
     return {
         "status": status,
+        "live": status != "stalled",
+        "ready": status in _WORKING and stats.num_waiting < stats.max_queue,
         **({} if problem is None else {"problem": problem}),
         "model": service.model.manifest.name,
         "version": __version__,
