@@ -1,40 +1,12 @@
 """Bodies that are no requests, or hardly: seeded, for the test that none of them gets a 5xx."""
 
+import copy
+import gzip
 import json
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-_FIELDS = (
-    "messages",
-    "prompt",
-    "model",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "logit_bias",
-    "stop",
-    "max_tokens",
-    "max_completion_tokens",
-    "stream",
-    "stream_options",
-    "n",
-    "tools",
-    "tool_choice",
-    "response_format",
-    "enable_thinking",
-    "chat_template_kwargs",
-    "logprobs",
-    "top_logprobs",
-    "echo",
-    "suffix",
-    "user",
-)
 _RAW_VALUES = (
     b"NaN", b"-Infinity", b"1e400", b"-1e999", b'"\\ud800"', b'"\\udc00\\ud800"', b'"\xff\xfe"', b"9" * 400,
     b"0.1e-400", b"[" * 3000, b'{"a":' * 500, b"'x'", b"\x00", b'"\\u0000"', b"tru",
@@ -52,26 +24,66 @@ _VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def malformed_bodies(rng: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
-    """``count`` pairs of path and body, for OpenAI's two."""
-    for _ in range(count):
-        chat = rng.random() < 0.6
-        path = "/v1/chat/completions" if chat else "/v1/completions"
-        base: dict[str, Any] = {"max_tokens": 2}
-        base |= {"messages": [{"role": "user", "content": "Hi"}]} if chat else {"prompt": "Hi"}
-        yield path, next(odd_bodies(rng, 1, base, _FIELDS))
-
-
 def odd_bodies(rng: random.Random, count: int, base: dict[str, Any], fields: Sequence[str]) -> Iterator[bytes]:
-    """``count`` bodies around a sound one."""
+    """``count`` bodies around a sound one.
+
+    Args:
+        rng: seeded.
+        count: how many.
+        base: the sound one.
+        fields: names that mean something there.
+    """
+    ways = (_with_odd_values, _with_odd_nodes, _with_raw_value, _damaged, _encoded_otherwise, _noise)
     for _ in range(count):
-        yield rng.choice((_with_odd_values, _with_raw_value, _damaged, _noise))(rng, dict(base), fields)
+        yield rng.choice(ways)(rng, copy.deepcopy(base), fields)
 
 
 def _with_odd_values(rng: random.Random, body: dict[str, Any], fields: Sequence[str]) -> bytes:
     for _ in range(rng.randint(1, 3)):
-        body[rng.choice(fields)] = rng.choice(_VALUES)
+        body[rng.choice(fields)] = copy.deepcopy(rng.choice(_VALUES))
     return json.dumps(body).encode()
+
+
+def _with_odd_nodes(rng: random.Random, body: dict[str, Any], fields: Sequence[str]) -> bytes:
+    """Something is wrong somewhere inside."""
+    del fields
+    for _ in range(rng.randint(1, 2)):
+        places = list(_places(body))
+        if not places:
+            break
+        container, key = rng.choice(places)
+        match rng.randrange(4):
+            case 0:
+                del container[key]
+            case 1 if isinstance(container, dict):
+                container[rng.choice(("", "x" * 300, "type", "$ref", "\ufffe"))] = copy.deepcopy(rng.choice(_VALUES))
+            case 2:
+                container[key] = _deep(rng.randint(2, 70), container[key])
+            case _:
+                container[key] = copy.deepcopy(rng.choice(_VALUES))
+    return json.dumps(body).encode()
+
+
+def _places(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Every place in a tree where something stands."""
+    keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+    for key in keys:
+        yield node, key
+        yield from _places(node[key])
+
+
+def _deep(levels: int, value: Any) -> Any:
+    for _ in range(levels):
+        value = {"a": value} if levels % 2 else [value]
+    return value
+
+
+def _encoded_otherwise(rng: random.Random, body: dict[str, Any], fields: Sequence[str]) -> bytes:
+    del fields
+    text = json.dumps({**body, "user": "ü世🙂"}, ensure_ascii=False)
+    encodings = ("utf-16", "utf-16-be", "utf-32", "utf-7", "utf-8-sig", "cp1252", "shift_jis", "cp037")
+    raw = text.encode(rng.choice(encodings), errors="replace")
+    return gzip.compress(raw) if rng.random() < 0.2 else raw
 
 
 def _with_raw_value(rng: random.Random, body: dict[str, Any], fields: Sequence[str]) -> bytes:
@@ -82,7 +94,7 @@ def _with_raw_value(rng: random.Random, body: dict[str, Any], fields: Sequence[s
 def _damaged(rng: random.Random, body: dict[str, Any], _: Sequence[str]) -> bytes:
     text = bytearray(json.dumps(body).encode())
     for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(text))
+        at = rng.randrange(len(text) + 1)
         text[at : at + rng.randint(0, 1)] = rng.randbytes(rng.randint(0, 1))
     return bytes(text[: rng.randint(0, len(text))] if rng.random() < 0.3 else text)
 
