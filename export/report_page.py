@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -31,6 +31,8 @@ _POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'"
 _COLUMNS: Final = ("recipe", "MB on disk", "MB per token", "KL, mean", "KL, 99.9%", "same first choice", "perplexity")
 _WIDTH, _HEIGHT = 900, 460
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 170, 20, 50
+_NAME_WIDTH, _LINE = 150, 15
+"""Of the names beside marks."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,15 @@ class _Axis:
         share = (math.log(value) - self._low) / (self._high - self._low)
         return self._start + share * (self._stop - self._start)
 
-    def ticks(self) -> Iterator[float]:
-        """1, 2 and 5 times powers of ten."""
-        for power in range(math.floor(self._low / math.log(10)), math.ceil(self._high / math.log(10)) + 1):
-            for factor in (1, 2, 5):
-                if self._low <= math.log(factor * 10.0**power) <= self._high:
-                    yield factor * 10.0**power
+    def ticks(self) -> list[float]:
+        """1, 2 and 5 times powers of ten, or all whole multiples where those would be few."""
+        few = self._ticks((1, 2, 5))
+        return few if len(few) > 2 else self._ticks(range(1, 10))
+
+    def _ticks(self, factors: Iterable[int]) -> list[float]:
+        powers = range(math.floor(self._low / math.log(10)), math.ceil(self._high / math.log(10)) + 1)
+        ticks = [factor * 10.0**power for power in powers for factor in factors]
+        return [tick for tick in ticks if self._low <= math.log(tick) <= self._high]
 
 
 def _plot(points: Sequence[Point]) -> Iterator[str]:
@@ -141,15 +146,27 @@ def _plot(points: Sequence[Point]) -> Iterator[str]:
         yield f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
         yield f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>\n'
     yield f'<text x="{_LEFT}" y="{_HEIGHT - 8}">MB of weights on disk and mean KL in nats; lower left is better</text>'
-    for point in points:
-        yield _mark(point, x.place(point.megabytes), y.place(point.kl))
+    places = [(x.place(point.megabytes), y.place(point.kl)) for point in points]
+    for point, place, label in zip(points, places, _labels(places), strict=True):
+        yield _mark(point, *place, label)
     yield "</svg>\n"
 
 
-def _mark(point: Point, x: float, y: float) -> str:
+def _labels(places: Sequence[tuple[float, float]]) -> list[float]:
+    """Heights of the names beside marks, moved down where they would cover each other."""
+    heights = [0.0] * len(places)
+    done: list[tuple[float, float]] = []
+    for x, y, index in sorted(((x, y, index) for index, (x, y) in enumerate(places)), key=lambda mark: mark[1]):
+        above = [height for other, height in done if abs(other - x) < _NAME_WIDTH]
+        heights[index] = max([y, *(height + _LINE for height in above)])
+        done.append((x, heights[index]))
+    return heights
+
+
+def _mark(point: Point, x: float, y: float, label: float) -> str:
     shape = (
         f'<rect class="peer" x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10"/>'
         if point.is_peer
         else f'<circle class="own" cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
     )
-    return f'\n{shape}<text x="{x + 10:.1f}" y="{y + 4:.1f}">{escape(point.name)}</text>'
+    return f'\n{shape}<text x="{x + 10:.1f}" y="{label + 4:.1f}">{escape(point.name)}</text>'

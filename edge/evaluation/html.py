@@ -25,7 +25,8 @@ body { margin: 0 auto; padding: 1.5rem; max-width: 66rem; background: var(--pape
   font: 1rem/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
 p { margin: .25rem 0; } .big { font-size: 2.4rem; font-weight: 650; line-height: 1.2; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; } caption { text-align: left; font-weight: 600; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; } caption { text-align: left; font-weight: 600;
+  white-space: nowrap; }
 th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 meter { width: 9rem; } .good { color: var(--good); } .bad { color: var(--bad); }
@@ -107,7 +108,7 @@ def _meter(share: Share) -> str:
 def _took(report: Report) -> Iterator[str]:
     figures = report.figures()
     rows = [
-        (label, f"{value:,.10g} {unit}".strip())
+        (label, f"{value:,.{0 if value >= 100 else 1}f} {unit}".strip())
         for name, (label, unit) in _FIGURES.items()
         if (value := figures[name]) is not None
     ]
