@@ -57,7 +57,7 @@ export function bytes(value) {
 
 /** The time of day, from seconds since 1970. */
 export function timeOfDay(seconds) {
-  return new Date(seconds * 1000).toLocaleTimeString(current);
+  return new Date(seconds * 1000).toLocaleTimeString(current, { hour12: false });
 }
 
 /** Date and time, from seconds since 1970. */

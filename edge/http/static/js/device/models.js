@@ -47,7 +47,7 @@ export class ModelPanel {
       element("td", { textContent: bundle.version ?? "" }),
       element("td", { textContent: bytes(bundle.size_bytes) }),
       element("td", { textContent: bundle.signed_by ?? t("unsigned") }),
-      element("td", { className: "actions" }, ...actions));
+      element("td", {}, element("div", { className: "actions" }, ...actions)));
   }
 
   #action(kind, bundle, busy) {

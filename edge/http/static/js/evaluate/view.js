@@ -144,7 +144,7 @@ class Evaluate {
       element("td", { textContent: run.target }),
       element("td", { textContent: dateTime(Date.parse(run.started) / 1000) }),
       element("td", { textContent: share(run) }),
-      element("td", { className: "actions" }, open, forget));
+      element("td", {}, element("div", { className: "actions" }, open, forget)));
   }
 
   #renderResult() {

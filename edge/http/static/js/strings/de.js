@@ -81,7 +81,7 @@ export default {
   seed: "Startwert",
   random: "Zufällig",
   thinking: "Nachdenken",
-  modelDefault: "Wie vom Modell",
+  modelDefault: "Vorgabe",
   serverDefault: "So viele wie passen",
   schema: "JSON-Schema der Antworten",
   useSchema: "Antworten müssen dem Schema folgen",

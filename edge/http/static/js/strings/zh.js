@@ -81,7 +81,7 @@ export default {
   seed: "随机种子",
   random: "随机",
   thinking: "思考",
-  modelDefault: "模型默认",
+  modelDefault: "默认",
   serverDefault: "不限",
   schema: "回答的 JSON Schema",
   useSchema: "回答必须符合该 Schema",
