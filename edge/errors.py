@@ -62,6 +62,8 @@ class ConfigError(QwedgeError):
     """A setting is unknown, of the wrong type or out of range."""
 
     code = "config_invalid"
+    status = 409
+    """A server that is told to reload them goes on with those that it has."""
     exit_code = 2
 
 
