@@ -67,7 +67,8 @@ def serving(service: Service, settings: ServerSettings, **app: Any) -> Iterator[
         await ready[0][0].serve()
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), name="http")
-    service.start()
+    if not service.stats().accepting:
+        service.start()
     thread.start()
     assert started.wait(10)
     http, loop = ready[0]
