@@ -180,6 +180,8 @@ def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: boo
         print(f"counter    {manifest.counter}")
     print(f"size       {size / 1e6:,.1f} MB, {manifest.weight_bytes_per_token / 1e6:,.1f} MB read per token")
     print(f"context    {manifest.context_length:,} tokens, {manifest.kv.bytes_per_token:,} bytes of cache each")
+    if manifest.state:
+        print(f"state      {manifest.state.bytes_per_slot:,} bytes for each sequence")
     if kv := manifest.measured.get("kv"):
         print(f"cache      {manifest.kv.dtype}, divergence {kv['kl']:.4f} nats, same first choice {kv['top1']:.1%}")
     if quality := manifest.measured.get("quality"):

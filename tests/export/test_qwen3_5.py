@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+import edge.cli
 from edge.adapter import AdapterConfig
 from edge.bundle import (
     CHAT_TEMPLATE,
@@ -199,6 +200,15 @@ class TestBundle:
         assert types["past_key_values"] == "INT8"
         assert types["past_conv"] == types["past_recurrent"] == "FLOAT"
         assert report.manifest.kv.bytes_per_token == 2 * 2 * 64
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_published(tmp_path / "Tiny-3.5", tiny_qwen3_5.config(linear_num_value_heads=4))
+    assert edge.cli.run(["export", str(source), "-o", str(tmp_path / "bundle"), "--offline"]) == 0
+    shown = capsys.readouterr()
+    assert "model      tiny-3.5, " in shown.out
+    assert "cache each\nstate      31,488 bytes for each sequence\n" in shown.out
+    assert "note: only the text part is exported; skipped: 2 tensors of vision, 15 tensors" in shown.err
 
 
 def run_with_adapter(bundle: Path, adapter: Path, config: AdapterConfig) -> NDArray[np.float32]:
