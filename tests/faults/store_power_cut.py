@@ -62,10 +62,11 @@ def campaign(cuts: int, seed: int) -> dict[str, int]:
                 for _ in range(cuts):
                     time.sleep(chance.uniform(*PAUSE_S))
                     assert process.poll() is None, "the worker ended"
+                    before = read(log).splitlines()
                     cut_power(process.pid, folder / "image", folder / "copy")
-                    lines = read(log).splitlines()
+                    allowed = may_be_active(before, read(log).splitlines())
                     with mounted(folder / "copy", folder / "cut") as copy:
-                        judge(Store(copy / "store"), lines, sources, figures)
+                        judge(Store(copy / "store"), allowed, sources, figures)
             figures["switches"] = read(log).count("done")
     return figures
 
@@ -77,9 +78,8 @@ def make_source(folder: Path, number: int) -> Path:
     return write_bundle(folder / f"bundle{number}", files)
 
 
-def judge(store: Store, lines: list[str], sources: list[Path], figures: dict[str, int]) -> None:
-    """Look at the store on a disk that lost its power while the last line's step was under way."""
-    allowed = active_after(lines)
+def judge(store: Store, allowed: set[str], sources: list[Path], figures: dict[str, int]) -> None:
+    """Look at the store on a disk that lost its power."""
     figures["cut_while_switching"] += len(allowed) > 1
     figures["cut_while_installing"] += any((store.folder / "bundles").glob(".*.part*"))
     active = store.active()
@@ -92,11 +92,13 @@ def judge(store: Store, lines: list[str], sources: list[Path], figures: dict[str
     figures["not_resumed"] += not all(map(whole, installed))
 
 
-def active_after(lines: list[str]) -> set[str]:
-    """Which bundles may be active: the one of the last switch that was done, and one of a switch that had begun."""
-    done = [line.split()[1] for line in lines if line.startswith("done")]
-    last = lines[-1].split() if lines[-1].startswith("begin") else []
-    return {done[-1], *last[1:]}
+def may_be_active(before: list[str], after: list[str]) -> set[str]:
+    """Which bundles may be active, by what was told shortly before and after the cut.
+
+    The one of the last switch that was done before, one of a switch that had begun, and those of switches since.
+    """
+    last = max(number for number, line in enumerate(before) if line.startswith("done"))
+    return {line.split()[1] for line in after[last:]}
 
 
 def whole(installed: Installed) -> bool:
