@@ -77,7 +77,7 @@ class Engine:
         self._pool = KVPool(manifest.kv, slots=slots + 1, context=self.context_length + 1, rows=rows)
         self._states: StatePool | None = None
         if manifest.state is not None:
-            self._states = StatePool(manifest.state, slots=slots, rows=self._sizes.padded(slots))
+            self._states = StatePool(manifest.state, slots=slots)
         session = self._session()
         self.places = Places(session.input_shapes())
         """Where the graph takes LoRA adapters."""

@@ -1,7 +1,7 @@
 """Steps of a model with layers of linear attention, whose states lie beside the KV cache (docs/adr/0008).
 
 Nothing may fill a step of such a model up, as it would get into the state: a prompt is read in even numbers of tokens
-up to its end, and the rows that fill a decode step up belong to nobody. Several tokens of one sequence in a decode step
+up to its end, and the rows that fill a decode step up have no state. Several tokens of one sequence in a decode step
 are one row for linear attention and a row each for full attention, as in ``edge.engine.steps``: so each of them has the
 very bits that it has by itself. Their state goes into a row of its own, and the one before them stays until the slot's
 next step tells whether they were right.
@@ -73,7 +73,8 @@ class RecurrentSteps:
             self._states.seek(slot, length)
         count = len(slots)
         shown = [*slots, *[self._sizes.filler] * (self._sizes.padded(count) - count)]
-        places = self._states.arrange(slots, len(shown))
+        # What fills a step up comes last: the graph gives a state to as many rows as there are states.
+        places = [*self._states.arrange(slots), *range(count, len(shown))]
         self._pool.show_at(places, shown)
         logits = self._decode(count).run(places, shown, ids, past)
         for slot in slots:
@@ -89,7 +90,7 @@ class RecurrentSteps:
 
 def _decode(binder: Binder, states: StatePool, num_tokens: int, rows: int) -> Decode:
     decode = Decode(binder, num_tokens, rows)
-    _bind(decode.step, states, (0, 0), rows)
+    _bind(decode.step, states, (0, 0), num_tokens)
     return decode
 
 

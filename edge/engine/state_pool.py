@@ -44,15 +44,14 @@ class StatePool:
     Args:
         layout: layers and shapes.
         slots: sequences it holds.
-        rows: most rows of a decode step.
 
     Raises:
         ConfigError: the address space cannot be reserved.
     """
 
-    def __init__(self, layout: StateLayout, *, slots: int, rows: int) -> None:
+    def __init__(self, layout: StateLayout, *, slots: int) -> None:
         # However many states there are, a decode step can have its rows for itself.
-        self._num_rows = _PER_SLOT * slots + rows
+        self._num_rows = (_PER_SLOT + 1) * slots
         shapes: dict[str, tuple[int, ...]] = {}
         for layer in range(layout.layers):
             shapes[f"conv.{layer}"] = (layout.conv_channels, layout.conv_kernel)
@@ -114,22 +113,21 @@ class StatePool:
         """A slot's latest state has seen so many more tokens."""
         self._states[slot][-1].length += count
 
-    def arrange(self, slots: Sequence[int], rows: int) -> list[int]:
-        """Bring the states of these slots into the first ``rows`` rows; those that are left over there are nobody's.
+    def arrange(self, slots: Sequence[int]) -> list[int]:
+        """Bring the states of these slots, which are different ones, into the first rows.
 
         Returns:
-            For each element of ``slots`` its row, then the rows that are nobody's.
+            For each slot its row, below ``len(slots)``.
         """
         wanted = [self._states[slot][-1] for slot in slots]
-        self._stepping = rows
-        for state in self._at[:rows]:
+        count = self._stepping = len(slots)
+        for state in self._at[:count]:
             if state is not None and state not in wanted:
                 self._move(state, self._free_row())
         for state in wanted:
-            if state.row >= rows:
-                self._move(state, self._at.index(None, 0, rows))
-        places = [state.row for state in wanted]
-        return places + [row for row in range(rows) if self._at[row] is None]
+            if state.row >= count:
+                self._move(state, self._at.index(None, 0, count))
+        return [state.row for state in wanted]
 
     def kept_length(self, slot: int, most: int) -> int:
         """The longest beginning, of at most ``most`` tokens, that the slot has a state of; 0 if there is none."""

@@ -161,10 +161,11 @@ class Qwen3_5(Decoder):  # noqa: N801 - the makers' name, whose dot is a version
         packed = graph.linear(x, f"{prefix}in_proj_qkvz", formats.qkv, sources)
         sizes = graph.constant("qkvz_sizes", [self.conv_channels, self.values_size])
         mixed, z = graph.ops("Split", [packed, sizes], 2, axis=-1)
-        query, key, value = self._convolution(graph, prefix, index, mixed)
-        decay, beta = self._decay_and_beta(graph, prefix, x)
         shape = [self.value_heads, self.key_dim, self.value_dim]
         past = graph.past_state("recurrent", index, shape)
+        num_states = graph.op("Shape", [past], start=0, end=1)
+        query, key, value = self._convolution(graph, prefix, index, _first_rows(graph, mixed, num_states))
+        decay, beta = self._decay_and_beta(graph, prefix, x, num_states)
         y, present = graph.ops(
             "LinearAttention",
             [query, key, value, past, decay, beta],
@@ -175,6 +176,7 @@ class Qwen3_5(Decoder):  # noqa: N801 - the makers' name, whose dot is a version
             update_rule="gated_delta",
         )
         graph.present_state(present, "recurrent", index, shape)
+        y = _as_many_rows(graph, y, num_states, z)
         gated = graph.op("Mul", [self._value_norm(graph, y, f"{prefix}norm.weight"), graph.silu(z)])
         return graph.linear(gated, f"{prefix}out_proj", formats.out, [f"{prefix}out_proj.weight"])
 
@@ -212,11 +214,13 @@ class Qwen3_5(Decoder):  # noqa: N801 - the makers' name, whose dot is a version
         normed = graph.op("RMSNormalization", [split, weight], axis=-1, epsilon=epsilon)
         return graph.op("Reshape", [normed, graph.constant("l2_shape", [0, 0, 2 * self.keys_size])])
 
-    def _decay_and_beta(self, graph: GraphBuilder, prefix: str, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _decay_and_beta(
+        self, graph: GraphBuilder, prefix: str, x: ir.Value, num_states: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
         """Logarithm of what a head keeps of its state, and how far it takes in a new value [batch, sequence, heads]."""
         sources = [f"{prefix}in_proj_{part}.weight" for part in "ba"]
         packed = graph.linear(x, f"{prefix}in_proj_ba", graph.weights.recipe.layer.gates, sources)
-        b, a = graph.ops("Split", [packed], 2, axis=-1, num_outputs=2)
+        b, a = graph.ops("Split", [_first_rows(graph, packed, num_states)], 2, axis=-1, num_outputs=2)
         bias = graph.vector(f"{prefix}dt_bias", [f"{prefix}dt_bias"])
         scale = graph.vector(f"{prefix}decay_scale", [f"{prefix}A_log"], _minus_exp)
         decay, beta = graph.ops("LinearAttentionGate", [a, bias, scale, b], 2, contrib=True)
@@ -232,6 +236,18 @@ class Qwen3_5(Decoder):  # noqa: N801 - the makers' name, whose dot is a version
             reason = f"{self.rotary_dim} rotated of {self.head_dim} head dimensions are no multiple of 16"
         if reason:
             raise CheckpointError(f"this model cannot be exported: {reason}", hint="check config.json")
+
+
+def _first_rows(graph: GraphBuilder, x: ir.Value, count: ir.Value) -> ir.Value:
+    """The first ``count`` [1] of the rows of ``x``: those beyond only fill products up, and have no state."""
+    return graph.op("Slice", [x, graph.constant("row_start", [0]), count, graph.constant("row_axis", [0])])
+
+
+def _as_many_rows(graph: GraphBuilder, x: ir.Value, count: ir.Value, other: ir.Value) -> ir.Value:
+    """``x``, which has ``count`` [1] rows, with rows of zeros up to as many as ``other`` has."""
+    missing = graph.op("Sub", [graph.op("Shape", [other], start=0, end=1), count])
+    ends = [graph.constant("pad_before", [0, 0, 0]), missing, graph.constant("pad_after", [0, 0])]
+    return graph.op("Pad", [x, graph.op("Concat", ends, axis=0)])
 
 
 def _attention_prefix(layer: int, kind: str) -> str:

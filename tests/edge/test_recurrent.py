@@ -226,7 +226,7 @@ LAYOUT = StateLayout(layers=6, conv_channels=1024, conv_kernel=3, value_heads=8,
 def test_states_take_memory_only_while_they_are_somebodys() -> None:
     process = psutil.Process()
     before = process.memory_info().rss
-    pool = StatePool(LAYOUT, slots=64, rows=64)  # 160 MB
+    pool = StatePool(LAYOUT, slots=64)  # 160 MB
     assert process.memory_info().rss - before < 1 << 20
     for slot in range(8):
         pool.seek(slot, 0)
@@ -240,32 +240,32 @@ def test_states_take_memory_only_while_they_are_somebodys() -> None:
 
 
 def test_a_state_moves_only_when_sequences_come_or_go() -> None:
-    pool = StatePool(LAYOUT, slots=4, rows=4)
+    pool = StatePool(LAYOUT, slots=4)
     for slot in range(4):
         row = pool.seek(slot, 0)
         pool.rows(row, 1)["recurrent.5"][:] = slot + 1
-    for slots, copies in (([2, 0], 2), ([0, 2], 0), ([0, 2], 0), ([0, 2, 1, 3], 2), ([3, 0], 4)):
+    for slots, copies in (([2, 0], 2), ([0, 2], 0), ([0, 2], 0), ([0, 2, 1, 3], 2), ([3, 0], 4), ([3], 2)):
         before = pool.num_copied
-        rows = len(slots) + len(slots) % 2
-        places = pool.arrange(slots, rows)
-        assert sorted(places) == list(range(rows))
+        places = pool.arrange(slots)
+        assert sorted(places) == list(range(len(slots)))
         assert pool.num_copied - before <= copies
-        values = pool.rows(0, rows)["recurrent.5"][:, -1, -1, -1]
-        assert [values[place] for place in places[: len(slots)]] == [slot + 1 for slot in slots]
+        values = pool.rows(0, len(slots))["recurrent.5"][:, -1, -1, -1]
+        assert [values[place] for place in places] == [slot + 1 for slot in slots]
 
 
 def test_a_sequence_alone_stays_where_it_is() -> None:
-    pool = StatePool(LAYOUT, slots=2, rows=2)
+    pool = StatePool(LAYOUT, slots=2)
     pool.seek(0, 0)
     pool.appended(0, 5)
-    pool.arrange([0], 2)
+    pool.arrange([0])
     copied = pool.num_copied
     pool.seek(1, 0)
     pool.appended(1, 7)
     for _ in range(3):
-        pool.arrange([0], 2)
+        pool.arrange([0])
         pool.appended(0, 1)
-    assert pool.num_copied == copied, "one that is prefilled keeps out of the way"
+    pool.arrange([1, 0])
+    assert pool.num_copied == copied, "one that is prefilled lies where it will be decoded"
     assert pool.kept_length(0, 8) == 8
     assert pool.kept_length(0, 7) == 0
 
@@ -273,4 +273,4 @@ def test_a_sequence_alone_stays_where_it_is() -> None:
 def test_states_that_cannot_be_had_are_refused() -> None:
     layout = StateLayout(layers=4096, conv_channels=1, conv_kernel=1, value_heads=4096, key_dim=4096, value_dim=4096)
     with pytest.raises(ConfigError, match="cannot reserve"):
-        StatePool(layout, slots=4096, rows=1)
+        StatePool(layout, slots=4096)
