@@ -104,7 +104,7 @@ class Client(_Asker):
         url: ``mqtt://HOST:PORT``, ``mqtts://...``, ``http://HOST:PORT`` or ``https://...``.
         timeout_s: seconds until a request is given up; None = never.
         target: the other fields of :class:`~edge.client.setup.Target`: ``client``, ``device`` or ``pool``, ``root``,
-            ``username``, ``password``, ``connect_timeout_s``.
+            ``username``, ``password``, ``key``, ``connect_timeout_s``.
 
     Raises:
         ConfigError: the address is none, or the target does not fit it.

@@ -37,12 +37,17 @@ class HttpTransport:
     Args:
         url: ``http://HOST:PORT`` or ``https://HOST:PORT``, perhaps with a path above ``/v1``.
         tls: for ``https``; None = the system's CAs.
+        key: the API key; None = none is sent.
         connect_timeout_s: how long a connection may take.
     """
 
-    def __init__(self, url: SplitResult, *, tls: ssl.SSLContext | None, connect_timeout_s: float) -> None:
+    def __init__(
+        self, url: SplitResult, *, tls: ssl.SSLContext | None, key: str | None, connect_timeout_s: float
+    ) -> None:
         self._url = url
         self._tls = tls
+        self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        """Of every request."""
         self.timeout_s = connect_timeout_s
         """How long a connection may take."""
         self._calls: set[_Call] = set()
@@ -188,7 +193,7 @@ class _Call:
         return json.dumps(body).encode()
 
     def _headers(self) -> dict[str, str]:
-        return {"Content-Type": "application/json", "X-Request-Id": self._question.id}
+        return {"Content-Type": "application/json", "X-Request-Id": self._question.id, **self._transport.headers}
 
 
 def _outcome(response: HTTPResponse) -> Ended:

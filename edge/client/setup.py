@@ -44,6 +44,8 @@ class Target:
     """MQTT: the broker's user, where it wants one."""
     tls: ssl.SSLContext | None = None
     """For ``mqtts`` and ``https``: whom to trust, and what certificate to show; None = the system's CAs and none."""
+    key: str | None = None
+    """HTTP: the API key, where the server wants one."""
     connect_timeout_s: float = 10.0
     """How long the first connection may take."""
 
@@ -57,7 +59,7 @@ class Target:
         if url.scheme in {"http", "https"}:
             if self.device or self.pool:
                 raise ConfigError("an HTTP server is one device", hint="name a device or a pool with mqtt:// only")
-            return HttpTransport(url, tls=self.tls, connect_timeout_s=self.connect_timeout_s)
+            return HttpTransport(url, tls=self.tls, key=self.key, connect_timeout_s=self.connect_timeout_s)
         if (self.device is None) == (self.pool is None):
             raise ConfigError("who is to be asked?", hint="name either a device or the model of a pool")
         tls = url.scheme == "mqtts"

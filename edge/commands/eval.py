@@ -71,6 +71,9 @@ def evaluate(
     timeout_s: Annotated[
         float, typer.Option("--timeout", metavar="S", min=1, max=86400, help="Seconds that a server's answer may take.")
     ] = 600.0,
+    key_file: Annotated[
+        Path | None, typer.Option("--key-file", metavar="FILE", help="The API key of --url and --against, on one line.")
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option("--resume", metavar="FILE", help="Append each result to FILE; go on where it ends."),
@@ -102,7 +105,7 @@ def evaluate(
 
     chosen = _chosen(suite, limit, where or [])
     settings = options.settings(config, model__bundle=bundle, engine__threads=threads)
-    run = _Run(chosen, settings, model, parallel, timeout_s, resume, allow_code)
+    run = _Run(chosen, settings, model, parallel, timeout_s, _read_key(key_file), resume, allow_code)
     before = None if baseline is None else Report.read(baseline)
     if against is not None:
         before = run.report(against)
@@ -123,6 +126,7 @@ class _Run:
     model: str | None
     parallel: int | None
     timeout_s: float
+    key: str | None
     resume: Path | None
     allow_code: bool
 
@@ -147,14 +151,26 @@ class _Run:
 
         if what is not None and what.startswith(_URLS):
             parallel = self.parallel or 4
-            with url_target(what, model=self.model, parallel=parallel, timeout_s=self.timeout_s) as server:
+            with url_target(
+                what, model=self.model, parallel=parallel, timeout_s=self.timeout_s, key=self.key
+            ) as server:
                 yield server
             return
         folder = bundle_of(self.settings) if what is None else Path(what)
-        adapter = None if self.model is None else self.model.partition(":")[2] or None
         options.note(f"loading {folder}")
-        with service_target(load(self.settings, bundle=folder), self.settings.engine.slots, adapter) as loaded:
+        with service_target(load(self.settings, bundle=folder), self.settings.engine.slots, self.model) as loaded:
             yield loaded
+
+
+def _read_key(path: Path | None) -> str | None:
+    """An API key; in a file, as command lines are for everyone to see."""
+    try:
+        key = None if path is None else path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        key = ""
+    if key is None or (key and key.isprintable() and " " not in key):
+        return key
+    raise ConfigError(f"{path} holds no API key", hint="write the key into the file, and nothing else")
 
 
 def _chosen(name: str, limit: int | None, where: list[str]) -> Suite:

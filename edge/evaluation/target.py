@@ -51,14 +51,14 @@ class ServiceTarget:
     Args:
         service: answers.
         parallel: questions at once.
-        adapter: which of the bundle's adapters answers; None = the model itself.
+        model: the name that requests ask for: the model's own, or with an adapter; None = the model's own.
     """
 
-    def __init__(self, service: Service, parallel: int, adapter: str | None = None) -> None:
+    def __init__(self, service: Service, parallel: int, model: str | None = None) -> None:
         self._service = service
         self.parallel = parallel
         manifest = service.model.manifest
-        self._model = manifest.name if adapter is None else f"{manifest.name}:{adapter}"
+        self._model = model or manifest.name
         self.name = f"{self._model} ({manifest.recipe.get('name', '?')})"
         self.facts = _facts(manifest, self._model)
 
@@ -118,18 +118,32 @@ class UrlTarget:
 
 
 @contextmanager
-def service_target(service: Service, parallel: int, adapter: str | None = None) -> Iterator[ServiceTarget]:
-    """Start a loaded service, and stop it in the end; arguments are :class:`ServiceTarget`'s."""
+def service_target(service: Service, parallel: int, model: str | None = None) -> Iterator[ServiceTarget]:
+    """Start a loaded service, and stop it in the end; arguments are :class:`ServiceTarget`'s.
+
+    Raises:
+        ModelNotFoundError: it has no such model.
+    """
+    service.model.find_adapter(model)
     service.start()
     try:
-        yield ServiceTarget(service, parallel, adapter)
+        yield ServiceTarget(service, parallel, model)
     finally:
         service.stop()
 
 
 @contextmanager
-def url_target(url: str, *, model: str | None, parallel: int, timeout_s: float) -> Iterator[UrlTarget]:
+def url_target(
+    url: str, *, model: str | None, parallel: int, timeout_s: float, key: str | None = None
+) -> Iterator[UrlTarget]:
     """Connect to a server, and disconnect in the end.
+
+    Args:
+        url: its address.
+        model: as for :class:`UrlTarget`.
+        parallel: questions at once.
+        timeout_s: how long an answer may take.
+        key: the API key, where the server wants one.
 
     Raises:
         ConfigError: the address is none.
@@ -137,7 +151,7 @@ def url_target(url: str, *, model: str | None, parallel: int, timeout_s: float) 
     """
     from edge.client import Client  # noqa: PLC0415 - see TYPE_CHECKING
 
-    with Client(url, timeout_s=timeout_s) as client:
+    with Client(url, timeout_s=timeout_s, key=key) as client:
         yield UrlTarget(client, url, model, parallel)
 
 

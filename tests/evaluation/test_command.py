@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -146,3 +149,45 @@ def test_a_bundle_is_loaded_evaluated_and_compared_with_itself(qwedge: Run, tmp_
     assert done.status == 0, done.stderr
     assert "plain: tiny (int8)" in done.stdout
     assert "+0.0% (+0.0% to +0.0%), 0 gained, 0 lost, p 1.00" in done.stdout
+    done = qwedge(plain, "--bundle", tmp_path / "bundle", "--model", "tiny:missing", "--threads", "1")
+    assert "the model 'tiny:missing' is not served here" in done.stderr
+
+
+class OtherServer(BaseHTTPRequestHandler):
+    """A server of OpenAI's API that wants a key and tells nothing of timings."""
+
+    keys: ClassVar[list[str | None]] = []
+
+    def do_POST(self) -> None:
+        self.keys.append(self.headers["Authorization"])
+        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
+        message = {"role": "assistant", "content": f"It is {question}."}
+        body = json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_other_servers_get_their_key(qwedge: Run, suite: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("sk-123\n")
+    with ThreadingHTTPServer(("127.0.0.1", 0), OtherServer) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{other.server_port}/v1"
+        done = qwedge(suite, "--url", url, "--model", "any", "--key-file", key, "--json", tmp_path / "r.json")
+        other.shutdown()
+        thread.join()
+    assert done.status == 0, done.stderr
+    assert set(OtherServer.keys) == {"Bearer sk-123"}
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["score"] == 0.8
+    assert report["figures"]["tokens_per_second_median"] is None
+    assert "sk-123" not in (tmp_path / "r.json").read_text()
+    key.write_text("two words\n")
+    assert "holds no API key" in qwedge(suite, "--url", url, "--key-file", key).stderr
