@@ -6,16 +6,20 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edge.http.routes.device import DeviceSources
 from edge.log_buffer import LogBuffer
+from edge.settings.server import ServerSettings
 from tests.browser import ENTER, Browser
 from tests.edge.http.page import MARKS, Serve, count, fits, open_page, texts
 from tests.edge.http.panel import device_with_mqtt
+from tests.edge.managed import export_two, managed
 from tests.fakes import MODEL_NAME, FakeEngine
+from tests.serving import serving
 
 pytestmark = MARKS
 
@@ -131,6 +135,26 @@ def test_models_are_switched_with_confirmation_and_progress(serve: Serve, browse
         browser.wait("window.calls.includes('POST v1/bundles/rollback')")
         browser.click("#bundles tr:nth-child(3) button:nth-child(2)")
         browser.wait("window.calls.includes('POST v1/bundles/%3Cb%3Ec%3C%2Fb%3E/verify')")
+
+
+def test_a_real_model_that_does_not_work_is_left_and_one_that_does_is_kept(browser: Browser, tmp_path: Path) -> None:
+    exported = export_two(tmp_path)
+    with (
+        managed(exported, tmp_path) as device,
+        serving(device.service, ServerSettings(port=0), management=device.management) as (host, port),
+    ):
+        browser.open(f"http://{host}:{port}/#/device")
+        browser.wait("document.querySelectorAll('#bundles tr').length === 2")
+        for broken, state, active in (({"second"}, "failed", "first"), (set(), "done", "second")):
+            device.broken = broken
+            browser.wait("[...document.querySelectorAll('#bundles button')].every((button) => !button.disabled)")
+            browser.run(
+                "[...document.querySelectorAll('#bundles button')].find((b) => b.innerText === 'Switch').click()"
+            )
+            browser.click("#ask-ok")
+            browser.wait(f"document.querySelector('#bundle-operation').innerText.includes('{state}')")
+            assert device.active == active
+        browser.wait("document.querySelector('#device-facts').innerText.includes('second')")
 
 
 @pytest.mark.broker

@@ -40,7 +40,7 @@ export function t(key, values = {}) {
 
 /** The text for a key that comes from the server; the key itself where there is none. */
 export function tKnown(prefix, key) {
-  return strings[prefix + key] ?? String(key);
+  return strings[prefix + String(key).replaceAll(" ", "_")] ?? String(key);
 }
 
 /** A number with so many digits after the point. */

@@ -45,11 +45,10 @@ function conversation({ title, created, updated, messages }) {
   };
 }
 
-function message({ role, content, reasoning, figures, model }) {
+function message({ role, content, reasoning, figures }) {
   if (role !== "user" && role !== "assistant") throw new TypeError("role");
   const kept = { role, content: String(content) };
   if (reasoning) kept.reasoning = String(reasoning);
-  if (model) kept.model = String(model);
   if (figures) kept.figures = numbers(figures);
   return kept;
 }

@@ -164,7 +164,7 @@ class Chat {
   async #answer() {
     const conversation = this.#current;
     const request = this.#request(conversation);
-    const message = { role: "assistant", content: "", model: request.model, state: "running" };
+    const message = { role: "assistant", content: "", state: "running" };
     conversation.messages.push(message);
     const controller = new AbortController();
     this.#setRunning({ controller, conversation, message });
@@ -178,6 +178,7 @@ class Chat {
       const stopped = error.name === "AbortError";
       message.state = stopped ? "stopped" : "failed";
       if (!stopped) message.error = { message: error.message, hint: error.hint ?? "" };
+      if (error.code === "model_not_found") this.#fillModels(); // somebody has switched to another one
     }
     this.#turns.get(message)?.render();
     this.#setRunning(null);
@@ -188,7 +189,7 @@ class Chat {
     // A failed answer without text says nothing to the model.
     const said = conversation.messages.filter(({ content }) => content).map(({ role, content }) => ({ role, content }));
     return {
-      model: byId("model").value || undefined,
+      model: byId("model-choice").hidden ? undefined : byId("model").value,
       messages: [...leadingMessages(), ...said],
       stream: true,
       stream_options: { include_usage: true },

@@ -3,7 +3,7 @@
 import { getJson, sendJson } from "../api.js";
 import { confirmed } from "../dialogs.js";
 import { button, byId, element, problem } from "../dom.js";
-import { bytes, t } from "../i18n.js";
+import { bytes, t, tKnown } from "../i18n.js";
 
 /** The list of bundles and the operation under way. */
 export class ModelPanel {
@@ -41,9 +41,9 @@ export class ModelPanel {
     const actions = bundle.active ? [this.#action("verify", bundle, busy)]
       : [this.#action("switch", bundle, busy), this.#action("verify", bundle, busy)];
     if (bundle.previous) actions.push(this.#action("rollback", bundle, busy));
-    const marks = [bundle.active ? "active" : null, bundle.previous ? "previous" : null].filter(Boolean);
+    const marks = ["active", "previous", "failed"].filter((mark) => bundle[mark]);
     return element("tr", {},
-      element("th", { scope: "row" }, bundle.name, ...marks.map((mark) => element("span", { className: `mark ${mark}`, textContent: t(`bundle_${mark}`) }))),
+      element("th", { scope: "row" }, bundle.name, ...marks.map(markNode)),
       element("td", { textContent: bundle.version ?? "" }),
       element("td", { textContent: bytes(bundle.size_bytes) }),
       element("td", { textContent: bundle.signed_by ?? t("unsigned") }),
@@ -77,6 +77,10 @@ export class ModelPanel {
     const title = t("operation", { kind: t(`bundle_${kind}`), name: name ?? "", state: t(`state_${state}`) });
     if (state === "failed") return [...nodes, problem({ message: title, hint: error?.message ?? String(error ?? "") })];
     const bar = state === "running" ? element("progress", { max: 1, value: progress ?? 0, "aria-label": title }) : null;
-    return [...nodes, element("p", { role: "status" }, title, step && state === "running" ? ` · ${step}` : ""), ...(bar ? [bar] : [])];
+    return [...nodes, element("p", { role: "status" }, title, step && state === "running" ? ` · ${tKnown("step_", step)}` : ""), ...(bar ? [bar] : [])];
   }
+}
+
+function markNode(mark) {
+  return element("span", { className: `mark ${mark}`, textContent: t(`bundle_${mark}`) });
 }

@@ -6,6 +6,7 @@ import { button, byId, element, problem, setText } from "../dom.js";
 import { dateTime, number, onLanguageChange, t } from "../i18n.js";
 
 const EVERY_MS = 1000;
+const MAX_SUMMARY = 120; // characters
 
 /** Connect the view; gives what the router wants of it. */
 export function evaluateView() {
@@ -184,7 +185,7 @@ function caseRow(found, before) {
     element("td", {}, verdict(found)),
     element("td", {}, before ? verdict(before) : null),
     element("td", { className: "detail" }, element("details", {},
-      element("summary", { textContent: found.error ?? found.reasons[0] ?? t("answer") }),
+      element("summary", { textContent: shortened(found.error ?? found.reasons[0] ?? found.answer ?? "") }),
       element("p", {}, element("strong", { textContent: t("question") }), `\n${found.question}`),
       found.answer === null ? null : element("p", {}, element("strong", { textContent: t("answer") }), `\n${found.answer}`),
       before?.answer ? element("p", {}, element("strong", { textContent: t("answerBefore") }), `\n${before.answer}`) : null)));
@@ -192,6 +193,10 @@ function caseRow(found, before) {
 
 function verdict({ passed }) {
   return element("span", { className: passed ? "passed" : "failed", textContent: t(passed ? "passed" : "failed") });
+}
+
+function shortened(text) {
+  return text.length > MAX_SUMMARY ? `${text.slice(0, MAX_SUMMARY)} …` : text || "–";
 }
 
 function share({ passed, cases }) {
