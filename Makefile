@@ -62,6 +62,7 @@ test: $(STAMP) ## set everything up and run the tests
 	@.ci/need-package.sh chromium-driver chromedriver "the test of the web page" || true
 	@$(VENV)/bin/python -m pytest $(ARGS)
 	@$(if $(ARGS),,.ci/test-oracle.sh)
+	@$(if $(ARGS),,.ci/test-clients.sh)
 
 bench-peers: $(STAMP) ## compare with llama.cpp and onnxruntime-genai: ARGS="--model 1.5b --full"
 	@.ci/need-package.sh g++ g++ "building llama.cpp"

@@ -1,22 +1,26 @@
-"""The server as its clients' own libraries see it: `make clients` brings them, `.ci/test-clients.sh` runs this folder.
+"""The server as its clients' own libraries see it.
 
-Where those are missing, nothing here is collected: `make test` runs this folder on its own. Most of it talks to a server
-over the fake engine, whose answers are known; what takes a real model is marked so.
+`make clients` brings them, `.ci/test-clients.sh` runs this folder; where they are missing, nothing here is collected.
+Most of it talks to a server over the fake engine, whose answers are known; what takes a real model is marked so.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from edge.bundle import verify_bundle
+from edge.config import load_settings
+from edge.loader import load_service
 from edge.settings.server import ServerSettings
 from tests.clients.script import reply
 from tests.fakes import FakeEngine
-from tests.serving import Served, served, wait_for
+from tests.serving import Served, served, serving, wait_for
 
+ROOT = Path(__file__).parent.parent.parent
 collect_ignore_glob = ["test_*.py"] if importlib.util.find_spec("litellm") is None else []
 
 
@@ -40,7 +44,7 @@ def server() -> Iterator[Served]:
 
 
 @pytest.fixture
-def stops_working(server: Served) -> Iterator[Callable[[], None]]:
+def stops_working(server: Served) -> Callable[[], None]:
     """Asserts that nobody is being answered any more, soon, and long before a long answer is complete."""
     before = server.engine.num_steps
 
@@ -48,5 +52,21 @@ def stops_working(server: Served) -> Iterator[Callable[[], None]]:
         wait_for(lambda: server.service.stats().num_running == 0, 2)
         assert server.engine.num_steps - before < 2500
 
-    yield check
-    assert threading.active_count() < 100
+    return check
+
+
+@pytest.fixture(scope="session")
+def bundle() -> Path:
+    """The demo model's bundle, where `make model` has made it."""
+    made = ROOT / "models" / "qwen2.5-coder-0.5b-instruct-balanced"
+    if not made.is_dir():
+        pytest.skip("the demo model is not here: make model")
+    return made
+
+
+@pytest.fixture(scope="session")
+def demo(bundle: Path) -> Iterator[tuple[str, str]]:
+    """A server with the demo model: its address and the model's name."""
+    service = load_service(bundle, verify_bundle(bundle), load_settings(env={}))
+    with serving(service, ServerSettings(port=0)) as (host, port):
+        yield f"http://{host}:{port}", service.model.manifest.name

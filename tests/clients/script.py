@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
-from tests.fakes import last_user_message
+from tests.fakes import SPECIAL_TOKENS, last_user_message
+
+FACTS = tuple(
+    fact["question"] + fact["choices"][fact["answer"]]
+    for fact in map(json.loads, (Path(__file__).parent / "lm_eval" / "capitals.jsonl").read_text().splitlines())
+)
+"""Sentences that the model knows."""
 
 WEATHER: dict[str, Any] = {
     "type": "object",
@@ -28,8 +35,12 @@ QUESTION_OF_LENGTH = "Tell a long story."
 
 
 def reply(prompt: str) -> str:
-    """A call for the weather, until its result is there; a city; a story of 3000 letters; or an echo."""
+    """The rest of a fact; a call for the weather, until its result is there; a city; a long story; or an echo."""
     question = last_user_message(prompt)
+    begun = prompt.removeprefix(SPECIAL_TOKENS[-1])
+    for fact in FACTS:
+        if begun and fact.startswith(begun):
+            return fact.removeprefix(begun)
     if "<|im_start|>tool" in prompt:
         result = prompt.rsplit("<|im_start|>tool\n", 1)[-1].split("<|im_end|>", 1)[0]
         return f"It is {result}."

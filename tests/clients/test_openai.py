@@ -31,7 +31,9 @@ def test_a_chat(client: openai.OpenAI) -> None:
 
 
 def test_a_stream(client: openai.OpenAI) -> None:
-    with client.chat.completions.stream(model=MODEL_NAME, messages=HI, stream_options={"include_usage": True}) as stream:
+    with client.chat.completions.stream(
+        model=MODEL_NAME, messages=HI, stream_options={"include_usage": True}
+    ) as stream:
         texts = [event.delta for event in stream if event.type == "content.delta"]
         final = stream.get_final_completion()
     assert len(texts) == len("You said: Hi")
