@@ -23,7 +23,7 @@ from edge.mqtt.connection import Connection, Outgoing
 from edge.mqtt.ledger import Job, Ledger, Reply
 from edge.mqtt.messages import MAX_OUTCOME_BYTES, Accepted, Done, Queued, Started, Tokens
 from edge.mqtt.stored import pack_reply
-from edge.service import Delta, Event, Failed, Finished, PromptScored
+from edge.service import Delta, Event, Failed, Finished, Pooled, PromptScored
 from edge.service import Queued as QueuedEvent
 from edge.service import Started as StartedEvent
 
@@ -199,7 +199,7 @@ class Answers:
                 self._queued(job, event)
             case StartedEvent():
                 self._progress(job.reply, Started(id=job.request.id))
-            case PromptScored() | Delta():
+            case PromptScored() | Pooled() | Delta():
                 self._collect(job, index, event)
             case Finished():
                 self._finished(job, index, event)
@@ -217,7 +217,7 @@ class Answers:
         evt = Queued(id=job.request.id, position=event.position, eta_ms=round(event.eta_s * 1000))
         self._progress(job.reply, evt)
 
-    def _collect(self, job: Job, index: int, event: PromptScored | Delta | Finished) -> None:
+    def _collect(self, job: Job, index: int, event: PromptScored | Pooled | Delta | Finished) -> None:
         """Add an event to the answer, and its text to the next batch."""
         assert job.answer is not None
         chunks = job.answer.chunks(index, event)

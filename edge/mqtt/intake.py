@@ -14,7 +14,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from edge.errors import (
     UnavailableError,
 )
 from edge.journal import Journal
+from edge.model import Model
 from edge.mqtt.answers import Answers
 from edge.mqtt.connection import Incoming
 from edge.mqtt.inbox import Inbox
@@ -37,8 +38,9 @@ from edge.mqtt.messages import MAX_PAYLOAD_BYTES, Done, parse_request
 from edge.mqtt.resume import Resumer
 from edge.mqtt.stored import pack, pack_reply
 from edge.mqtt.topics import CancelTopic, Layout, RequestId, RequestTopic
-from edge.openai import Answer, ChatRequest, CompletionRequest, parse_chat, parse_completion, prepare
-from edge.service import Service
+from edge.openai import Answer, parse_chat, parse_completion, prepare
+from edge.openai.embeddings import EmbeddingAnswer, parse_embedding, prepare_embedding
+from edge.service import GenerationRequest, Service
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +62,19 @@ class Wanted:
         """Equal for equal questions; deadline, attempt and streaming may differ between copies."""
         return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).digest()
 
-    def parse(self) -> ChatRequest | CompletionRequest:
-        """Check the body.
+    def prepare(self, model: Model) -> tuple[Answer | EmbeddingAnswer, Sequence[GenerationRequest]]:
+        """What the service is to do, and what collects its answer: by what the body holds.
 
         Raises:
-            RequestError: what :func:`edge.openai.parse_chat` raises.
+            RequestError: what :func:`edge.openai.parse_chat` and :func:`edge.openai.prepare` raise.
         """
-        return parse_completion(self.body) if "prompt" in self.body else parse_chat(self.body)
+        if "input" in self.body:
+            wanted = parse_embedding(self.body)
+            inputs = prepare_embedding(model, wanted)
+            return EmbeddingAnswer(model, wanted, inputs), inputs
+        request = parse_completion(self.body) if "prompt" in self.body else parse_chat(self.body)
+        choices = prepare(model, request)
+        return Answer(model, request, choices), choices
 
 
 class Intake:
@@ -235,12 +243,10 @@ class Intake:
         self._run(job, wanted, message)
 
     def _run(self, job: Job, wanted: Wanted, message: Incoming) -> None:
-        request = wanted.parse()
-        choices = prepare(self._service.model, request)
+        job.answer, choices = wanted.prepare(self._service.model)
         deadline_s = _remaining_s(wanted.deadline_s, message.received_at)
         identity = f"mqtt:{job.request.client}"
         generations = [replace(choice, deadline_s=deadline_s, identity=identity) for choice in choices]
-        job.answer = Answer(self._service.model, request, generations)
         job.ticket = self._service.submit_all(generations, partial(self._answers.put, job))
         if job.cancelled:  # meanwhile
             job.ticket.cancel()

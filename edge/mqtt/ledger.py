@@ -16,6 +16,7 @@ from edge.journal import Journal, Key, Known
 from edge.mqtt.messages import Done
 from edge.mqtt.topics import ReplyTopics, RequestId
 from edge.openai import Answer
+from edge.openai.embeddings import EmbeddingAnswer
 from edge.service import Event, Ticket
 
 OWNER = "mqtt:"
@@ -51,7 +52,7 @@ class Job:
     reply: Reply
     """Where its newest copy wants the answer."""
     stream: bool
-    answer: Answer | None = None
+    answer: Answer | EmbeddingAnswer | None = None
     """Collects what the model writes; set before the job is submitted."""
     ticket: Ticket | None = None
     seq: int = 0

@@ -44,7 +44,8 @@ class Request(Message):
     """Client to device: generate an answer."""
 
     body: dict[str, Any]
-    """A chat completion request of OpenAI's API, or a completion request if it has a ``prompt``."""
+    """A chat completion request of OpenAI's API; a completion request if it has a ``prompt``, one for embeddings if it
+    has an ``input``."""
     stream: bool | None = None
     """Whether to publish tokens as they come; without it, the body's ``stream`` decides."""
     deadline_ms: Annotated[int, Field(ge=1, le=MAX_DEADLINE_MS)] | None = None
@@ -101,7 +102,7 @@ class Usage(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     prompt_tokens: int
-    completion_tokens: int
+    completion_tokens: int = 0
     total_tokens: int
 
 

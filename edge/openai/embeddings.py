@@ -12,9 +12,9 @@ from pydantic import Field
 
 from edge.engine.sampler import SamplingParams
 from edge.errors import ContextOverflowError, RequestError
-from edge.generation import GenerationRequest
+from edge.generation import Event, Failed, GenerationRequest, Pooled
 from edge.model import Model
-from edge.openai.prompts import Prompt, read_prompts
+from edge.openai.prompts import Prompt, prompt_ids, read_prompts
 from edge.openai.wire import Wire, validate
 
 MAX_INPUTS = 2048
@@ -76,6 +76,49 @@ def prepare_embedding(model: Model, request: EmbeddingRequest) -> tuple[Generati
     )
 
 
+class EmbeddingAnswer:
+    """Collects the vectors of a request as they come, as :class:`~edge.openai.answer.Answer` collects its texts.
+
+    Args:
+        model: what answers.
+        request: what the client sent.
+        generations: what it became, once for each input.
+    """
+
+    def __init__(self, model: Model, request: EmbeddingRequest, generations: Sequence[GenerationRequest]) -> None:
+        self._model_name = model.manifest.name
+        self._request = request
+        self._num_tokens = sum(len(generation.prompt_ids) for generation in generations)
+        self._num_inputs = len(generations)
+        self._vectors: dict[int, NDArray[np.float32]] = {}
+        self._failure: Failed | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether all vectors are there, or the request has failed."""
+        return self._failure is not None or len(self._vectors) == self._num_inputs
+
+    def chunks(self, index: int, event: Event) -> list[dict[str, Any]]:
+        """Take an event of an input; there is nothing to stream."""
+        if isinstance(event, Failed):
+            self._failure = event
+        elif isinstance(event, Pooled):
+            self._vectors[index] = event.vector
+        return []
+
+    def body(self) -> dict[str, Any]:
+        """The complete answer, after the end.
+
+        Raises:
+            QwedgeError: the request failed.
+        """
+        assert self.ended
+        if self._failure is not None:
+            raise self._failure.error
+        vectors = [self._vectors[index] for index in range(self._num_inputs)]
+        return embedding_body(self._request, self._model_name, vectors, self._num_tokens)
+
+
 def unit_vector(vector: NDArray[np.float32], dimensions: int | None = None) -> NDArray[np.float32]:
     """The first dimensions of a vector, brought to length 1; of nothing, nothing.
 
@@ -117,7 +160,7 @@ def _base64(vector: NDArray[np.float32]) -> str:
 
 
 def _ids(model: Model, prompt: Prompt) -> tuple[int, ...]:
-    ids = tuple(model.tokenizer.encode(prompt, special=False)) if isinstance(prompt, str) else prompt
+    ids = prompt_ids(model, prompt, "input", special=False)
     if len(ids) > model.context_length:
         error = ContextOverflowError(len(ids), model.context_length)
         error.param = "input"

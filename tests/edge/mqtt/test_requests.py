@@ -130,6 +130,22 @@ def test_an_answer_that_no_broker_takes_is_an_error(make_device: MakeDevice, mon
     assert client.done("2").status == 200
 
 
+def test_embeddings(make_device: MakeDevice) -> None:
+    client = make_device().client()
+    client.send("1", {"v": 1, "body": {"input": ["DDDD", [69, 69, 70, 70]]}, "stream": True})
+    done = client.done("1")
+    assert done.status == 200
+    assert [entry["embedding"] for entry in done.body["data"]] == [
+        [1.0, 0.0, 0.0, 0.0],
+        pytest.approx([0, 0.5**0.5, 0.5**0.5, 0]),
+    ]
+    assert done.usage is not None
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (8, 0)
+    assert client.of("1", "tok") == []
+    client.send("2", {"v": 1, "body": {"input": ""}})
+    assert (client.done("2").status, client.done("2").body["error"]["param"]) == (400, "input")
+
+
 def test_a_text_completion(make_device: MakeDevice) -> None:
     client = make_device(FakeEngine(lambda prompt: prompt.upper())).client()
     client.send("1", {"body": {"prompt": "abc"}, "stream": True})
