@@ -91,7 +91,9 @@ class Slots:
             shared: whether another one began like it.
         """
         length = self._engine.kept_length(sequence.slot, sequence.num_computed_tokens)
-        if not sequence.is_reusable or not self._prefixes.wants(length, self._size(length)):
+        # The end of an answer must not displace the prompt's snapshot, which templates make the likelier hit.
+        copies = 2 if sequence.snapshots_at and length > sequence.snapshots_at[-1] else 1
+        if not sequence.is_reusable or not self._prefixes.wants(length, copies * self._size(length)):
             return
         ids = sequence.computed_ids()[:length]
         if self._prefixes.has(sequence.identity, ids):

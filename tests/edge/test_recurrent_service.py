@@ -158,6 +158,34 @@ def test_many_requests_at_once_get_the_answers_they_get_alone(case: Case) -> Non
         assert service.stats().kv_bytes == 0
 
 
+def test_requests_that_come_and_go_at_random_disturb_nobody(case: Case) -> None:
+    """Guesses, prefixes, a budget that is too small, cancelled requests: whoever gets to the end has his own answer."""
+    seed = 77
+    rng = np.random.default_rng(seed)
+    texts = [random_text(150, seed) for seed in range(3)]
+    requests: list[dict[str, Any]] = [
+        {"prompt": texts[rng.integers(3)][: rng.integers(30, 150)], "max_tokens": int(rng.integers(1, 60))}
+        for _ in range(8)
+    ]
+    expected = [alone(case, request) for request in requests]
+    assert case.manifest.state is not None
+    budget = 3 * case.manifest.state.bytes_per_slot + 400 * case.manifest.kv.bytes_per_token
+    finished = 0
+    with case.serving(draft_tokens=4, prefix_bytes=1 << 21, kv_cache_bytes=budget) as service:
+        for _ in range(5):
+            order = rng.permutation(len(requests)).tolist()
+            clients = [Client(service, **requests[i]) for i in order]
+            for leaving in (clients[i] for i in rng.choice(len(clients), 3, replace=False)):
+                time.sleep(float(rng.uniform(0, 0.02)))
+                leaving.ticket.cancel()
+            for i, client in zip(order, clients, strict=True):
+                tokens = ids_of(client)
+                assert tokens == expected[i][: len(tokens)], f"seed {seed}"
+                finished += len(tokens) == len(expected[i])
+        assert service.stats().kv_bytes == 0
+    assert finished >= 5 * (len(requests) - 3)
+
+
 def cached(client: Client) -> int:
     end = client.end()
     assert isinstance(end, Finished)
@@ -188,6 +216,16 @@ def test_what_follows_an_answer_goes_on_from_its_end(case: Case) -> None:
     expected = alone(case, {"prompt": ids, "max_tokens": 12})
     if case.manifest.recipe["name"] == "fp32":
         assert tokens_of(second) == expected
+
+
+def test_the_end_of_an_answer_does_not_displace_its_prompt(case: Case) -> None:
+    assert case.manifest.state is not None
+    text = random_text(100, 3)
+    one = case.manifest.state.bytes_per_slot + 160 * case.manifest.kv.bytes_per_token
+    for budget, expected in ((one, 84), (2 * one, 100 + 50 - 1)):
+        with case.serving(prefix_bytes=budget) as service:
+            answer = ids_of(Client(service, text, max_tokens=50))
+            assert cached(Client(service, [*text.encode(), *answer, 1, 2, 3], max_tokens=1)) == expected
 
 
 def test_a_shared_beginning_is_read_twice_and_then_known(case: Case) -> None:
