@@ -1,12 +1,12 @@
-"""/openapi.json, with the bodies that FastAPI does not see because :mod:`edge.openai` reads them."""
+"""/openapi.json, with the bodies and answers that FastAPI does not see because :mod:`edge.openai` deals with them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.routing import Route
 
 from edge import __version__
@@ -17,6 +17,7 @@ from edge.openai.embeddings import EmbeddingRequest
 from edge.openai.responses import ResponseRequest
 from edge.openai.text import DetokenizeRequest, TokenizeRequest
 
+_ERROR = "error"
 _REF = "#/components/schemas/{model}"
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
@@ -36,6 +37,22 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/api/show": ShowBody,
 }
 
+_ANSWERS: dict[str, str] = {
+    "/v1/chat/completions": "ChatCompletion",
+    "/v1/completions": "TextCompletion",
+    "/v1/responses": "ResponseBody",
+    "/v1/embeddings": "EmbeddingList",
+    "/tokenize": "TokenList",
+    "/detokenize": "Text",
+    "/apply-template": "Prompt",
+    "/v1/tokenize": "TokenList",
+    "/v1/detokenize": "Text",
+    "/v1/apply-template": "Prompt",
+}
+"""Path -> class of :mod:`edge.http.answer_schemas`, which nothing but this document needs."""
+_STREAMED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+_REFUSALS = (400, 401, 403, 404, 413, 429, 500, 503)
+
 
 def describe(routes: Sequence[Route]) -> dict[str, Any]:
     """The OpenAPI document of the application.
@@ -47,6 +64,7 @@ def describe(routes: Sequence[Route]) -> dict[str, Any]:
     """
     from fastapi import FastAPI  # noqa: PLC0415 - see above
 
+    references, definitions = _components()
     app = FastAPI(title="qwedge", version=__version__)
     for route in routes:
         app.add_api_route(
@@ -54,27 +72,43 @@ def describe(routes: Sequence[Route]) -> dict[str, Any]:
             route.endpoint,
             methods=sorted((route.methods or set()) - {"HEAD"}),
             include_in_schema=route.include_in_schema,
-            openapi_extra=_extra(route),
+            openapi_extra=_extra(route, references),
         )
     document = app.openapi()
-    schemas = [(schema, "validation") for schema in _BODIES.values()]
-    _, definitions = models_json_schema(schemas, ref_template=_REF)  # type: ignore[arg-type]
-    document["components"] = {"schemas": definitions["$defs"]}
+    document["components"] = {"schemas": definitions}
     return document
 
 
-def _extra(route: Route) -> dict[str, Any]:
+def _components() -> tuple[Mapping[str, dict[str, Any]], dict[str, Any]]:
+    """Path -> reference to the schema of its body, ``PATH answer`` -> to that of its answer; and all schemas."""
+    from edge.http import answer_schemas  # noqa: PLC0415 - see above
+
+    models: dict[str, type[BaseModel]] = {**_BODIES, _ERROR: answer_schemas.ErrorBody}
+    models |= {f"{path} answer": getattr(answer_schemas, name) for path, name in _ANSWERS.items()}
+    keys: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in models.values()]
+    # References, not names: classes of different modules may have the same one.
+    references, definitions = models_json_schema(list(dict.fromkeys(keys)), ref_template=_REF)
+    return {name: references[model, "validation"] for name, model in models.items()}, definitions["$defs"]
+
+
+def _extra(route: Route, references: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """What FastAPI cannot read off an endpoint that takes the bare request."""
     names = route.param_convertors
     parameters = [{"in": "path", "name": name, "required": True, "schema": {"type": "string"}} for name in names]
     extra: dict[str, Any] = {"parameters": parameters} if parameters else {}
-    return extra | _body_of(_BODIES[route.path]) if route.path in _BODIES else extra
+    if route.path in _BODIES:
+        extra["requestBody"] = {"required": True, "content": _json(references[route.path])}
+        refusal: dict[str, Any] = {"description": "The error object of the API that was asked"}
+        if route.path in _ANSWERS:
+            refusal["content"] = _json(references[_ERROR])
+        extra["responses"] = {str(status): refusal for status in _REFUSALS}
+    if route.path in _ANSWERS:
+        content = _json(references[f"{route.path} answer"])
+        if route.path in _STREAMED:
+            content["text/event-stream"] = {"schema": {"type": "string"}}
+        extra["responses"]["200"] = {"description": "The answer", "content": content}
+    return extra
 
 
-def _body_of(schema: type[BaseModel]) -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": _REF.format(model=schema.__name__)}}}
-    error = {"description": "The error object of the API that was asked"}
-    return {
-        "requestBody": {"required": True, "content": content},
-        "responses": {"400": error, "404": error, "413": error, "429": error, "503": error},
-    }
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}

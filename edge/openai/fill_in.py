@@ -12,8 +12,8 @@ _TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 _ENDS = (*_TOKENS, "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
 
 
-def fill_in_ids(tokenizer: Tokenizer, prompt: str | tuple[int, ...], suffix: str) -> tuple[int, ...]:
-    """The prompt ids for a gap between a prompt and a suffix; special tokens in texts are ordinary characters.
+def fill_in_ids(tokenizer: Tokenizer, prompt_ids: tuple[int, ...], suffix: str) -> tuple[int, ...]:
+    """The prompt ids for a gap between a prompt and a suffix; special tokens in the suffix are ordinary characters.
 
     Raises:
         RequestError: the model has no tokens for this.
@@ -22,8 +22,7 @@ def fill_in_ids(tokenizer: Tokenizer, prompt: str | tuple[int, ...], suffix: str
     if prefix_id is None or suffix_id is None or middle_id is None:
         hint = "serve a Coder model, or leave suffix out"
         raise RequestError("this model cannot fill in a gap", hint=hint, param="suffix")
-    before = tokenizer.encode(prompt, special=False) if isinstance(prompt, str) else prompt
-    return (prefix_id, *before, suffix_id, *tokenizer.encode(suffix, special=False), middle_id)
+    return (prefix_id, *prompt_ids, suffix_id, *tokenizer.encode(suffix, special=False), middle_id)
 
 
 def fill_in_stops() -> tuple[str, ...]:

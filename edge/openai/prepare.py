@@ -11,6 +11,7 @@ from edge.errors import RequestError
 from edge.model import Model
 from edge.openai.fill_in import fill_in_ids, fill_in_stops
 from edge.openai.grammar import usable_grammar
+from edge.openai.prompts import Prompt, prompt_ids
 from edge.openai.schemas import ChatRequest, CompletionRequest
 from edge.openai.thinking import requested_thinking, template_thinking
 from edge.service import GenerationRequest
@@ -70,10 +71,10 @@ def _chat_ids(model: Model, request: ChatRequest, grammar: Grammar | None) -> tu
     return model.encode_chat(request.messages, tools=tools, enable_thinking=thinks)
 
 
-def _completion_ids(model: Model, prompt: str | tuple[int, ...], suffix: str | None) -> tuple[int, ...]:
+def _completion_ids(model: Model, prompt: Prompt, suffix: str | None) -> tuple[int, ...]:
     if suffix:
-        return fill_in_ids(model.tokenizer, prompt, suffix)
-    return tuple(model.tokenizer.encode(prompt, special=True)) if isinstance(prompt, str) else prompt
+        return fill_in_ids(model.tokenizer, prompt_ids(model, prompt, "prompt", special=False), suffix)
+    return prompt_ids(model, prompt, "prompt", special=True)
 
 
 def _stops(request: ChatRequest | CompletionRequest, grammar: Grammar | None) -> tuple[str, ...]:

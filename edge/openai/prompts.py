@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edge.errors import RequestError
+from edge.model import Model
 
 Prompt = str | tuple[int, ...]
 """Text, or token ids."""
@@ -25,6 +26,27 @@ def read_prompts(value: str | list[Any], param: str, most: int) -> list[Prompt]:
     if len(batch) > most:
         raise RequestError(f"{param} has too many entries", hint=f"send {most} at most", param=param)
     return [_read(item, param) for item in batch]
+
+
+def prompt_ids(model: Model, prompt: Prompt, param: str, *, special: bool) -> tuple[int, ...]:
+    """The token ids of a prompt.
+
+    Args:
+        model: whose tokens they are.
+        prompt: text or ids.
+        param: the field it came from, for errors.
+        special: whether special tokens in a text mean themselves; see :meth:`edge.tokenizer.Tokenizer.encode`.
+
+    Raises:
+        RequestError: an id is outside the vocabulary.
+    """
+    if isinstance(prompt, str):
+        return tuple(model.tokenizer.encode(prompt, special=special))
+    most = model.manifest.padded_vocab_size - 1
+    if not all(0 <= token_id <= most for token_id in prompt):
+        hint = f"use ids from 0 to {most}"
+        raise RequestError(f"{param} holds a token id outside the vocabulary", hint=hint, param=param)
+    return prompt
 
 
 def _read(prompt: Any, param: str) -> Prompt:

@@ -20,14 +20,13 @@ def coder() -> Tokenizer:
 
 
 def test_the_order_of_the_model(coder: Tokenizer) -> None:
-    ids = fill_in_ids(coder, "def f(", "): pass")
+    ids = fill_in_ids(coder, tuple(b"def f("), "): pass")
     assert coder.decode(ids) == "<|fim_prefix|>def f(<|fim_suffix|>): pass<|fim_middle|>"
     assert fill_in_ids(coder, (100, 101), "x") == (ids[0], 100, 101, coder.id_of("<|fim_suffix|>"), 120, ids[-1])
 
 
 def test_special_tokens_in_code_are_text(coder: Tokenizer) -> None:
-    ids = fill_in_ids(coder, "<|im_end|>", "<|im_start|>")
-    assert not set(ids) & coder.special_ids
+    assert not set(fill_in_ids(coder, (), "<|im_start|>")) & coder.special_ids
 
 
 def test_the_gap_ends_where_the_model_goes_on_to_another_file() -> None:
@@ -36,6 +35,8 @@ def test_the_gap_ends_where_the_model_goes_on_to_another_file() -> None:
     (generation,) = prepare(model, parse_completion({"prompt": "a", "suffix": "b", "stop": "\n\n"}))
     assert generation.stop[0] == "\n\n"
     assert {"<|file_sep|>", "<|repo_name|>", "<|fim_pad|>"} <= set(generation.stop)
+    (quoted,) = prepare(model, parse_completion({"prompt": "<|im_end|>", "suffix": "b"}))
+    assert not set(quoted.prompt_ids) & model.tokenizer.special_ids
     (plain,) = prepare(model, parse_completion({"prompt": "a", "suffix": ""}))
     assert (plain.prompt_ids, plain.stop) == ((97,), ())
 

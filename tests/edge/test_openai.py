@@ -330,6 +330,9 @@ class TestPrepare:
             ["a", ""],
             ["a", None],
             ["a"] * 257,
+            [264],
+            [-1],
+            ["a", [2**64]],
         ],
     )
     def test_other_prompts_are_refused(self, model: Model, prompt: Any) -> None:
