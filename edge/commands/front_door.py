@@ -1,19 +1,23 @@
-"""The HTTP server's socket, certificate, keys and audit log, as the settings have them."""
+"""The HTTP server's socket, certificate, keys, audit log and announcement, as the settings have them."""
 
 from __future__ import annotations
 
 import os
 import socket
 import ssl
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edge import __version__
 from edge.config import Settings
 from edge.settings.folders import keys_file
+from edge.settings.server import ServerSettings
 
 if TYPE_CHECKING:  # these bring the web framework, which is loaded while the bundle is verified
     from edge.http.access import Access
+    from edge.http.announce import Announcer
     from edge.http.audit import AuditLog
     from edge.http.keys import KeyRing
 
@@ -48,6 +52,36 @@ class FrontDoor:
         local = check_exposure(sock, server, has_keys=keys.asked_for)
         tls = None if server.tls_cert is None else Certificates(server).context
         return cls(settings, sock, tls, keys, local)
+
+    @property
+    def server(self) -> ServerSettings:
+        """The server's settings, with the name that it announces among those that clients may call it by."""
+        from edge.http.announce import host_name
+
+        server = self.settings.server
+        if server.mdns == "off":
+            return server
+        name = host_name(self.settings.mqtt.device)
+        return server.model_copy(update={"allowed_hosts": (*server.allowed_hosts, name)})
+
+    def announcer(self, model: Callable[[], str]) -> Announcer | None:
+        """What announces the server on the network; None where it is not to be, or only this device reaches it.
+
+        Args:
+            model: the served model's name now.
+        """
+        from edge.http.announce import Announcement, Announcer, reachable_addresses
+
+        settings = self.settings
+        if settings.server.mdns == "off" or self.local:
+            return None
+        mqtt = {} if settings.mqtt.broker == "none" else {"root": settings.mqtt.root, "device": settings.mqtt.device}
+        known = {"version": __version__, "path": "/v1", "tls": "0" if self.tls is None else "1", **mqtt}
+        port = self.sock.getsockname()[1]
+        return Announcer(
+            lambda: Announcement(settings.mqtt.device, port, {"model": model(), **known}),
+            lambda: reachable_addresses(settings.server.host),
+        )
 
     def access(self) -> Access:
         """Who may do what."""

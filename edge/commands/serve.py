@@ -141,7 +141,7 @@ def run_server(
         audit = door.audit(stack)
         app = create_app(
             service,
-            settings.server,
+            door.server,
             problem=lambda: journal.problem or (audit.problem if audit is not None else None),
             device=DeviceSources(logs, panel),
             evaluations=lambda: _evaluations(service),
@@ -151,7 +151,7 @@ def run_server(
             management=management,
         )
         broker = None if panel is None else panel.address
-        server = HttpServer(app, door.sock, door.tls)
+        server = HttpServer(app, door.sock, door.tls, door.announcer(lambda: service.model.manifest.name))
         reload = partial(_reload, management)
         asyncio.run(_serve_http(server, service, settings, broker=broker, leaving=leaving, reload=reload))
     log.info("stopped")

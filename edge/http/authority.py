@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from edge.errors import ConfigError
+from edge.http.announce import host_name
 from edge.http.private_file import make_folder, read_private, write_file, writing
 
 CA_DAYS: Final = 3650
@@ -115,11 +116,12 @@ def add_client(folder: Path, name: str) -> Files:
 
 
 def own_names() -> list[str]:
-    """What this device is called: its name, the same with ``.local``, and its addresses now."""
+    """What this device is called: its name, the same with ``.local``, the announced one, and its addresses now."""
     name = socket.gethostname()
     found = [address.address for interface in psutil.net_if_addrs().values() for address in interface]
     addresses = [text for text in found if _is_usable(text)]
-    return [name, *([] if "." in name else [f"{name}.local"]), "localhost", "127.0.0.1", "::1", *addresses]
+    local = [] if "." in name else [f"{name}.local"]
+    return [name, *local, host_name(name), "localhost", "127.0.0.1", "::1", *addresses]
 
 
 def names_of(certificate: Path) -> list[str]:

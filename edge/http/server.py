@@ -32,6 +32,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from edge.errors import RequestError
 from edge.http.accepting import Acceptor
 from edge.http.access import certificate_name
+from edge.http.announce import Announcer
 from edge.http.guard import MAX_HEADER_BYTES
 from edge.http.listening import BACKLOG
 from edge.openai import error_body
@@ -57,13 +58,21 @@ class HttpServer:
         app: the application.
         sock: as :func:`edge.http.listening.bind` returns it; closed when :meth:`serve` returns.
         tls: speaks HTTPS; None: HTTP.
+        announcer: tells the network while the server accepts connections; None: nothing does.
     """
 
-    def __init__(self, app: ASGIApp, sock: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        sock: socket.socket,
+        tls: ssl.SSLContext | None = None,
+        announcer: Announcer | None = None,
+    ) -> None:
         self._sock = sock
         self._server = _Server(
             sock,
             tls,
+            announcer,
             uvicorn.Config(
                 app,
                 http=DeadlineProtocol,
@@ -101,9 +110,12 @@ class HttpServer:
 class _Server(uvicorn.Server):
     """uvicorn's server without its signal handlers and its tick ten times a second, and with our acceptor."""
 
-    def __init__(self, sock: socket.socket, tls: ssl.SSLContext | None, config: uvicorn.Config) -> None:
+    def __init__(
+        self, sock: socket.socket, tls: ssl.SSLContext | None, announcer: Announcer | None, config: uvicorn.Config
+    ) -> None:
         super().__init__(config)
         self._acceptor = Acceptor(sock, self._make_protocol, tls)
+        self._announcer = announcer
         self._leaving = asyncio.Event()
 
     @contextlib.contextmanager
@@ -116,12 +128,14 @@ class _Server(uvicorn.Server):
         self.started = True
 
     async def main_loop(self) -> None:
-        accepting = asyncio.create_task(self._acceptor.run())
+        at_work = [self._acceptor.run(), *([] if self._announcer is None else [self._announcer.run()])]
+        tasks = [asyncio.create_task(work) for work in at_work]
         try:
             await self._leaving.wait()
         finally:
-            accepting.cancel()
-            await asyncio.gather(accepting, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _make_protocol(self, on_lost: Callable[[], None]) -> asyncio.Protocol:
         return DeadlineProtocol(self.config, self.server_state, {}, on_lost=on_lost)

@@ -64,6 +64,11 @@ class ServerSettings(Section):
         description="With TLS, seconds for which browsers use nothing but HTTPS for this host, whichever port; 0 does"
         " not ask for it.",
     )
+    mdns: Literal["on", "off"] = Field(
+        "off",
+        description="`on` announces the server on the local network as `_qwedge._tcp`, so that programs find it without"
+        " an address; on loopback there is nothing to announce.",
+    )
     drain_s: float = Field(
         10.0,
         ge=0,
@@ -86,7 +91,7 @@ class ServerSettings(Section):
             )
         return value
 
-    @field_validator("open", mode="before")
+    @field_validator("open", "mdns", mode="before")
     @classmethod
     def _on_off(cls, value: Any) -> Any:
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value

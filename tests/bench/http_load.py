@@ -4,10 +4,10 @@
     python -m tests.bench.http_load --bundle DIR        # a real model
 
 The clients and the health probe are processes of their own, so that their work does not count as the server's. It
-prints one JSON line. ``first_token_added_ms`` and ``streaming_ratio`` compare one streaming client with the service alone,
-which gets a prepared request: HTTP's side includes the network, JSON, the template and tokenizing. Under ``load`` a
-number of clients stream at once while ``/health`` is asked fifty times a second; ``events_missing`` counts tokens that
-did not arrive as an event of their own.
+prints one JSON line. ``first_token_added_ms`` and ``streaming_ratio`` compare one streaming client with the service
+alone, which gets a prepared request: HTTP's side includes the network, JSON, the template and tokenizing. Under
+``load`` a number of clients stream at once while ``/health`` is asked fifty times a second; ``events_missing`` counts
+tokens that did not arrive as an event of their own.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
             "tls_key": tmp_path / "key.pem",
             "tls_client_ca": tmp_path / "ca.pem",
             "hsts_s": 0,
+            "mdns": "on",
             "drain_s": 0.5,
         },
         "model": {

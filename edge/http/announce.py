@@ -1,0 +1,168 @@
+"""Announces the server on the local network: DNS-SD over multicast DNS (RFC 6762, RFC 6763), as ``_qwedge._tcp``.
+
+The network may be down when the server starts, and change while it serves: addresses are looked at now and then, and
+the announcement is made anew where they differ. Whatever multicast DNS does, the server goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import psutil
+
+if TYPE_CHECKING:  # it takes a while to import, and most servers announce nothing
+    from zeroconf.asyncio import AsyncServiceInfo, AsyncZeroconf
+
+log = logging.getLogger(__name__)
+
+SERVICE_TYPE: Final = "_qwedge._tcp.local."
+LOOK_S = 15.0
+"""Seconds between two looks at the addresses."""
+WITHDRAW_S: Final = 2.0
+"""Seconds for saying goodbye when the server stops."""
+_MAX_TXT: Final = 255
+"""Bytes of one ``key=value``."""
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What is told."""
+
+    device: str
+    """The instance's name: what people see in a list."""
+    port: int
+    properties: Mapping[str, str]
+    """TXT records."""
+
+    def info(self, addresses: tuple[str, ...]) -> AsyncServiceInfo:
+        """As zeroconf takes it."""
+        from zeroconf.asyncio import AsyncServiceInfo  # noqa: PLC0415 - see above
+
+        name = self.device.replace(".", "-")[:63]
+        return AsyncServiceInfo(
+            SERVICE_TYPE,
+            f"{name}.{SERVICE_TYPE}",
+            port=self.port,
+            server=f"{host_name(self.device)}.",
+            parsed_addresses=list(addresses),
+            properties={key: value[: _MAX_TXT - len(key) - 1] for key, value in self.properties.items()},
+        )
+
+
+def host_name(device: str) -> str:
+    """The host name that goes with the announcement.
+
+    It is not the machine's own: who answers for that one (Avahi, systemd-resolved) would see a conflict where the
+    addresses differ, and give the machine another name.
+    """
+    return f"qwedge-{device.replace('.', '-')[:56]}.local".lower()
+
+
+class Announcer:
+    """Keeps an announcement in step with the network.
+
+    Args:
+        describe: what is to be told now.
+        addresses: the addresses under which the server is reached now, in numbers.
+    """
+
+    def __init__(self, describe: Callable[[], Announcement], addresses: Callable[[], tuple[str, ...]]) -> None:
+        self._describe = describe
+        self._addresses = addresses
+        self._announced: tuple[Announcement, tuple[str, ...]] | None = None
+        self._zeroconf: AsyncZeroconf | None = None
+        self._failing = False
+
+    async def run(self) -> None:
+        """Announce until cancelled; says goodbye then."""
+        try:
+            while True:
+                await self._look()
+                await asyncio.sleep(LOOK_S)
+        finally:
+            await self._withdraw()
+
+    async def _look(self) -> None:
+        announcement, addresses = self._describe(), self._addresses()
+        if (announcement, addresses) == self._announced:
+            return
+        await self._withdraw()
+        if not addresses:
+            return
+        try:
+            await self._announce(announcement, addresses)
+        except Exception as error:  # noqa: BLE001 - sockets, name conflicts and timeouts alike: serving goes on
+            await self._withdraw()
+            if not self._failing:
+                log.warning("the server cannot be announced on the network: %s", error or type(error).__name__)
+            self._failing = True
+        else:
+            self._announced, self._failing = (announcement, addresses), False
+            log.info("announced as %s on %s", announcement.device, ", ".join(addresses))
+
+    async def _announce(self, announcement: Announcement, addresses: tuple[str, ...]) -> None:
+        from zeroconf import IPVersion  # noqa: PLC0415 - see above
+        from zeroconf.asyncio import AsyncZeroconf  # noqa: PLC0415
+
+        for address in addresses:
+            _check_present(address)
+        has_v6 = any(":" in address for address in addresses)
+        version = IPVersion.All if has_v6 else IPVersion.V4Only
+        self._zeroconf = AsyncZeroconf(interfaces=list(addresses), ip_version=version)
+        # Two devices of one name: the later one is told apart by a number.
+        told = await self._zeroconf.async_register_service(announcement.info(addresses), allow_name_change=True)
+        await told
+
+    async def _withdraw(self) -> None:
+        zeroconf, self._zeroconf = self._zeroconf, None
+        self._announced = None
+        if zeroconf is None:
+            return
+        try:
+            async with asyncio.timeout(WITHDRAW_S):
+                await zeroconf.async_unregister_all_services()
+                await zeroconf.async_close()
+        except Exception as error:  # noqa: BLE001 - the network is gone, as like as not
+            log.debug("the announcement could not be withdrawn: %s", error)
+
+
+def reachable_addresses(host: str) -> tuple[str, ...]:
+    """The addresses, in numbers, under which a server that listens on ``host`` is reached from the network.
+
+    Args:
+        host: an address of this machine, one that stands for all, or a name.
+    """
+    own = {address.address for interface in psutil.net_if_addrs().values() for address in interface}
+    usable = sorted(address for address in own if _is_routable(address))
+    if host in {"0.0.0.0", "::"}:  # noqa: S104 - compared, not bound
+        return tuple(address for address in usable if host == "::" or ":" not in address)
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return ()
+    return tuple(address for address in usable if address in found)
+
+
+def _check_present(address: str) -> None:
+    """Zeroconf leaks a socket where an address has gone meanwhile.
+
+    Raises:
+        OSError: it has.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.bind((address, 0))
+
+
+def _is_routable(text: str) -> bool:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:  # a hardware address, or one with a zone
+        return False
+    return not address.is_loopback and not address.is_link_local
