@@ -84,6 +84,9 @@ def evaluate(
     html_file: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write the report as an HTML page.")
     ] = None,
+    keep: Annotated[
+        bool, typer.Option("--record", help="Write the score into the bundle's manifest, before it is signed.")
+    ] = False,
     threads: options.Threads = None,
     config: options.Config = None,
     show_list: Annotated[bool, typer.Option("--list", help="Show the suites that come with qwedge and exit.")] = False,
@@ -101,16 +104,23 @@ def evaluate(
         raise ConfigError("--against and --baseline do not go together", hint="give one of them")
     if max_drop is not None and against is None and baseline is None:
         raise ConfigError("--max-drop needs something to compare with", hint="give --against or --baseline")
-    from edge.evaluation import Report, compare
+    if keep and url is not None:
+        raise ConfigError("--record is for bundles", hint="leave it or --url out")
+    from edge.commands.loading import bundle_of
+    from edge.evaluation import Report, check_recordable, compare, record
 
     chosen = _chosen(suite, limit, where or [])
     settings = options.settings(config, model__bundle=bundle, engine__threads=threads)
+    if keep:
+        check_recordable(bundle_of(settings))
     run = _Run(chosen, settings, model, parallel, timeout_s, _read_key(key_file), resume, allow_code)
     before = None if baseline is None else Report.read(baseline)
     if against is not None:
         before = run.report(against)
     report = run.report(url)
     comparison = None if before is None else compare(report, before)
+    if keep:
+        record(bundle_of(settings), report)
     _write(report, comparison, json_file, html_file)
     if json_file is None or str(json_file) != "-":
         _print_report(report, comparison)

@@ -13,6 +13,7 @@ The format of suites is a part of promptfoo's (docs/evaluation.md). :class:`Repo
 
 from edge.evaluation.compare import Comparison, compare
 from edge.evaluation.html import page
+from edge.evaluation.record import check_recordable, record, recorded_score
 from edge.evaluation.report import Report, Result
 from edge.evaluation.run import ResultLog, evaluate
 from edge.evaluation.suite import Suite, built_in_suites, load_suite
@@ -27,10 +28,13 @@ __all__ = [
     "Suite",
     "Target",
     "built_in_suites",
+    "check_recordable",
     "compare",
     "evaluate",
     "load_suite",
     "page",
+    "record",
+    "recorded_score",
     "service_target",
     "url_target",
 ]

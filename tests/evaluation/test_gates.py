@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 import edge.cli
+from edge.bundle import read_manifest, sign_bundle
+from edge.commands import gates
+from edge.signing import PrivateKey, Trust, make_keys
+from edge.store import Store
 from export.checkpoint import open_checkpoint
 from export.pipeline import export_bundle
 from export.progress import Silent
@@ -41,6 +46,35 @@ def test_a_bundle_must_reach_what_is_required(
     assert "the score 0 is below the required 0.5" in told
     assert edge.cli.run(["activate", "tiny", *store, "--no-test", "--require", f"{easy}:1"]) == 0
     assert "active" in capsys.readouterr().out
+
+
+def test_a_signed_manifest_is_believed(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    easy = tmp_path / "easy.yaml"
+    easy.write_text(EASY)
+    assert edge.cli.run(["eval", str(easy), "--bundle", str(bundle), "--record", "--threads", "1"]) == 0
+    summary = read_manifest(bundle).measured["evaluations"]["easy"]
+    assert (summary["score"], summary["cases"]) == (1.0, 1)
+    make_keys(tmp_path / "keys", "plant")
+    sign_bundle(bundle, PrivateKey.load(tmp_path / "keys" / "plant.key"))
+    assert edge.cli.run(["eval", str(easy), "--bundle", str(bundle), "--record", "--threads", "1"]) == 5
+    assert "is signed" in capsys.readouterr().err
+    trust = tmp_path / "trust"
+    trust.mkdir()
+    shutil.copy(tmp_path / "keys" / "plant.pub", trust)
+    store = ["--store", str(tmp_path / "store"), "--trust", str(trust)]
+    assert edge.cli.run(["install", str(bundle), *store]) == 0
+    # Nothing is evaluated: the bundle could not be asked this way.
+    monkeypatch.setattr(gates, "_evaluate", _never)
+    assert edge.cli.run(["activate", "tiny", *store, "--no-test", "--require", f"{easy}:1"]) == 0
+    easy.write_text(EASY.replace("hello", "other"))
+    with pytest.raises(AssertionError):
+        gates.score_gates([f"{easy}:1"], None)[0](Store(tmp_path / "store", trust=Trust(trust)).find("tiny"))
+
+
+def _never(*_: object) -> None:
+    raise AssertionError
 
 
 @pytest.mark.parametrize(
