@@ -19,9 +19,11 @@ import typer
 from edge import __version__
 from edge.bundle import read_manifest
 from edge.commands import machine
+from edge.commands.loading import store_of
 from edge.commands.options import Config, Json, print_json, settings
 from edge.config import Settings
 from edge.errors import QwedgeError, UnavailableError
+from edge.trust import trust_of
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -77,8 +79,8 @@ def examine(config: Path | None) -> list[Check]:
     return [
         *(check() for check in of_machine),
         setting_check,
-        _bundle(chosen.model.bundle),
-        _disk(chosen.model.bundle),
+        _bundle(chosen),
+        _disk(chosen.model.bundle or store_of(chosen).folder),
         _mosquitto(),
         _port("http port", chosen.server.host, chosen.server.port, "--port"),
         _port("mqtt port", "127.0.0.1", chosen.mqtt.port, "QWEDGE_MQTT_PORT"),
@@ -138,18 +140,19 @@ def _memory() -> Check:
     return Check("memory", "ok", detail)
 
 
-def _bundle(bundle: Path | None) -> Check:
-    if bundle is None:
-        return Check("bundle", "ok", "none configured")
+def _bundle(chosen: Settings) -> Check:
     try:
-        manifest = read_manifest(bundle)
+        bundle = chosen.model.bundle or store_of(chosen).active_path()
+        if bundle is None:
+            return Check("bundle", "ok", "none configured, none active")
+        manifest = read_manifest(bundle, trust=trust_of(chosen.model))
     except QwedgeError as error:
         return Check("bundle", "fail", error.message, error.hint)
     return Check("bundle", "ok", f"{manifest.name} {manifest.version} (`qwedge verify {bundle}` checks every byte)")
 
 
-def _disk(bundle: Path | None) -> Check:
-    folder = (bundle or Path("models")).absolute()
+def _disk(folder: Path) -> Check:
+    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
