@@ -38,6 +38,10 @@ MAX_DEADLINE_S: Final = 24 * 3600
 """Longest deadline of the protocol."""
 MAX_ABANDONED: Final = 256
 _LOOK_S: Final = 0.1
+_START_A_BROKER = "is a broker running there? `qwedge serve --broker embedded` brings one"
+_ASK_FOR_ACCESS = (
+    "check the user name, the password and the client's name; `qwedge mqtt add-client NAME` makes an account"
+)
 
 
 class MqttTransport:
@@ -118,9 +122,10 @@ class MqttTransport:
         deadline = time.monotonic() + self._connect_timeout_s
         while not self._ever_ready.wait(_LOOK_S):
             reason = self.connection.reason
-            if time.monotonic() >= deadline or reason.startswith("refused by the broker"):
+            refused = reason.startswith(("refused by the broker", "the broker does not allow"))
+            if refused or time.monotonic() >= deadline:
                 place = f"{self._address.host}:{self._address.port}"
-                hint = "is a broker running there? `qwedge serve --broker embedded` brings one"
+                hint = _ASK_FOR_ACCESS if refused else _START_A_BROKER
                 raise UnavailableError(f"no connection to the MQTT broker {place}: {reason or 'no answer'}", hint=hint)
 
     def check(self) -> None:

@@ -15,13 +15,13 @@ import pytest
 import edge.client.mqtt
 from edge.client import AnswerChangedError, Client
 from edge.client.mqtt import MqttTransport
-from edge.errors import ConflictError
+from edge.errors import ConflictError, UnavailableError
 from edge.mqtt import EmbeddedBroker
 from edge.mqtt.messages import parse_request
 from tests.client.conftest import mqtt_url
 from tests.edge.mqtt import client as requester
 from tests.edge.mqtt.conftest import MakeDevice, wait_until
-from tests.edge.mqtt.proxy import Proxy
+from tests.edge.mqtt.proxy import Proxy, Treatment
 from tests.fakes import FakeEngine
 
 pytestmark = pytest.mark.broker
@@ -39,6 +39,14 @@ def link_of(client: Client) -> socket.socket:
     link = client._transport.connection.socket()
     assert link is not None
     return link
+
+
+@pytest.mark.parametrize(("treatment", "hint"), [("unauthorized", "check the user name"), ("garbage", "is a broker")])
+def test_who_is_not_let_in_hears_why(broker: EmbeddedBroker, treatment: Treatment, hint: str) -> None:
+    with Proxy(broker.address, treatment) as proxy, Client(mqtt_url(proxy), device="any", connect_timeout_s=1.0) as client:
+        with pytest.raises(UnavailableError) as refusal:
+            client.check()
+        assert refusal.value.hint.startswith(hint)
 
 
 def test_an_old_broker_is_spoken_to_in_mqtt_3(broker: EmbeddedBroker, make_device: MakeDevice) -> None:
