@@ -43,8 +43,9 @@ def link_of(client: Client) -> socket.socket:
 
 @pytest.mark.parametrize(("treatment", "hint"), [("unauthorized", "check the user name"), ("garbage", "is a broker")])
 def test_who_is_not_let_in_hears_why(broker: EmbeddedBroker, treatment: Treatment, hint: str) -> None:
-    with Proxy(broker.address, treatment) as proxy, Client(mqtt_url(proxy), device="any", connect_timeout_s=1.0) as client:
-        with pytest.raises(UnavailableError) as refusal:
+    with Proxy(broker.address, treatment) as proxy:
+        client = Client(mqtt_url(proxy), device="any", connect_timeout_s=1.0)
+        with pytest.raises(UnavailableError) as refusal, client:
             client.check()
         assert refusal.value.hint.startswith(hint)
 
