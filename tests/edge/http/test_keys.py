@@ -13,7 +13,8 @@ import pytest
 from edge.cli import run
 from edge.errors import ConfigError, RateLimitError
 from edge.http import keys as module
-from edge.http.access import Access, needed_right
+from edge.http.access import Access, is_queued, needed_right
+from edge.http.app import create_app
 from edge.http.keys import KeyRing, load_keys
 from edge.http.listening import bind, check_exposure
 from edge.settings.server import ServerSettings
@@ -148,6 +149,30 @@ def test_a_key_for_one_model(guarded: Callable[..., Served], add: Callable[..., 
         assert (refused.status_code, refused.json()["error"]["param"]) == (403, "model")
         assert ask(server, bearer(own), **body).status_code == 200
     assert server.client.get("/v1/models", headers=bearer(other)).status_code == 200
+
+
+ASKING = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"prompt": "Hi"},
+    "/v1/responses": {"input": "Hi"},
+    "/v1/embeddings": {"input": "Hi"},
+    "/v1/messages": CHAT | {"max_tokens": 3},
+    "/api/chat": CHAT,
+    "/api/generate": {"prompt": "Hi"},
+    "/api/embed": {"input": "Hi"},
+    "/api/embeddings": {"prompt": "Hi"},
+}
+
+
+@pytest.mark.parametrize("route", ASKING)
+def test_every_way_to_ask_knows_who_asks(guarded: Callable[..., Served], add: Callable[..., str], route: str) -> None:
+    other = add("other", "--model", "another")
+    server = guarded()
+    assert is_queued("POST", route)
+    assert server.client.post(route, json=ASKING[route]).status_code == 401
+    refused = server.client.post(route, json=ASKING[route] | {"model": MODEL_NAME}, headers=bearer(other))
+    served = {getattr(known, "path", "") for known in create_app(server.service, ServerSettings()).routes}
+    assert refused.status_code == (403 if route in served else 404)
 
 
 def test_a_rate(guarded: Callable[..., Served], add: Callable[..., str]) -> None:
