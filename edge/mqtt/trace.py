@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from edge.mqtt.topics import PROTOCOL_VERSION
@@ -21,18 +21,20 @@ Direction = Literal["in", "out"]
 
 @dataclass(frozen=True)
 class TracedMessage:
-    """A message that was received or published."""
+    """A message that was received or published, or several that followed each other on one topic."""
 
     number: int
-    """1, 2, 3, ... since the start."""
+    """Of the last one: 1, 2, 3, ... since the start."""
     time: float
-    """Seconds since 1970."""
+    """Of the last one; seconds since 1970."""
     direction: Direction
     topic: str
     kind: str
     """The protocol's word (``req``, ``evt``, ``done``, ``status``, ...); ``other`` outside of the protocol."""
     bytes: int
-    """Size of the payload."""
+    """Size of the payloads."""
+    count: int = 1
+    """How many they are."""
 
 
 class Trace:
@@ -55,6 +57,10 @@ class Trace:
         with self._lock:
             self._number += 1
             message = TracedMessage(self._number, now, direction, topic[:MAX_TOPIC], kind, num_bytes)
+            if self._messages and _same_topic(self._messages[-1], message):
+                # The load of an idle evening, or the pieces of one answer, must not push out all else.
+                last = self._messages.pop()
+                message = replace(message, bytes=last.bytes + num_bytes, count=last.count + 1)
             self._messages.append(message)
 
     def messages(self) -> list[TracedMessage]:
@@ -68,3 +74,7 @@ class Trace:
         if at is None or len(levels) <= at or not topic.startswith(self._branch):
             return "other"
         return levels[at]
+
+
+def _same_topic(one: TracedMessage, other: TracedMessage) -> bool:
+    return (one.direction, one.topic) == (other.direction, other.topic)

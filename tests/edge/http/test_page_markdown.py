@@ -22,6 +22,8 @@ LINK = 'target="_blank" rel="noopener noreferrer"'
         ("- a\n- b\n  - c\n- d", "<ul><li>a</li><li>b<ul><li>c</li></ul></li><li>d</li></ul>"),
         ("3. a\n4. b", '<ol start="3"><li>a</li><li>b</li></ol>'),
         ("> a\n> > b", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote>"),
+        ("\\*a\\* \\<", "<p>*a* &lt;</p>"),
+        ("\\[ x_1 \\] \\(y\\)", "<p>\\[ x_1 \\] \\(y\\)</p>"),
         ("---", "<hr>"),
         ("*unfinished", "<p>*unfinished</p>"),
         ("<b>x</b> &lt;", "<p>&lt;b&gt;x&lt;/b&gt; &lt;</p>"),

@@ -140,7 +140,7 @@ class Chat {
   #ask(text) {
     const conversation = this.#current;
     conversation.messages.push({ role: "user", content: text });
-    conversation.title ||= text.replace(/\s+/g, " ").slice(0, MAX_TITLE);
+    conversation.title ||= titleOf(text);
     if (!this.#conversations.includes(conversation)) this.#conversations.unshift(conversation);
     save(CURRENT, conversation.id);
     this.#answer();
@@ -286,6 +286,14 @@ class Chat {
 function figures({ reason, timings }) {
   const kept = { reason, rate: timings.decode_tokens_per_second, ttft_ms: timings.ttft_ms, energy_j: timings.energy_j };
   return Object.fromEntries(Object.entries(kept).filter(([, value]) => value !== undefined && value !== null));
+}
+
+/** The beginning of a question, in whole words. */
+function titleOf(text) {
+  const line = text.replace(/\s+/g, " ");
+  if (line.length <= MAX_TITLE) return line;
+  const cut = line.slice(0, MAX_TITLE);
+  return `${cut.slice(0, cut.lastIndexOf(" ")) || cut} …`;
 }
 
 /** The conversation as it is kept: after a reload, an answer that was being written counts as stopped. */

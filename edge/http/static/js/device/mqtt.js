@@ -68,7 +68,7 @@ function row(message) {
   return element("tr", {},
     element("td", { textContent: timeOfDay(message.time) }),
     element("td", { textContent: message.direction === "in" ? "→" : "←", "aria-label": t(`mqtt_${message.direction}`) }),
-    element("td", { textContent: message.kind }),
+    element("td", { textContent: message.count > 1 ? `${message.kind} ×${message.count}` : message.kind }),
     element("td", { className: "topic", textContent: message.topic }),
     element("td", { className: "right", textContent: bytes(message.bytes) }));
 }

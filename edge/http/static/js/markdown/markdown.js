@@ -14,6 +14,14 @@ const LINK = /^(https?:\/\/|mailto:)/i;
 const parser = new MarkdownIt({ html: false, linkify: true, breaks: true });
 parser.linkify.set({ fuzzyLink: false, fuzzyEmail: false, fuzzyIP: false });
 
+// \( and \[ open formulas in what models write: they are shown as they are written.
+parser.inline.ruler.before("escape", "formula", (state, silent) => {
+  if (!/^\\[()[\]]$/.test(state.src.slice(state.pos, state.pos + 2))) return false;
+  if (!silent) state.pending += state.src.slice(state.pos, state.pos + 2);
+  state.pos += 2;
+  return true;
+});
+
 /** A rendered text that grows: blocks that did not change keep their nodes. */
 export class MarkdownView {
   #box;
