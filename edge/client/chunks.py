@@ -9,7 +9,6 @@ from edge.client.wire import Text
 
 _HEAD = ("id", "created", "model")
 _TEXTS = ("content", "reasoning_content", "text")
-_LISTS = ("tool_calls",)
 
 
 class ChunkMerger:
@@ -52,9 +51,16 @@ class ChunkMerger:
         for key in _TEXTS:
             if part.get(key):
                 self._message[key] = self._message.get(key, "") + part[key]
-        for key in _LISTS:
-            if part.get(key):
-                self._message.setdefault(key, []).extend(part[key])
+        for call in part.get("tool_calls") or ():
+            self._merge_call(call)
+
+    def _merge_call(self, call: Mapping[str, Any]) -> None:
+        """The first part of a call has all but the rest of its arguments."""
+        calls = self._message.setdefault("tool_calls", [])
+        if call["index"] < len(calls):
+            calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+        else:
+            calls.append({"id": call["id"], "type": call["type"], "function": dict(call["function"])})
 
     def _merge_logprobs(self, logprobs: Mapping[str, list[Any]] | None) -> None:
         """Of chats and of completions alike, lists that go on."""
