@@ -100,12 +100,8 @@ def evaluate(
         return 0
     if suite is None:
         raise ConfigError("no suite is given", hint="qwedge eval --list shows those that come with qwedge")
-    if against is not None and baseline is not None:
-        raise ConfigError("--against and --baseline do not go together", hint="give one of them")
-    if max_drop is not None and against is None and baseline is None:
-        raise ConfigError("--max-drop needs something to compare with", hint="give --against or --baseline")
-    if keep and url is not None:
-        raise ConfigError("--record is for bundles", hint="leave it or --url out")
+    _check_targets(bundle, url, record=keep)
+    _check_comparison(against, baseline, max_drop)
     from edge.commands.loading import bundle_of
     from edge.evaluation import Report, check_recordable, compare, record
 
@@ -125,6 +121,24 @@ def evaluate(
     if json_file is None or str(json_file) != "-":
         _print_report(report, comparison)
     return _gate(report, comparison, require, max_drop)
+
+
+def _check_targets(bundle: Path | None, url: str | None, *, record: bool) -> None:
+    if url is None:
+        return
+    if bundle is not None:
+        raise ConfigError("--bundle and --url do not go together", hint="--against compares two")
+    if record:
+        raise ConfigError("--record is for bundles", hint="leave it or --url out")
+    if not url.startswith(_URLS):
+        raise ConfigError(f"--url {url} is no address of HTTP", hint="write --url http://HOST:PORT")
+
+
+def _check_comparison(against: str | None, baseline: Path | None, max_drop: float | None) -> None:
+    if against is not None and baseline is not None:
+        raise ConfigError("--against and --baseline do not go together", hint="give one of them")
+    if max_drop is not None and against is None and baseline is None:
+        raise ConfigError("--max-drop needs something to compare with", hint="give --against or --baseline")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ _SECCOMP_MODE_FILTER = 2
 _CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWNET = 0x08000000, 0x10000000, 0x40000000
 _CLONE_THREAD = 0x00010000
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_OWNERS = 8
+"""A bit that F_SETOWN, F_SETOWN_EX and F_SETSIG have: by them, input to a file would become a signal to anybody."""
 _EPERM, _ENOSYS = 1, 38
 
 # AUDIT_ARCH, the calls that are refused, those that are said not to exist (there is an older one that is watched), and
@@ -45,7 +47,7 @@ _X86_64 = (
         29, 30, 31, 64, 65, 66, 68, 69, 70, 71, 240, 241, 242, 243,  # shared memory, queues
     ),
     (435, 437),  # clone3, openat2
-    ((2, 1, _WRITES), (257, 2, _WRITES)),  # open, openat
+    ((2, 1, _WRITES), (257, 2, _WRITES), (72, 1, _OWNERS)),  # open, openat, fcntl
     56,  # clone
 )  # fmt: skip
 _AARCH64 = (
@@ -62,7 +64,7 @@ _AARCH64 = (
         180, 181, 182, 183, 186, 187, 188, 189, 190, 191, 192, 193, 194, 195, 196, 197,
     ),
     (435, 437),
-    ((56, 2, _WRITES),),
+    ((56, 2, _WRITES), (25, 1, _OWNERS)),
     220,
 )  # fmt: skip
 _MACHINES = {"x86_64": _X86_64, "aarch64": _AARCH64}

@@ -60,6 +60,7 @@ def test_others_do_not(program: str, reason: str) -> None:
         "import os; os.execv('/bin/true', ['true'])",
         "import os; os.kill(os.getppid(), 0)",
         "import os; os.kill(os.getpid(), 0)",
+        "import fcntl, os; fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())",
         "open('new.txt', 'w')",
         "open('/dev/null', 'w')",
         "import os; os.open('.', os.O_RDWR | os.O_TMPFILE)",
