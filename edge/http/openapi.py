@@ -12,6 +12,7 @@ from starlette.routing import Route
 from edge import __version__
 from edge.anthropic import CountRequest, MessagesRequest
 from edge.ollama import ChatBody, GenerateBody, ShowBody
+from edge.http.routes.evaluation import EvaluationRequest
 from edge.openai import ChatRequest, CompletionRequest
 from edge.openai.embeddings import EmbeddingRequest
 from edge.openai.responses import ResponseRequest
@@ -35,6 +36,8 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/api/chat": ChatBody,
     "/api/generate": GenerateBody,
     "/api/show": ShowBody,
+    "/v1/mqtt/try": ChatRequest,
+    "/v1/evaluations": EvaluationRequest,
 }
 
 _ANSWERS: dict[str, str] = {
@@ -50,6 +53,11 @@ _ANSWERS: dict[str, str] = {
     "/v1/apply-template": "Prompt",
 }
 """Path -> class of :mod:`edge.http.answer_schemas`, which nothing but this document needs."""
+_QUERIES: dict[str, tuple[str, ...]] = {
+    "/v1/logs": ("after", "level"),
+    "/v1/evaluations/{id}": ("compare",),
+}
+"""Path -> what may stand after the question mark of a GET."""
 _STREAMED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 _REFUSALS = (400, 401, 403, 404, 413, 429, 500, 503)
 
@@ -94,9 +102,15 @@ def _components() -> tuple[Mapping[str, dict[str, Any]], dict[str, Any]]:
 def _extra(route: Route, references: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """What FastAPI cannot read off an endpoint that takes the bare request."""
     names = route.param_convertors
-    parameters = [{"in": "path", "name": name, "required": True, "schema": {"type": "string"}} for name in names]
+    parameters: list[dict[str, Any]] = [
+        {"in": "path", "name": name, "required": True, "schema": {"type": "string"}} for name in names
+    ]
+    methods = route.methods or set()
+    if "GET" in methods:
+        queries = _QUERIES.get(route.path, ())
+        parameters += [{"in": "query", "name": name, "required": False, "schema": {"type": "string"}} for name in queries]
     extra: dict[str, Any] = {"parameters": parameters} if parameters else {}
-    if route.path in _BODIES:
+    if route.path in _BODIES and "POST" in methods:
         extra["requestBody"] = {"required": True, "content": _json(references[route.path])}
         refusal: dict[str, Any] = {"description": "The error object of the API that was asked"}
         if route.path in _ANSWERS:
