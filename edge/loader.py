@@ -25,6 +25,7 @@ from edge.engine.prefix_store import PrefixStore
 from edge.errors import BundleError, ConfigError
 from edge.metrics import Metrics
 from edge.model import Model
+from edge.power import Sensors
 from edge.scheduler import Scheduler
 from edge.service import Loaded, Service
 from edge.settings.engine import EngineSettings
@@ -56,7 +57,7 @@ class GenerationDefaults(BaseModel):
 
 def load_service(bundle: Path, manifest: Manifest, settings: Settings, *, imports: Sequence[str] = ()) -> Service:
     """Load a bundle into a service, which is not started yet; arguments and errors as for :func:`load_bundle`."""
-    return Service(load_bundle(bundle, manifest, settings, imports=imports), Metrics())
+    return Service(load_bundle(bundle, manifest, settings, imports=imports), Metrics(Sensors()))
 
 
 def load_bundle(bundle: Path, manifest: Manifest, settings: Settings, *, imports: Sequence[str] = ()) -> Loaded:

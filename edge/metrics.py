@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -11,6 +12,7 @@ from statistics import median
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from edge.errors import QwedgeError
+from edge.power import Sensors
 from edge.scheduler import SchedulerStats
 from edge.sequence import FinishReason, Timings
 
@@ -43,9 +45,14 @@ class _Recent:
 
 
 class Metrics:
-    """Counters of one service in a registry of their own; safe to update from any thread."""
+    """Counters of one service in a registry of their own; safe to update from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        sensors: of the machine; None = nothing is measured.
+    """
+
+    def __init__(self, sensors: Sensors | None = None) -> None:
+        self.sensors = sensors
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "qwedge_requests", "Requests that ended, by outcome (stop, length or error code)", ["outcome"],
@@ -76,6 +83,16 @@ class Metrics:
             ["outcome"],
             registry=self._registry,
         )
+        self._temperature = Gauge(
+            "qwedge_temperature_celsius", "Of the machine's hottest sensor; NaN without one", registry=self._registry
+        )
+        self._power = Gauge(
+            "qwedge_power_watts", "What the machine draws; NaN where nothing measures it", registry=self._registry
+        )
+        self._energy = Gauge(
+            "qwedge_energy_joules", "What the machine has used since the start; NaN where nothing measures it",
+            registry=self._registry,
+        )  # fmt: skip
         self._preemptions = Counter(
             "qwedge_preemptions", "Requests that gave their slot back for a while", registry=self._registry
         )
@@ -132,6 +149,18 @@ class Metrics:
         """Tokens of all requests that have ended."""
         return self._num_output_tokens
 
+    def temperature_c(self) -> float | None:
+        """Of the machine's hottest sensor; None without one."""
+        return None if self.sensors is None else self.sensors.thermometer.read()
+
+    def power_w(self) -> float | None:
+        """What the machine draws; None where nothing measures it."""
+        return None if self.sensors is None else self.sensors.energy.power_w()
+
+    def energy_j(self) -> float | None:
+        """What the machine has used since the start; None where nothing measures it."""
+        return None if self.sensors is None else self.sensors.energy.energy_j()
+
     def render(self, stats: SchedulerStats) -> bytes:
         """The text exposition, with the gauges set from ``stats``."""
         self._waiting.set(stats.num_waiting)
@@ -139,6 +168,9 @@ class Metrics:
         self._slots.set(stats.slots)
         self._kv_bytes.set(stats.kv_bytes)
         self._asleep.set(stats.asleep)
+        self._temperature.set(_or_nan(self.temperature_c()))
+        self._power.set(_or_nan(self.power_w()))
+        self._energy.set(_or_nan(self.energy_j()))
         with self._rendering:
             self._count_since(self._rendered, stats)
             self._rendered = stats
@@ -157,3 +189,7 @@ class Metrics:
         self._cached_tokens.inc(timings.num_cached_tokens)
         self._output_tokens.inc(timings.num_output_tokens)
         self._num_output_tokens += timings.num_output_tokens
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

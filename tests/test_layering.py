@@ -36,6 +36,7 @@ LAYERS = (
         "edge.config",
         "edge.durable",
         "edge.pem",
+        "edge.power",
         "edge.sbom",
         "edge.settings",
         "edge.signing",

@@ -138,12 +138,12 @@ def run_server(
         management = _make_management(settings, served, service, leaving, read_settings)
         stack.callback(management.close)
         panel = _start_mqtt(settings.mqtt, service, journal, management, stack)
-        audit = door.audit(stack)
+        audit, metrics = door.audit(stack), service.metrics
         app = create_app(
             service,
             door.server,
             problem=lambda: journal.problem or (audit.problem if audit is not None else None),
-            device=DeviceSources(logs, panel),
+            device=DeviceSources(logs, panel, metrics.temperature_c, metrics.power_w, metrics.energy_j),
             evaluations=lambda: _evaluations(service),
             access=door.access(),
             audit=audit,

@@ -18,13 +18,14 @@ from edge.mqtt.ledger import Ledger
 from edge.mqtt.messages import MAX_PAYLOAD_BYTES
 from edge.mqtt.password import read_password
 from edge.mqtt.pool import Pool
-from edge.mqtt.presence import LoadReporter, Thermometer, make_info, make_load, status_message
+from edge.mqtt.presence import TEMPERATURE_STEP_C, LoadReporter, make_info, make_load, status_message
 from edge.mqtt.rules import check_with, load_rules
 from edge.mqtt.rules_runner import RuleRunner
 from edge.mqtt.rules_topics import disjoint, match
 from edge.mqtt.tls import client_context
 from edge.mqtt.topics import Layout, pool_filter
 from edge.mqtt.trace import Trace
+from edge.power import Thermometer
 from edge.service import Service
 from edge.settings.mqtt import BrokerAddress, MqttSettings
 
@@ -81,7 +82,7 @@ class MqttBridge:
         self._service = service
         self._settings = settings
         self._management = management if settings.management == "on" else None
-        self._thermometer = Thermometer()
+        self._thermometer = Thermometer(step_c=TEMPERATURE_STEP_C)
         self.layout = Layout(settings.root, settings.device)
         """Our topics."""
         self.trace = Trace(settings.root)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Final
 
 from edge import __version__
@@ -19,8 +17,6 @@ LOAD_INTERVAL_S: Final = 1.0
 """Shortest time between two load messages."""
 TEMPERATURE_STEP_C: Final = 2.0
 """Least change of the temperature that is told."""
-MIN_PLAUSIBLE_C: Final = -40
-MAX_PLAUSIBLE_C: Final = 150
 
 
 def status_message(layout: Layout, status: Status) -> Outgoing:
@@ -54,35 +50,6 @@ def make_load(service: Service, tokens_per_s: float, temperature_c: float | None
         tokens_per_s=tokens_per_s,
         temperature_c=temperature_c,
     )
-
-
-class Thermometer:
-    """The machine's hottest sensor, in steps of :data:`TEMPERATURE_STEP_C`: its noise would be a message a second.
-
-    Args:
-        zones: where Linux shows its sensors [1].
-
-    [1] https://docs.kernel.org/driver-api/thermal/sysfs-api.html
-    """
-
-    def __init__(self, zones: Path = Path("/sys/class/thermal")) -> None:
-        self._zones = zones
-        self._told: float | None = None
-
-    def read(self) -> float | None:
-        """Degrees Celsius; None on a machine without a sensor."""
-        now = max(self._values(), default=None)
-        if now is None or self._told is None or abs(now - self._told) >= TEMPERATURE_STEP_C:
-            self._told = now
-        return self._told
-
-    def _values(self) -> Iterator[float]:
-        for file in self._zones.glob("thermal_zone*/temp"):
-            # A sensor that is switched off refuses to be read, or tells nonsense.
-            with contextlib.suppress(OSError, ValueError):
-                value = round(int(file.read_text(encoding="ascii")) / 1000)
-                if MIN_PLAUSIBLE_C < value < MAX_PLAUSIBLE_C:
-                    yield float(value)
 
 
 class LoadReporter:

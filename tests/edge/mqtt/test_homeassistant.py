@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -12,7 +11,6 @@ import pytest
 
 from edge.mqtt.homeassistant import MAX_STATE_CHARS, discovery
 from edge.mqtt.messages import Done
-from edge.mqtt.presence import Thermometer
 from edge.mqtt.topics import Layout
 from edge.settings.mqtt import DISCOVERY_OFF, MqttSettings
 from tests.edge.mqtt.client import Client
@@ -94,23 +92,6 @@ def test_without_the_setting_nothing_is_published() -> None:
 def test_whatever_is_typed_becomes_one_user_message(value: str) -> None:
     request = json.loads(render(config()["components"]["prompt"]["command_template"], value))
     assert request["body"]["messages"] == [{"role": "user", "content": value}]
-
-
-def place(zones: Path, values: list[str]) -> None:
-    for number, value in enumerate(values):
-        (zones / f"thermal_zone{number}").mkdir(exist_ok=True)
-        (zones / f"thermal_zone{number}" / "temp").write_text(value, encoding="ascii")
-
-
-def test_the_hottest_plausible_sensor_is_told_in_steps(tmp_path: Path) -> None:
-    meter = Thermometer(tmp_path)
-    assert meter.read() is None
-    place(tmp_path, ["45100\n", "-274000\n", "nonsense\n", "61400\n"])
-    (tmp_path / "thermal_zone4" / "temp").mkdir(parents=True)
-    assert meter.read() == 61.0
-    for value, told in (("62400", 61.0), ("63100", 63.0), ("62000", 63.0), ("45000", 45.0)):
-        place(tmp_path, ["40000", "-274000", "", value])
-        assert meter.read() == told
 
 
 # --- over a broker --------------------------------------------------------------------------------------------------
