@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from edge import __version__
 from edge.anthropic import CountRequest, MessagesRequest
-from edge.ollama import ChatBody, GenerateBody, ShowBody
+from edge.ollama import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, ShowBody
 from edge.http.routes.evaluation import EvaluationRequest
 from edge.openai import ChatRequest, CompletionRequest
 from edge.openai.embeddings import EmbeddingRequest
@@ -38,6 +38,8 @@ _BODIES: dict[str, type[BaseModel]] = {
     "/api/show": ShowBody,
     "/v1/mqtt/try": ChatRequest,
     "/v1/evaluations": EvaluationRequest,
+    "/api/embed": EmbedBody,
+    "/api/embeddings": EmbeddingsBody,
 }
 
 _ANSWERS: dict[str, str] = {

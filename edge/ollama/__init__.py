@@ -6,9 +6,9 @@ The way of a request: :func:`parse` checks the body, :func:`to_openai` makes a c
 
 from edge.ollama.describe import describe_entry, describe_loaded, describe_model
 from edge.ollama.errors import error_body
-from edge.ollama.lines import LineWriter, durations, loaded
-from edge.ollama.schemas import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, ShowBody, parse
-from edge.ollama.translate import generation_of, served_name, to_openai
+from edge.ollama.lines import LineWriter, loaded
+from edge.ollama.schemas import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, Named, ShowBody, parse
+from edge.ollama.translate import generation_of, served_name, to_embedding, to_openai
 
 __all__ = [
     "ChatBody",
@@ -16,15 +16,16 @@ __all__ = [
     "EmbeddingsBody",
     "GenerateBody",
     "LineWriter",
+    "Named",
     "ShowBody",
     "describe_entry",
     "describe_loaded",
     "describe_model",
-    "durations",
     "error_body",
     "generation_of",
     "loaded",
     "parse",
     "served_name",
+    "to_embedding",
     "to_openai",
 ]

@@ -87,17 +87,12 @@ def loaded(request: ChatBody | GenerateBody) -> dict[str, Any]:
     return _head(request.model) | speech | {"done": True, "done_reason": "load"}
 
 
-def durations(*timings: Timings) -> dict[str, int]:
-    """Ollama's counts and durations in ns of several prompts; what was waited for counts as loading."""
-    return {
-        "total_duration": _ns(sum(one.queue_s + one.prefill_s + one.decode_s for one in timings)),
-        "load_duration": _ns(sum(one.queue_s for one in timings)),
-        "prompt_eval_count": sum(one.num_prompt_tokens for one in timings),
-    }
-
-
 def _durations(timings: Timings) -> dict[str, int]:
-    return durations(timings) | {
+    """Ollama's counts, and durations in ns; what was waited for counts as loading."""
+    return {
+        "total_duration": _ns(timings.queue_s + timings.prefill_s + timings.decode_s),
+        "load_duration": _ns(timings.queue_s),
+        "prompt_eval_count": timings.num_prompt_tokens,
         "prompt_eval_duration": _ns(timings.prefill_s),
         "eval_count": timings.num_output_tokens,
         "eval_duration": _ns(timings.decode_s),

@@ -144,6 +144,7 @@ class EmbedBody(Named):
 
     input: str | list[str]
     truncate: bool | None = None
+    """Cut a text off that is too long; unless this is false, that is what happens."""
     dimensions: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
 
 
@@ -151,6 +152,11 @@ class EmbeddingsBody(Named):
     """Body of ``POST /api/embeddings``, the older one."""
 
     prompt: str
+
+    @property
+    def newer(self) -> EmbedBody:
+        """The same as a body of the newer one."""
+        return EmbedBody(model=self.model, input=self.prompt)
 
 
 class ShowBody(Named):

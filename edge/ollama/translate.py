@@ -7,8 +7,9 @@ from typing import Any
 
 from edge.errors import ContextOverflowError
 from edge.model import Model
-from edge.ollama.schemas import ChatBody, GenerateBody, Message, Options
+from edge.ollama.schemas import ChatBody, EmbedBody, GenerateBody, Message, Options
 from edge.openai import ChatRequest, CompletionRequest, parse_chat, parse_completion, prepare
+from edge.openai.embeddings import EmbeddingRequest, parse_embedding
 from edge.service import GenerationRequest
 
 _LATEST = ":latest"
@@ -45,6 +46,19 @@ def to_openai(model: Model, request: ChatBody | GenerateBody) -> ChatRequest | C
         return parse_completion(_given(shared | prompt))
     system = [{"role": "system", "content": request.system}] if request.system else []
     return _chat(request, shared | {"messages": [*system, {"role": "user", "content": request.prompt}]})
+
+
+def to_embedding(model: Model, request: EmbedBody) -> EmbeddingRequest:
+    """The same request for embeddings as OpenAI's clients would send it, with the texts as token ids.
+
+    Raises:
+        RequestError: there are no texts, or too many; or one is empty.
+    """
+    texts = [request.input] if isinstance(request.input, str) else request.input
+    most = None if request.truncate is False else model.context_length
+    ids = [model.tokenizer.encode(text, special=False)[:most] for text in texts]
+    fields = {"model": served_name(request.model), "input": ids, "dimensions": request.dimensions}
+    return parse_embedding(_given(fields))
 
 
 def generation_of(model: Model, request: ChatRequest | CompletionRequest, options: Options) -> GenerationRequest:

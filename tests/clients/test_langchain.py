@@ -8,7 +8,7 @@ import openai
 import pytest
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, SecretStr
 
 from tests.clients.script import A_CITY, QUESTION_OF_FORM, QUESTION_OF_LENGTH, QUESTION_OF_WEATHER
@@ -66,6 +66,14 @@ def test_a_tool(model: ChatOpenAI, choice: str, *, streamed: bool) -> None:
 @pytest.mark.parametrize("method", ["json_schema", "json_mode"])
 def test_an_answer_in_a_given_form(model: ChatOpenAI, method: str) -> None:
     assert model.with_structured_output(City, method=method).invoke(QUESTION_OF_FORM) == City(**A_CITY)
+
+
+def test_embeddings(server: Served) -> None:
+    url, key = f"{server.url}/v1", SecretStr("unused")
+    embeddings = OpenAIEmbeddings(model=MODEL_NAME, base_url=url, api_key=key, check_embedding_ctx_length=False)
+    vectors = embeddings.embed_documents(["Hi", "Hello"])
+    assert [sum(value * value for value in vector) for vector in vectors] == pytest.approx([1, 1])
+    assert embeddings.embed_query("Hi") == pytest.approx(vectors[0])
 
 
 def test_several_at_once(model: ChatOpenAI) -> None:

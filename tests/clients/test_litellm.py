@@ -57,6 +57,14 @@ def test_an_answer_in_a_given_form(server: Served, provider: str) -> None:
     assert json.loads(answer.choices[0].message.content) == A_CITY
 
 
+@pytest.mark.parametrize("provider", ["openai", "ollama"])
+def test_embeddings(server: Served, provider: str) -> None:
+    base = server.url + ("/v1" if provider == "openai" else "")
+    answer = litellm.embedding(model=f"{provider}/{MODEL_NAME}", api_base=base, api_key="unused", input=["Hi", "Hello"])
+    lengths = [sum(value * value for value in entry["embedding"]) for entry in answer.data]
+    assert lengths == pytest.approx([1, 1])
+
+
 @pytest.mark.parametrize("provider", PATHS)
 def test_errors(server: Served, provider: str) -> None:
     with pytest.raises(litellm.exceptions.BadRequestError) as caught:

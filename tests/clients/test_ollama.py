@@ -77,6 +77,13 @@ def test_an_answer_in_a_given_form(client: ollama.Client) -> None:
         assert json.loads(answer.message.content or "") == A_CITY
 
 
+def test_embeddings(client: ollama.Client) -> None:
+    answer = client.embed(model=TAGGED, input=["Hi", "Hello"])
+    lengths = [sum(value * value for value in vector) for vector in answer.embeddings]
+    assert lengths == pytest.approx([1, 1])
+    assert list(client.embeddings(model=TAGGED, prompt="Hi").embedding) == list(answer.embeddings[0])
+
+
 def test_the_models(client: ollama.Client) -> None:
     assert [model.model for model in client.list().models] == [TAGGED]
     shown = client.show(TAGGED)

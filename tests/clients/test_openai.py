@@ -85,6 +85,23 @@ def test_text_completions(client: openai.OpenAI) -> None:
     assert scored.choices[0].logprobs.tokens[:3] == ["a", "b", "c"]  # type: ignore[union-attr, index]
 
 
+def test_embeddings(client: openai.OpenAI) -> None:
+    # The library asks for base64 unless it is told otherwise, and decodes it.
+    plain = client.embeddings.create(model=MODEL_NAME, input=["Hi", "Hello"], encoding_format="float")
+    packed = client.embeddings.create(model=MODEL_NAME, input=["Hi", "Hello"])
+    for one, other in zip(plain.data, packed.data, strict=True):
+        assert one.embedding == pytest.approx(other.embedding)
+        assert sum(value * value for value in one.embedding) == pytest.approx(1)
+
+
+def test_responses(client: openai.OpenAI) -> None:
+    answer = client.responses.create(model=MODEL_NAME, input="Hi", instructions="Be brief.")
+    assert answer.output_text == "You said: Hi"
+    with client.responses.stream(model=MODEL_NAME, input="Hi") as stream:
+        told = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        assert stream.get_final_response().output_text == told == "You said: Hi"
+
+
 def test_the_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL_NAME]
     assert client.models.retrieve(MODEL_NAME).id == MODEL_NAME

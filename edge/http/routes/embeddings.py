@@ -30,7 +30,7 @@ def embedding_routes(service: Service) -> list[Route]:
         """A vector of length 1 for each input."""
         model = service.model
         wanted, generations = await run_in_threadpool(_read, model, await request.body())
-        vectors = await unless_disconnected(request.receive, _read_inputs(request, service, generations, wanted.model))
+        vectors = await unless_disconnected(request.receive, read_inputs(request, service, generations, wanted.model))
         num_tokens = sum(len(generation.prompt_ids) for generation in generations)
         return JSONResponse(await run_in_threadpool(embedding_body, wanted, model.manifest.name, vectors, num_tokens))
 
@@ -42,10 +42,14 @@ def _read(model: Model, payload: bytes) -> tuple[EmbeddingRequest, Sequence[Gene
     return request, prepare_embedding(model, request)
 
 
-async def _read_inputs(
+async def read_inputs(
     request: Request, service: Service, generations: Sequence[GenerationRequest], model: str | None
 ) -> list[NDArray[np.float32]]:
-    """The vectors of the inputs, in their order."""
+    """The vectors of the inputs, in their order, as the service gives them.
+
+    Raises:
+        QwedgeError: an input failed or was refused.
+    """
     vectors: dict[int, NDArray[np.float32]] = {}
     for start in range(0, len(generations), _AT_ONCE):
         group = generations[start : start + _AT_ONCE]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -17,11 +18,15 @@ from edge.errors import RequestError
 from edge.http.caller import answer_events, caller_of
 from edge.http.disconnect import unless_disconnected
 from edge.http.event_stream import LineStream, to_json
+from edge.http.routes.embeddings import read_inputs
 from edge.model import Model
 from edge.ollama import (
     ChatBody,
+    EmbedBody,
+    EmbeddingsBody,
     GenerateBody,
     LineWriter,
+    Named,
     ShowBody,
     describe_entry,
     describe_loaded,
@@ -30,9 +35,11 @@ from edge.ollama import (
     loaded,
     parse,
     served_name,
+    to_embedding,
     to_openai,
 )
 from edge.openai import parse_body
+from edge.openai.embeddings import EmbeddingRequest, prepare_embedding, unit_vector
 from edge.service import Event, Failed, GenerationRequest, Service
 
 log = logging.getLogger(__name__)
@@ -41,7 +48,7 @@ API_VERSION: Final = "0.13.0"
 """The version of Ollama whose API this is: clients refuse to talk to older ones than they know."""
 _STORE: Final = ("pull", "push", "create", "copy", "delete")
 
-Body = type[ChatBody] | type[GenerateBody]
+AnyBody = TypeVar("AnyBody", bound=Named)
 
 
 def ollama_routes(service: Service) -> list[Route]:
@@ -55,6 +62,21 @@ def ollama_routes(service: Service) -> list[Route]:
         """The answer to a prompt, streamed unless ``"stream": false``."""
         return await _generate(service, GenerateBody, request)
 
+    async def embed(request: Request) -> Response:
+        """A vector of length 1 for each text."""
+        began = time.monotonic()
+        body = await _body(service, EmbedBody, request)
+        vectors, num_tokens = await _embed(service, request, body)
+        duration = {"total_duration": round((time.monotonic() - began) * 1e9), "load_duration": 0}
+        counts = {**duration, "prompt_eval_count": num_tokens}
+        return JSONResponse({"model": body.model, "embeddings": vectors, **counts})
+
+    async def embeddings(request: Request) -> Response:
+        """A vector of length 1 for a text: the older form."""
+        body = await _body(service, EmbeddingsBody, request)
+        (vector,), _ = await _embed(service, request, body.newer)
+        return JSONResponse({"embedding": vector})
+
     async def tags(request: Request) -> Response:
         """The served model, by itself and with each adapter."""
         names = await run_in_threadpool(service.model.names)
@@ -63,7 +85,8 @@ def ollama_routes(service: Service) -> list[Route]:
 
     async def show(request: Request) -> Response:
         """What a model is and can do."""
-        return JSONResponse(await run_in_threadpool(_show, service.model, await request.body()))
+        await _body(service, ShowBody, request)
+        return JSONResponse(await run_in_threadpool(describe_model, service.model))
 
     async def running(_request: Request) -> Response:
         """The model, where it is in memory."""
@@ -82,6 +105,8 @@ def ollama_routes(service: Service) -> list[Route]:
     return [
         Route("/api/chat", chat, methods=["POST"]),
         Route("/api/generate", generate, methods=["POST"]),
+        Route("/api/embed", embed, methods=["POST"]),
+        Route("/api/embeddings", embeddings, methods=["POST"]),
         Route("/api/tags", tags),
         Route("/api/show", show, methods=["POST"]),
         Route("/api/ps", running),
@@ -90,8 +115,8 @@ def ollama_routes(service: Service) -> list[Route]:
     ]
 
 
-async def _generate(service: Service, schema: Body, request: Request) -> Response:
-    body = await run_in_threadpool(_parse, service.model, schema, await request.body())
+async def _generate(service: Service, schema: type[ChatBody | GenerateBody], request: Request) -> Response:
+    body: ChatBody | GenerateBody = await _body(service, schema, request)
     if body.is_empty:
         return JSONResponse(await _load(service, request, body))
     writer, generation = await run_in_threadpool(_prepare, service.model, body)
@@ -102,7 +127,12 @@ async def _generate(service: Service, schema: Body, request: Request) -> Respons
     return JSONResponse(await unless_disconnected(request.receive, _complete(writer, stream)))
 
 
-def _parse(model: Model, schema: Body, payload: bytes) -> ChatBody | GenerateBody:
+async def _body(service: Service, schema: type[AnyBody], request: Request) -> AnyBody:
+    """The request's body, which names a model that is there."""
+    return await run_in_threadpool(_parse, service.model, schema, await request.body())
+
+
+def _parse(model: Model, schema: type[AnyBody], payload: bytes) -> AnyBody:
     body = parse(schema, parse_body(payload))
     model.find_adapter(served_name(body.model))
     return body
@@ -112,6 +142,20 @@ def _prepare(model: Model, body: ChatBody | GenerateBody) -> tuple[LineWriter, G
     wanted = to_openai(model, body)
     generation = generation_of(model, wanted, body.given_options)
     return LineWriter(model, body, wanted, generation), generation
+
+
+async def _embed(service: Service, request: Request, body: EmbedBody) -> tuple[list[list[float]], int]:
+    """A vector for each text, and the number of tokens that were read."""
+    wanted, generations = await run_in_threadpool(_prepare_embedding, service.model, body)
+    reading = read_inputs(request, service, generations, wanted.model)
+    vectors = await unless_disconnected(request.receive, reading)
+    units = [unit_vector(vector, wanted.dimensions).tolist() for vector in vectors]
+    return units, sum(len(generation.prompt_ids) for generation in generations)
+
+
+def _prepare_embedding(model: Model, body: EmbedBody) -> tuple[EmbeddingRequest, Sequence[GenerationRequest]]:
+    wanted = to_embedding(model, body)
+    return wanted, prepare_embedding(model, wanted)
 
 
 async def _load(service: Service, request: Request, body: ChatBody | GenerateBody) -> dict[str, Any]:
@@ -158,9 +202,3 @@ async def _lines(
 
 def _tell(writer: LineWriter, event: Event) -> bytes:
     return b"".join(to_json(line) + b"\n" for line in writer.lines(event))
-
-
-def _show(model: Model, payload: bytes) -> dict[str, Any]:
-    body = parse(ShowBody, parse_body(payload))
-    model.find_adapter(served_name(body.model))
-    return describe_model(model)

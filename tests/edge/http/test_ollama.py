@@ -202,6 +202,34 @@ class TestModels:
         assert "qwedge install" in _error(server.client.request(method, f"/api/{verb}", json={"model": "x"}), 400)
 
 
+class TestEmbeddings:
+    def test_texts_become_vectors_of_length_1(self, server: Served) -> None:
+        body = server.client.post("/api/embed", json={"model": MODEL_NAME, "input": ["Hi", "Hello"]}).json()
+        wanted = {"input": ["Hi", "Hello"], "model": MODEL_NAME}
+        same = server.client.post("/v1/embeddings", json=wanted).json()["data"]
+        assert body["embeddings"] == [entry["embedding"] for entry in same]
+        assert body["prompt_eval_count"] == 7
+        assert body["total_duration"] > 0
+        old = server.client.post("/api/embeddings", json={"model": f"{MODEL_NAME}:latest", "prompt": "Hi"}).json()
+        assert old == {"embedding": body["embeddings"][0]}
+
+    def test_dimensions(self, server: Served) -> None:
+        wanted = {"model": MODEL_NAME, "input": "Hi", "dimensions": 2}
+        (vector,) = server.client.post("/api/embed", json=wanted).json()["embeddings"]
+        assert len(vector) == 2
+        assert sum(value * value for value in vector) == pytest.approx(1)
+
+    def test_a_long_text_is_cut_off_unless_that_is_unwanted(self, serve: Serve) -> None:
+        server = serve(FakeEngine(context_length=64))
+        wanted = {"model": MODEL_NAME, "input": "x" * 100}
+        assert server.client.post("/api/embed", json=wanted).json()["prompt_eval_count"] == 64
+        _error(server.client.post("/api/embed", json={**wanted, "truncate": False}), 400)
+
+    def test_nothing_to_read_is_refused(self, server: Served) -> None:
+        for text in ("", [], ["a", ""], [1], None):
+            _error(server.client.post("/api/embed", json={"model": MODEL_NAME, "input": text}), 400)
+
+
 class TestLoading:
     @pytest.mark.parametrize(("path", "wanted"), [(CHAT, {"messages": []}), (CHAT, {}), (GENERATE, {"prompt": ""})])
     def test_nothing_to_answer_loads(self, server: Served, path: str, wanted: dict[str, Any]) -> None:
