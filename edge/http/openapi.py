@@ -11,8 +11,8 @@ from starlette.routing import Route
 
 from edge import __version__
 from edge.anthropic import CountRequest, MessagesRequest
-from edge.ollama import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, ShowBody
 from edge.http.routes.evaluation import EvaluationRequest
+from edge.ollama import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, ShowBody
 from edge.openai import ChatRequest, CompletionRequest
 from edge.openai.embeddings import EmbeddingRequest
 from edge.openai.responses import ResponseRequest
@@ -55,6 +55,7 @@ _ANSWERS: dict[str, str] = {
     "/v1/apply-template": "Prompt",
 }
 """Path -> class of :mod:`edge.http.answer_schemas`, which nothing but this document needs."""
+_STRING = {"type": "string"}
 _QUERIES: dict[str, tuple[str, ...]] = {
     "/v1/logs": ("after", "level"),
     "/v1/evaluations/{id}": ("compare",),
@@ -105,12 +106,12 @@ def _extra(route: Route, references: Mapping[str, dict[str, Any]]) -> dict[str, 
     """What FastAPI cannot read off an endpoint that takes the bare request."""
     names = route.param_convertors
     parameters: list[dict[str, Any]] = [
-        {"in": "path", "name": name, "required": True, "schema": {"type": "string"}} for name in names
+        {"in": "path", "name": name, "required": True, "schema": _STRING} for name in names
     ]
     methods = route.methods or set()
     if "GET" in methods:
         queries = _QUERIES.get(route.path, ())
-        parameters += [{"in": "query", "name": name, "required": False, "schema": {"type": "string"}} for name in queries]
+        parameters += [{"in": "query", "name": name, "required": False, "schema": _STRING} for name in queries]
     extra: dict[str, Any] = {"parameters": parameters} if parameters else {}
     if route.path in _BODIES and "POST" in methods:
         extra["requestBody"] = {"required": True, "content": _json(references[route.path])}
