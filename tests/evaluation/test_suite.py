@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,25 @@ def test_variables_cannot_multiply_without_end(tmp_path: Path) -> None:
     values = ", ".join(f"v{n}: [1, 2, 3, 4, 5, 6, 7, 8, 9]" for n in range(9))
     with pytest.raises(ConfigError, match="more than 5000 cases"):
         load(tmp_path, f"prompts: [x]\ntests:\n  - vars: {{{values}}}\n    assert: [{{type: contains, value: x}}]\n")
+
+
+def test_damaged_suites_are_errors_never_faults(tmp_path: Path) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    source = random.Random(seed)
+    words = [b"[", b"]", b"{{", b"}}", b": ", b"- ", b"\n", b"  ", b"'", b'"', b"&a ", b"*a", b"!!int ", b"null"]
+    words += [b"1e9", b"\x00", b"\xff", b"\t", b"%", b"?", b"|\n", b"file://", b"\xe2\x80\xa8"]
+    good = 0
+    for _ in range(150):
+        data = bytearray(SMALL.encode())
+        for _ in range(source.randrange(1, 4)):
+            at = source.randrange(len(data))
+            data[at : at + source.choice((0, 0, 1, 9))] = source.choice(words)
+        path = tmp_path / "damaged.yaml"
+        path.write_bytes(data)
+        with suppress(ConfigError):
+            good += bool(load_suite(path).cases)
+    assert 0 < good < 150
 
 
 def test_a_suite_that_is_not_there() -> None:
