@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -22,10 +23,10 @@ from edge.bundle import (
     hash_file,
     move_durably,
     read_manifest,
-    read_signature,
 )
-from edge.durable import fsync_path, replace_durably
+from edge.durable import replace_durably
 from edge.errors import BundleError, StoreError
+from edge.store.disk import discard
 from edge.store.source import Source
 
 CHUNK = 1 << 20
@@ -36,7 +37,7 @@ RESERVE_BYTES = 16 << 20
 
 
 def copy_bundle(source: Source, manifest: Manifest, destination: Path, progress: Progress | None) -> None:
-    """Copy a bundle; where it is there already, only its signature may change.
+    """Copy a bundle; where it is there already, repair what is damaged and take over a signature.
 
     Args:
         source: where it lies.
@@ -49,14 +50,11 @@ def copy_bundle(source: Source, manifest: Manifest, destination: Path, progress:
         StoreError: there is no room.
         OSError: a disk refused.
     """
-    if not destination.exists():
-        copying = _Copying(source, destination, progress or _ignore)
-        copying.prepare(manifest)
-        for entry in manifest.files:
-            copying.bring(entry)
-        copying.publish()
-    elif source.signature is not None and source.signature != read_signature(destination):
-        replace_durably(destination / SIGNATURE, source.signature)
+    copying = _Copying(source, destination, progress or _ignore)
+    copying.prepare(manifest)
+    for entry in manifest.files:
+        copying.bring(entry)
+    copying.publish()
 
 
 class _Copying:
@@ -65,17 +63,18 @@ class _Copying:
     def __init__(self, source: Source, destination: Path, progress: Progress) -> None:
         self._source = source
         self._destination = destination
-        self._staging = destination.with_name(f".{destination.name}.partial")
+        self._repairs = destination.exists()
+        self._staging = destination if self._repairs else destination.with_name(f".{destination.name}.partial")
         self._part = destination.with_name(f".{destination.name}.part")
         self._progress = progress
-        self._twins = _files_of_bundles(destination.parent)
+        self._twins = _files_of_bundles(path for path in destination.parent.iterdir() if path != destination)
 
     def prepare(self, manifest: Manifest) -> None:
         """Make the folder, take out of it what does not belong there, and see whether there is room for the rest."""
         self._staging.mkdir(exist_ok=True)
         for path in self._staging.iterdir():
-            if path.name not in {entry.path for entry in manifest.files}:
-                path.unlink()
+            if path.name not in {MANIFEST, SIGNATURE, *(entry.path for entry in manifest.files)}:
+                discard(path)
         begun = self._part.stat().st_size if self._part.exists() else 0
         missing = sum(entry.size for entry in manifest.files if not self._has(entry)) - begun
         free = shutil.disk_usage(self._staging).free - RESERVE_BYTES
@@ -95,12 +94,16 @@ class _Copying:
 
     def publish(self) -> None:
         """Give the folder its name, now that all files are on the disk."""
-        (self._staging / MANIFEST).write_bytes(self._source.manifest)
-        fsync_path(self._staging / MANIFEST)
+        self._write(MANIFEST, self._source.manifest)
         if self._source.signature is not None:
-            (self._staging / SIGNATURE).write_bytes(self._source.signature)
-            fsync_path(self._staging / SIGNATURE)
-        move_durably(self._staging, self._destination)
+            self._write(SIGNATURE, self._source.signature)
+        if not self._repairs:
+            move_durably(self._staging, self._destination)
+
+    def _write(self, name: str, data: bytes) -> None:
+        path = self._staging / name
+        if not path.exists() or path.read_bytes() != data:
+            replace_durably(path, data)
 
     def _has(self, entry: FileEntry) -> bool:
         return (self._staging / entry.path).exists() or (entry.path, entry.sha256) in self._twins
@@ -156,10 +159,10 @@ class _Copying:
         return len(chunk)
 
 
-def _files_of_bundles(folder: Path) -> dict[tuple[str, str], Path]:
-    """The files of the bundles in a folder, by name and SHA-256 as their manifests say."""
+def _files_of_bundles(folders: Iterable[Path]) -> dict[tuple[str, str], Path]:
+    """The files of bundles, by name and SHA-256 as their manifests say."""
     files: dict[tuple[str, str], Path] = {}
-    for path in folder.iterdir():
+    for path in folders:
         if path.name.startswith("."):
             continue
         with suppress(BundleError):  # a damaged bundle has nothing to offer

@@ -103,7 +103,7 @@ def discard(path: Path) -> None:
     if not path.name.startswith("."):
         path = path.rename(path.with_name(f".{path.name}.removed"))
         fsync_path(path.parent)
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink()

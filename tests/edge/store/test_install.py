@@ -81,6 +81,28 @@ class TestFolders:
         store.install(open_source(bundle))
 
 
+@pytest.mark.parametrize("damage", ["bit", "missing", "extra", "folder"])
+def test_installing_it_again_repairs_it(store: Store, bundle: Path, damage: str) -> None:
+    installed = store.install(open_source(bundle))
+    weights = installed.path / WEIGHTS
+    match damage:
+        case "bit":
+            with weights.open("r+b") as file:
+                file.write(b"x")
+        case "missing":
+            weights.unlink()
+        case "extra":
+            (installed.path / "planted").touch()
+        case "folder":
+            (installed.path / "planted").mkdir()
+            (installed.path / "planted" / "deeper").touch()
+    with pytest.raises(BundleError):
+        store.verify("tiny")
+    assert store.install(open_source(bundle)).path == installed.path
+    assert store.verify("tiny")
+    assert contents(installed.path) == contents(bundle)
+
+
 class TestResuming:
     @pytest.fixture
     def stop_at(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
