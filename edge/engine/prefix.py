@@ -92,7 +92,8 @@ def suits(known: Ids, ids: Ids, *, is_whole: bool) -> bool:
         ids: of the prompt.
         is_whole: whether the entry is of use as a whole only.
     """
-    return not is_whole or (len(known) < len(ids) and begins_with(ids, known))
+    # A last token by itself would be rounded in another way than among others (docs/architecture.md).
+    return not is_whole or (len(known) < len(ids) - 1 and begins_with(ids, known))
 
 
 def replaces(known: Ids, ids: Ids, *, is_whole: bool) -> bool:

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 
-from edge.bundle import Manifest, StateLayout
+from edge.bundle import CacheType, Manifest, StateLayout
 from edge.engine.engine import Engine
 from edge.engine.kv_cache import Cache
 from edge.engine.state_pool import StatePool
@@ -24,18 +24,19 @@ START, STEPS = 20, 16
 HEADS = {"equal heads": 2, "shared key heads": 4}
 
 
-def export(folder: Path, recipe: str, value_heads: int = 4) -> Manifest:
+def export(folder: Path, recipe: str, value_heads: int = 4, kv: CacheType = "float32") -> Manifest:
     """A bundle wide enough for blocks of 128 to be two in a row."""
     config = tiny_qwen3_5.config(hidden_size=256, intermediate_size=384, linear_num_value_heads=value_heads)
     with open_checkpoint(tiny.write_folder(folder / "checkpoint", config)) as checkpoint:
-        return export_bundle(checkpoint, folder / "bundle", RECIPES[recipe], progress=Silent()).manifest
+        return export_bundle(checkpoint, folder / "bundle", RECIPES[recipe], kv=kv, progress=Silent()).manifest
 
 
-@pytest.fixture(scope="module", params=HEADS)
+@pytest.fixture(scope="module", params=[("equal heads", "float32"), ("shared key heads", "int8")], ids=" ".join)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quantized bundle: its int8 activations turn the last bit of a sum into a visible difference."""
     folder = tmp_path_factory.mktemp("qwen3_5")
-    export(folder, "balanced", HEADS[request.param])
+    heads, kv = request.param
+    export(folder, "balanced", HEADS[heads], kv)
     return folder / "bundle"
 
 
@@ -99,7 +100,7 @@ def test_how_a_prompt_is_cut_does_not_change_one_bit(bundle: Path, threads: int)
 
 def test_decode_and_odd_chunks_give_the_logits_of_prefill(tmp_path: Path) -> None:
     manifest = export(tmp_path, "fp32")
-    engine = Engine(tmp_path / "bundle", manifest, slots=1, context=64, threads=1, prefill_chunk=64)
+    engine = Engine(tmp_path / "bundle", manifest, slots=1, context=64, draft_tokens=4, threads=1, prefill_chunk=64)
     ids = prompt(25)
     whole = feed(engine, 0, ids, [25])
     for sizes in ([1] * 25, [5, 15, 5], [24, 1]):
@@ -108,6 +109,9 @@ def test_decode_and_odd_chunks_give_the_logits_of_prefill(tmp_path: Path) -> Non
     for past in range(20, 25):
         logits = engine.decode([0], [int(ids[past])], [past])
     np.testing.assert_allclose(logits[0], whole, rtol=0, atol=1e-5)
+    feed(engine, 0, ids[:20], [20])
+    logits = engine.decode([0] * 5, ids[20:].tolist(), range(20, 25))
+    np.testing.assert_allclose(logits[4], whole, rtol=0, atol=1e-5)
     np.testing.assert_allclose(engine.score(0, ids[:16], 0)[15], feed(engine, 0, ids[:16], [16]), rtol=0, atol=1e-5)
 
 
