@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -81,10 +81,15 @@ class _Composer(yaml.SafeLoader):  # type: ignore[misc] # yaml has no types
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - typed as yaml has it
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases are not allowed: write the value out", mark)
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            self._refuse("aliases are not allowed: write the value out", event)
+        if getattr(event, "tag", None) is not None:
+            self._refuse(f"the tag {event.tag!r} is not allowed", event)
         return super().compose_node(parent, index)
+
+    def _refuse(self, reason: str, event: yaml.Event) -> NoReturn:
+        raise yaml.composer.ComposerError(None, None, reason, event.start_mark)
 
 
 _Composer.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
@@ -115,12 +120,10 @@ class _Reader:
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
-            self._check_tag(node, "seq")
             return [self.value(child, (*path, index)) for index, child in enumerate(node.value)]
         return self._scalar(node)
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
-        self._check_tag(node, "map")
         found: dict[str, Any] = {}
         for key_node, child in node.value:
             key: Hashable = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
@@ -147,12 +150,7 @@ class _Reader:
                 if abs(number) == float("inf"):
                     raise self._error(node, "a number is too large")
                 return number
-        self._check_tag(node, "str")
         return text
-
-    def _check_tag(self, node: yaml.Node, kind: str) -> None:
-        if node.tag != f"tag:yaml.org,2002:{kind}":
-            raise self._error(node, f"the tag {node.tag!r} is not allowed")
 
     def _error(self, node: yaml.Node, reason: str) -> ConfigError:
         return ConfigError(f"{self._name}, line {node.start_mark.line + 1}: {reason}", hint=_HINT)

@@ -32,6 +32,8 @@ def test_every_value_has_its_line() -> None:
         (b"a: !!python/object/apply:os.system ['true']\n", 1, "tag"),
         (b"a: !!binary aGk=\n", 1, "tag"),
         (b"a: !mine 1\n", 1, "tag"),
+        (b"a: !!int x\n", 1, "tag"),
+        (b"a:\n - !!seq [1]\n", 2, "tag"),
         (b"? [1]\n: 2\n", 1, "must be a string"),
         (b"a:\n  - 1\n b: 2\n", 3, "block"),
         (b"a: 1e999\n", 1, "too large"),
