@@ -33,9 +33,10 @@ def self_test(path: Path) -> None:
     """
     manifest = read_manifest(path)
     prompt = manifest.measured.get("self_test", {}).get("prompt", PROMPT)
+    context = str(min(CONTEXT, manifest.context_length))
     line = [
         *(sys.executable, "-m", "edge.cli", "generate", "--raw", "--json", "--temperature", "0"),
-        *("--bundle", os.fspath(path), "--max-tokens", str(NUM_TOKENS), "--context", str(CONTEXT), prompt),
+        *("--bundle", os.fspath(path), "--max-tokens", str(NUM_TOKENS), "--context", context, prompt),
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("QWEDGE_")}
     with subprocess.Popen(
