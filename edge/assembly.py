@@ -72,6 +72,7 @@ def assemble(
         eos_ids=frozenset() if request.ignore_eos else model.eos_ids,
         sampler=sampler,
         consumer=_EventConsumer(on_event, text, sampler, reader, metrics, announces=announces),
+        request_id=request.request_id,
         identity=owned_by(request.identity, request.adapter.digest if request.adapter else ""),
         adapter=request.adapter,
         deadline=None if request.deadline_s is None else time.monotonic() + request.deadline_s,

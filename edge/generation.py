@@ -35,6 +35,8 @@ class GenerationRequest:
     """Seconds from submission after which the request fails with 408."""
     identity: str = ""
     """Who asks; cached prefixes are shared within an identity only."""
+    request_id: str = ""
+    """What it is asked after by, while it waits or runs; several may have the same."""
     ignore_eos: bool = False
     """Generate past end-of-sequence tokens: for benchmarks."""
     num_logprobs: int | None = None

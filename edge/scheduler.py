@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +26,11 @@ from edge.decode_step import Decoding, Share
 from edge.engine.interface import Engine
 from edge.engine.prefix_cache import PrefixCache
 from edge.errors import CancelledError, DeadlineError, EngineError, OverloadedError, QwedgeError, UnavailableError
-from edge.scheduler_stats import SchedulerStats, SlotStats
+from edge.scheduler_stats import Place, SchedulerStats, SlotStats
 from edge.sequence import FinishReason, Sequence, SequenceStatus
 from edge.slots import Slots
 
-__all__ = ["Scheduler", "SchedulerStats", "SlotStats"]
+__all__ = ["Place", "Scheduler", "SchedulerStats", "SlotStats"]
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class Scheduler:
             return [
                 SlotStats(
                     slot=sequence.slot,
-                    status="prefill" if sequence.status is SequenceStatus.PREFILL else "decode",
+                    status=_phase(sequence),
                     num_prompt_tokens=len(sequence.prompt_ids),
                     num_cached_tokens=sequence.num_cached_tokens,
                     num_output_tokens=sequence.num_output_tokens,
@@ -174,6 +175,28 @@ class Scheduler:
                 for sequence in self._active()
                 if sequence.slot >= 0
             ]
+
+    def queue(self) -> list[Place]:
+        """Where the waiting sequences are, in their order."""
+        with self._changed:
+            return [self._place(sequence, position) for position, sequence in enumerate(self._waiting)]
+
+    def find(self, request_id: str) -> Place | None:
+        """Where a request is, of several sequences the one that is furthest; None where it is not known any more."""
+        with self._changed:
+            places = [(None, sequence) for sequence in self._active()] + list(enumerate(self._waiting))
+            found = (self._place(sequence, at) for at, sequence in places if sequence.request_id == request_id)
+            return next(found, None)
+
+    def _place(self, sequence: Sequence, position: int | None) -> Place:
+        return Place(
+            status="waiting" if position is not None else _phase(sequence),
+            position=position,
+            eta_s=None if position is None else self._eta_s(position),
+            age_s=time.monotonic() - sequence.submitted_at,
+            num_prompt_tokens=len(sequence.prompt_ids),
+            num_output_tokens=sequence.num_output_tokens,
+        )
 
     def _active(self) -> list[Sequence]:
         """The sequences that have a slot."""
@@ -409,6 +432,10 @@ class Scheduler:
             return
         for sequence in list(sequences):
             self._fail(sequence, failure)
+
+
+def _phase(sequence: Sequence) -> Literal["prefill", "decode"]:
+    return "prefill" if sequence.status is SequenceStatus.PREFILL else "decode"
 
 
 def _failure() -> EngineError:

@@ -43,3 +43,18 @@ class SlotStats:
     """Since the first token; 0 before it."""
     age_s: float
     """Since the request was taken."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one sequence is: in the queue or in a slot. Tells nothing of what it says."""
+
+    status: Literal["waiting", "prefill", "decode"]
+    position: int | None
+    """Sequences ahead in the queue; None once it has a slot."""
+    eta_s: float | None
+    """Seconds until it may start; None once it has a slot."""
+    age_s: float
+    """Seconds since it was submitted."""
+    num_prompt_tokens: int
+    num_output_tokens: int

@@ -110,6 +110,8 @@ class Sequence:
     consumer: Consumer
     deadline: float | None = None
     """On the clock of :func:`time.monotonic`."""
+    request_id: str = ""
+    """What it is asked after by."""
     identity: str = ""
     """Whose it is: cached prefixes are shared within an identity only (:func:`edge.engine.prefix.owned_by`)."""
     adapter: Adapter | None = None

@@ -36,7 +36,7 @@ from edge.generation import (
 )
 from edge.metrics import Metrics
 from edge.model import Model
-from edge.scheduler import Scheduler, SchedulerStats, SlotStats
+from edge.scheduler import Place, Scheduler, SchedulerStats, SlotStats
 from edge.sequence import Sequence as EngineSequence
 
 __all__ = [
@@ -155,6 +155,16 @@ class Service:
         """What the engine works on right now."""
         loaded = self._loaded
         return [] if loaded is None else loaded.scheduler.busy_slots()
+
+    def queue(self) -> list[Place]:
+        """Where the waiting sequences are, in their order."""
+        loaded = self._loaded
+        return [] if loaded is None else loaded.scheduler.queue()
+
+    def find(self, request_id: str) -> Place | None:
+        """Where a request is; None where it has ended or was never here."""
+        loaded = self._loaded
+        return None if loaded is None else loaded.scheduler.find(request_id)
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> Ticket:
         """Queue a request; its events arrive at ``on_event`` until a terminal one.

@@ -34,6 +34,7 @@ from edge.http.routes.information import STATIC, information_routes
 from edge.http.routes.management import management_routes
 from edge.http.routes.ollama import ollama_routes
 from edge.http.routes.openai import openai_routes
+from edge.http.routes.queue import queue_routes
 from edge.http.routes.responses import response_routes
 from edge.http.routes.text import text_routes
 from edge.journal import Journal
@@ -76,6 +77,7 @@ def create_app(
         *text_routes(service),
         *anthropic_routes(service),
         *ollama_routes(service),
+        *queue_routes(service),
         *information_routes(service, problem),
         *device_routes(service, device or DeviceSources(LogBuffer())),
         *([] if evaluations is None else evaluation_routes(evaluations)),

@@ -81,7 +81,7 @@ async def answer_events(
     exchange.model = model or service.model.manifest.name
     exchange.caller.check_model(exchange.model)
     identity = exchange.caller.identity
-    owned = [replace(generation, identity=identity) for generation in generations]
+    owned = [replace(generation, identity=identity, request_id=exchange.id) for generation in generations]
     async with aclosing(events(service, owned)) as stream:
         async for index, event in stream:
             exchange.note(event)
