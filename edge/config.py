@@ -24,6 +24,7 @@ from edge.settings.mqtt import MqttSettings
 from edge.settings.rules import RuleSettings
 from edge.settings.section import Section
 from edge.settings.server import ServerSettings
+from edge.settings.upstream import UpstreamSettings
 
 ENV_PREFIX = "QWEDGE_"
 FOREIGN_ENV = frozenset({"QWEDGE_CACHE"})
@@ -41,8 +42,13 @@ FLAGS = {
     "log.level": "--log-level",
 }
 """The settings that have a flag."""
-FILE_ONLY = frozenset({"mqtt.rule"})
-"""Settings that are tables: no flag or variable can hold them."""
+TABLES: dict[str, tuple[type[BaseModel], str]] = {
+    "mqtt.rule": (RuleSettings, "mqtt-rules.md"),
+    "server.upstream": (UpstreamSettings, "http-security.md"),
+}
+"""Settings that are lists of tables: the class of one, and the page about it."""
+FILE_ONLY = frozenset(TABLES)
+"""No flag or variable can hold these."""
 MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -159,19 +165,21 @@ def _explain(error: ValidationError, given: Mapping[str, _Given]) -> ConfigError
     if len(first["loc"]) == 1:
         return ConfigError(f"[{first['loc'][0]}] {reason}", hint="docs/configuration.md lists all settings")
     section, field, *inner = map(str, first["loc"])
-    if (section, field) == ("mqtt", "rule") and inner:
-        return _explain_rule(given["mqtt.rule"], first["type"], reason, inner)
+    if (key := f"{section}.{field}") in TABLES and inner:
+        return _explain_table(key, given[key], first["type"], reason, inner)
     description = SECTIONS[section].model_fields[field].description
     return ConfigError(f"{given[f'{section}.{field}'].place} {reason}", hint=f"{section}.{field}: {description}")
 
 
-def _explain_rule(given: _Given, kind: str, reason: str, path: Sequence[str]) -> ConfigError:
-    """What is wrong with a rule; ``path`` is its number and then, where there is one, the key."""
+def _explain_table(key: str, given: _Given, kind: str, reason: str, path: Sequence[str]) -> ConfigError:
+    """What is wrong with one of several tables; ``path`` is its number and then, where there is one, the key."""
     number, *keys = path
-    fields = {info.alias or name: info for name, info in RuleSettings.model_fields.items()}
-    place = f"{given.place.removesuffix(' [mqtt] rule')} [[mqtt.rule]] number {int(number) + 1}"
+    table, page = TABLES[key]
+    fields = {info.alias or name: info for name, info in table.model_fields.items()}
+    section, field = key.split(".")
+    place = f"{given.place.removesuffix(f' [{section}] {field}')} [[{key}]] number {int(number) + 1}"
     if not keys:
-        return ConfigError(f"{place} {reason}", hint="see docs/mqtt-rules.md")
+        return ConfigError(f"{place} {reason}", hint=f"see docs/{page}")
     if kind == "extra_forbidden":
         return ConfigError(f"{place} has no key {keys[0]!r}", hint=_did_you_mean(keys[0], fields))
     if kind == "missing":

@@ -13,6 +13,7 @@
     ├── UnavailableError             503: starting, draining, or the broker/port cannot be had
     ├── EngineError                  500: the engine failed while working on a request
     │   └── CrashedError             500: the process ended more than once while it worked on a request
+    ├── UpstreamError                502: the server that answers for other models does not
     └── RequestError                 400: the request itself is wrong; names the parameter
         ├── ContextOverflowError     400: the prompt does not fit into the context
         ├── UnauthorizedError        401: no key, or one that is not known
@@ -131,6 +132,14 @@ class CrashedError(EngineError):
 
     code = "crashed"
     retryable = False
+
+
+class UpstreamError(QwedgeError):
+    """Another server, which answers for models that this device lacks, cannot be reached or does not answer."""
+
+    code = "upstream_failed"
+    status = 502
+    retryable = True
 
 
 class RequestError(QwedgeError):

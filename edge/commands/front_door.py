@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # these bring the web framework, which is loaded while the bu
     from edge.http.announce import Announcer
     from edge.http.audit import AuditLog
     from edge.http.keys import KeyRing
+    from edge.http.upstream import Upstream
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,16 @@ class FrontDoor:
             lambda: Announcement(settings.mqtt.device, port, {"model": model(), **known}),
             lambda: reachable_addresses(settings.server.host),
         )
+
+    def upstreams(self) -> tuple[Upstream, ...]:
+        """The servers that answer for other models.
+
+        Raises:
+            ConfigError: a key or a CA cannot be used.
+        """
+        from edge.http.upstream import Upstream
+
+        return tuple(Upstream.load(upstream) for upstream in self.settings.server.upstream)
 
     def access(self) -> Access:
         """Who may do what."""

@@ -148,6 +148,7 @@ def run_server(
             access=door.access(),
             audit=audit,
             journal=journal,
+            upstreams=door.upstreams(),
             management=management,
         )
         broker = None if panel is None else panel.address

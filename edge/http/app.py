@@ -37,6 +37,7 @@ from edge.http.routes.openai import openai_routes
 from edge.http.routes.queue import queue_routes
 from edge.http.routes.responses import response_routes
 from edge.http.routes.text import text_routes
+from edge.http.upstream import Upstream, Upstreams
 from edge.journal import Journal
 from edge.log_buffer import LogBuffer
 from edge.management import Management
@@ -54,6 +55,7 @@ def create_app(
     access: Access | None = None,
     audit: AuditLog | None = None,
     journal: Journal | None = None,
+    upstreams: Sequence[Upstream] = (),
     management: Management | None = None,
 ) -> Starlette:
     """The application; it starts and stops nothing.
@@ -68,6 +70,7 @@ def create_app(
         audit: notes requests; whoever made it starts and stops it.
         journal: keeps requests that have an idempotency key, and their answers; opened when the first one comes, and
             closed by whoever made it. None: in memory.
+        upstreams: answer for other models.
         management: switches models and begins anew; None = that is not offered.
     """
     routes = [
@@ -78,16 +81,19 @@ def create_app(
         *anthropic_routes(service),
         *ollama_routes(service),
         *queue_routes(service),
-        *information_routes(service, problem),
+        *information_routes(service, problem, settings.upstream),
         *device_routes(service, device or DeviceSources(LogBuffer())),
         *([] if evaluations is None else evaluation_routes(evaluations)),
         *([] if management is None else management_routes(management)),
     ]
+    # What goes to an upstream takes no place in the queue, and nobody knows where it goes before its body is read.
+    check_room = (lambda: None) if upstreams else service.check_room
     return Starlette(
         routes=[*routes, _document(routes), Mount("/static", StaticFiles(directory=STATIC), name="static")],
         middleware=[
-            Middleware(Guard, settings=settings, check_room=service.check_room, access=access, audit=audit),
-            Middleware(Idempotency, journal=journal or Journal(), check_room=service.check_room),
+            Middleware(Guard, settings=settings, check_room=check_room, access=access, audit=audit),
+            Middleware(Idempotency, journal=journal or Journal(), check_room=check_room),
+            *([Middleware(Upstreams, service=service, upstreams=upstreams)] if upstreams else []),
         ],
         exception_handlers=dict.fromkeys((QwedgeError, HTTPException, ClientDisconnect), _answer_error),
     )

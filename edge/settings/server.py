@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from edge.settings.section import Port, Section
+from edge.settings.upstream import MAX_UPSTREAMS, UpstreamSettings
 
 _ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?")
 
@@ -69,6 +70,12 @@ class ServerSettings(Section):
         description="`on` announces the server on the local network as `_qwedge._tcp`, so that programs find it without"
         " an address; on loopback there is nothing to announce.",
     )
+    upstream: tuple[UpstreamSettings, ...] = Field(
+        (),
+        max_length=MAX_UPSTREAMS,
+        description="Other OpenAI-compatible servers, for named models that this device lacks, one table"
+        " `[[server.upstream]]` for each.",
+    )
     drain_s: float = Field(
         10.0,
         ge=0,
@@ -89,6 +96,14 @@ class ServerSettings(Section):
             raise ValueError(
                 "must be origins: http:// or https://, a name in lower case, and the port if it is unusual"
             )
+        return value
+
+    @field_validator("upstream")
+    @classmethod
+    def _own_models(cls, value: tuple[UpstreamSettings, ...]) -> tuple[UpstreamSettings, ...]:
+        models = [model for upstream in value for model in upstream.models]
+        if len(set(models)) < len(models) or len({upstream.name for upstream in value}) < len(value):
+            raise ValueError("must have a name of its own for each upstream, and each model once")
         return value
 
     @field_validator("open", "mdns", mode="before")

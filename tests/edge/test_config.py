@@ -102,6 +102,7 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
             "journal_mb": 5,
             "pool": "on",
             "pool_slots": 2,
+            "management": "on",
         },
         "log": {"level": "debug", "format": "json", "audit": tmp_path / "audit.jsonl", "audit_mb": 3},
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,7 @@ from edge.http.caller import caller_of
 from edge.metrics import CONTENT_TYPE
 from edge.model import Model
 from edge.service import Service
+from edge.settings.upstream import UpstreamSettings
 
 STATIC = Path(__file__).parent.parent / "static"
 STALLED_AFTER_S = 30.0
@@ -25,26 +26,35 @@ STALLED_AFTER_S = 30.0
 _WORKING: Final = {"ok", "degraded"}
 
 
-def information_routes(service: Service, problem: Callable[[], str | None]) -> list[Route]:
+def information_routes(
+    service: Service, problem: Callable[[], str | None], upstreams: Sequence[UpstreamSettings] = ()
+) -> list[Route]:
     """The routes.
 
     Args:
         service: what is served.
         problem: tells what else does not work as it should; None where all is well.
+        upstreams: answer for other models.
     """
+    elsewhere = {
+        model: _describe_elsewhere(upstream.name, model) for upstream in upstreams for model in upstream.models
+    }
 
     async def list_models(request: Request) -> Response:
         """The served model, by itself and with each adapter: as far as the key allows them."""
         known = await run_in_threadpool(service.model.names)
         names = [name for name in known if caller_of(request).may_use(name)]
-        ends = {"first_id": names[0] if names else None, "last_id": names[-1] if names else None, "has_more": False}
         data = [_describe_model(service.model, name) for name in names]
-        return JSONResponse({"object": "list", "data": data, **ends})
+        data += [entry for name, entry in elsewhere.items() if name not in known and caller_of(request).may_use(name)]
+        ids = [entry["id"] for entry in data] or [None]
+        return JSONResponse({"object": "list", "data": data, "first_id": ids[0], "last_id": ids[-1], "has_more": False})
 
     async def get_model(request: Request) -> Response:
         """The served model, or the model with an adapter; 404 for another name."""
         name = request.path_params["name"]
         caller_of(request).check_model(name)
+        if name in elsewhere and name != service.model.manifest.name:
+            return JSONResponse(elsewhere[name])
         await run_in_threadpool(service.model.find_adapter, name)
         return JSONResponse(_describe_model(service.model, name))
 
@@ -96,6 +106,11 @@ def _describe_model(model: Model, name: str) -> dict[str, Any]:
         "parameter_count": manifest.parameter_count,
         "version": manifest.version,
     }
+
+
+def _describe_elsewhere(upstream: str, name: str) -> dict[str, Any]:
+    """A model that another server answers for."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": upstream, "type": "model", "display_name": name}
 
 
 def _health(service: Service, problem: str | None) -> dict[str, Any]:
