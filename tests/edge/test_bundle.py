@@ -17,6 +17,7 @@ from edge.bundle import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     SCHEMA_VERSION,
+    SIGNATURE,
     TOKENIZER,
     WEIGHTS,
     KVLayout,
@@ -174,6 +175,8 @@ class TestManifest:
             ("name", "Big"),
             ("parameter_count", 0),
             ("context_length", -1),
+            ("counter", -1),
+            ("counter", 1 << 63),
             ("vocab_size", "eight"),
             ("kv", {"layers": 1, "kv_heads": 1, "head_dim": 0}),
             ("kv", {"layers": 1, "kv_heads": 1, "head_dim": 8, "colour": "red"}),
@@ -187,7 +190,7 @@ class TestManifest:
         change_manifest(bundle, lambda manifest: manifest.update({field: value}))
         assert f"malformed at {field}" in refusal(bundle)
 
-    @pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "a/b", "a\\b", "..", ".", "", "x\0y", MANIFEST])
+    @pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "a/b", "a\\b", "..", ".", "", "x\0y", MANIFEST, SIGNATURE])
     def test_a_path_out_of_the_bundle(self, bundle: Path, path: str) -> None:
         change_manifest(bundle, lambda manifest: manifest["files"][-1].update(path=path))
         assert "must be a plain file name" in refusal(bundle)
