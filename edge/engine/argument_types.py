@@ -8,7 +8,7 @@ from typing import Any
 
 ANY = frozenset({"string", "number", "boolean", "null", "object", "array"})
 """All types; integers count as numbers."""
-_MAX_REFERENCES = 16
+_MAX_REFERENCES = 8
 _ANNOTATIONS = frozenset({"title", "description", "default", "examples", "deprecated", "$comment"})
 
 
@@ -43,16 +43,22 @@ def fixed_values(schema: Mapping[str, Any]) -> list[Any] | None:
     return values if isinstance(values, list) else None
 
 
-def types_of(schema: Mapping[str, Any], root: Mapping[str, Any]) -> frozenset[str]:
-    """The types that a schema allows, as far as it says so by ``type``, ``enum``, ``const`` or a union."""
+def types_of(schema: Mapping[str, Any], root: Mapping[str, Any], depth: int = _MAX_REFERENCES) -> frozenset[str]:
+    """The types that a schema allows, as far as it says so by ``type``, ``enum``, ``const`` or a union.
+
+    Args:
+        schema: of a value, itself no reference.
+        root: what references in it lead into.
+        depth: levels of unions that are looked into; a schema may refer to itself.
+    """
     if (values := fixed_values(schema)) is not None:
         return frozenset(map(type_of, values))
     if (named := schema.get("type")) is not None:
         names = named if isinstance(named, list) else [named]
         return frozenset("number" if name == "integer" else name for name in names if isinstance(name, str))
     members = list(union_members(schema))
-    if members:
-        return frozenset[str]().union(*(types_of(resolve(member, root), root) for member in members))
+    if members and depth:
+        return frozenset[str]().union(*(types_of(resolve(member, root), root, depth - 1) for member in members))
     return ANY
 
 
@@ -63,11 +69,11 @@ def union_members(schema: Mapping[str, Any]) -> Iterator[Any]:
             yield from members
 
 
-def is_bare(schema: Mapping[str, Any], root: Mapping[str, Any]) -> bool:
-    """Whether a schema names types and restricts them no further."""
-    if schema.keys() - _ANNOTATIONS - {"type", "anyOf", "oneOf"}:
+def is_bare(schema: Mapping[str, Any], root: Mapping[str, Any], depth: int = _MAX_REFERENCES) -> bool:
+    """Whether a schema names types and restricts them no further; arguments as for :func:`types_of`."""
+    if depth == 0 or schema.keys() - _ANNOTATIONS - {"type", "anyOf", "oneOf"}:
         return False
-    return all(is_bare(resolve(member, root), root) for member in union_members(schema))
+    return all(is_bare(resolve(member, root), root, depth - 1) for member in union_members(schema))
 
 
 def type_of(value: Any) -> str:

@@ -80,7 +80,13 @@ def _json_call(index: int, name: str, schema: Any, style: Mapping[str, Any]) -> 
     head = f'\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
     yield f"call_{index}: {literal(head)} arguments_{index} {literal('}' + chr(10) + '</tool_call>')}"
     # Each schema is a document of its own, so that its references keep their meaning.
-    yield f"arguments_{index}: %json {json.dumps({**schema, 'x-guidance': style})}"
+    yield f"arguments_{index}: %json {json.dumps({**_closed(schema), 'x-guidance': style})}"
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """A model has no use for parameters that nobody has described, even where a schema does not forbid them."""
+    is_plain = schema.get("properties") and schema.keys() <= _BARE_OBJECT | _IGNORED | _DEFINITIONS
+    return {"additionalProperties": False, **schema} if is_plain else schema
 
 
 def _xml_call(index: int, name: str, schema: Any, style: Mapping[str, Any]) -> Iterator[str]:
@@ -90,7 +96,7 @@ def _xml_call(index: int, name: str, schema: Any, style: Mapping[str, Any]) -> I
     lines: list[str] = []
     if root.get("properties"):
         _check_object(root)
-        required = set(root.get("required", ()))
+        required = root.get("required", ())
         for number, (parameter, value) in enumerate(parameters_of(schema).items()):
             _check_name(parameter)
             rule = f"parameter_{index}_{number}"
@@ -140,12 +146,12 @@ def _string_pattern(schema: Mapping[str, Any]) -> str:
     said = schema.keys() - _IGNORED - {"type"}
     if not said:
         return "(?s:.*)"
-    if said <= {"minLength", "maxLength"}:
-        return f"(?s:.){{{int(schema.get('minLength', 0))},{schema.get('maxLength', '')}}}"
-    if said == {"pattern"}:
-        return _searched(str(schema["pattern"]))
-    if said == {"format"} and schema["format"] in _FORMATS:
-        return _FORMATS[schema["format"]]
+    if said <= {"minLength", "maxLength"} and all(type(schema[name]) is int and schema[name] >= 0 for name in said):
+        return f"(?s:.){{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}"
+    if said == {"pattern"} and isinstance(schema["pattern"], str):
+        return _searched(schema["pattern"])
+    if said == {"format"} and str(schema["format"]) in _FORMATS:
+        return _FORMATS[str(schema["format"])]
     raise ValueError(f"strings cannot be held to {', '.join(sorted(said))} in this model's form of calls")
 
 
@@ -164,8 +170,10 @@ def _written_once(values: Sequence[Any]) -> Callable[[Any], str]:
     """How each value is written, where that tells them apart.
 
     Raises:
-        ValueError: two values look alike.
+        ValueError: two values look alike, or there are none.
     """
+    if not values:
+        raise ValueError("an enum has no values")
     texts = [written(value) for value in values]
     if len(set(texts)) < len({(type_of(value), text) for value, text in zip(values, texts, strict=True)}):
         raise ValueError("values of an enum look alike without quotes")
@@ -176,8 +184,10 @@ def _check_object(schema: Mapping[str, Any]) -> None:
     said = schema.keys() - _IGNORED - _BARE_OBJECT - _DEFINITIONS
     if said:
         raise ValueError(f"arguments cannot be held to {', '.join(sorted(said))} in this model's form of calls")
-    missing = set(schema.get("required", ())) - schema["properties"].keys()
-    if missing:
+    properties, required = schema["properties"], schema.get("required", [])
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise ValueError("properties and required are not what they are in a JSON schema")  # noqa: TRY004 - as above
+    if any(name not in properties for name in required if isinstance(name, str)):
         raise ValueError("a required parameter is not described")
 
 

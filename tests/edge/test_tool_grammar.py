@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from edge.errors import RequestError
 from edge.openai import Answer, parse_chat, prepare
 from edge.service import Service, events
+from tests.edge.http.malformed import odd_nodes
 from tests.fakes import CHAT_TEMPLATE, FakeEngine, make_service
 
 TEMPLATES = Path(__file__).parent.parent / "data" / "chat_templates"
@@ -46,6 +49,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": PLACE}},
     {"type": "function", "function": {"name": "halt"}},
 ]
+SEED = 20261122
 validate_place = fastjsonschema.compile(PLACE)
 
 
@@ -188,6 +192,29 @@ def test_stop_strings_do_not_cut_calls(say: Any, form: str) -> None:
         assert arguments_of(choice) == [GOOD]
     choice = say(form, said, stop=["and"])
     assert choice["message"]["content"].strip() == "See:"
+
+
+@both_forms
+def test_odd_schemas_are_refused_or_used(say: Any, form: str) -> None:
+    print(f"seed {SEED}")
+    body = {"tools": [TOOLS[0]], "tool_choice": "required", "max_tokens": 8}
+    outcomes = Counter[str]()
+    for odd in odd_nodes(random.Random(SEED), 60, body):
+        for changed in ({}, {"tool_choice": "auto"}):
+            try:
+                say(form, GOOD_CALLS[form], **{**odd, **changed})
+                outcomes["used"] += 1
+            except RequestError:
+                outcomes["refused"] += 1
+    assert min(outcomes["used"], outcomes["refused"]) > 10
+
+
+@pytest.mark.parametrize("schema", [{"anyOf": [{"$ref": "#"}]}, {"$ref": "#"}, {"$ref": "#/properties/a"}])
+def test_a_schema_that_leads_back_to_itself_ends(say: Any, schema: Any) -> None:
+    function = {"name": "weather", "parameters": {"type": "object", "properties": {"a": schema}, **schema}}
+    tools = [{"type": "function", "function": function}]
+    choice = say("xml", xml_call(a="7"), tools=tools, max_tokens=80)
+    assert choice["finish_reason"] in {"tool_calls", "length"}
 
 
 def test_an_open_object_takes_any_parameters(say: Any) -> None:

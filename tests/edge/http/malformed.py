@@ -44,24 +44,31 @@ def _with_odd_values(rng: random.Random, body: dict[str, Any], fields: Sequence[
     return json.dumps(body).encode()
 
 
+def odd_nodes(rng: random.Random, count: int, base: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """``count`` bodies in which something is wrong somewhere inside."""
+    for _ in range(count):
+        body = copy.deepcopy(base)
+        for _ in range(rng.randint(1, 2)):
+            if places := list(_places(body)):
+                _spoil(rng, *rng.choice(places))
+        yield body
+
+
+def _spoil(rng: random.Random, container: Any, key: Any) -> None:
+    match rng.randrange(4):
+        case 0:
+            del container[key]
+        case 1 if isinstance(container, dict):
+            container[rng.choice(("", "x" * 300, "type", "$ref", "\ufffe"))] = copy.deepcopy(rng.choice(_VALUES))
+        case 2:
+            container[key] = _deep(rng.randint(2, 70), container[key])
+        case _:
+            container[key] = copy.deepcopy(rng.choice(_VALUES))
+
+
 def _with_odd_nodes(rng: random.Random, body: dict[str, Any], fields: Sequence[str]) -> bytes:
-    """Something is wrong somewhere inside."""
     del fields
-    for _ in range(rng.randint(1, 2)):
-        places = list(_places(body))
-        if not places:
-            break
-        container, key = rng.choice(places)
-        match rng.randrange(4):
-            case 0:
-                del container[key]
-            case 1 if isinstance(container, dict):
-                container[rng.choice(("", "x" * 300, "type", "$ref", "\ufffe"))] = copy.deepcopy(rng.choice(_VALUES))
-            case 2:
-                container[key] = _deep(rng.randint(2, 70), container[key])
-            case _:
-                container[key] = copy.deepcopy(rng.choice(_VALUES))
-    return json.dumps(body).encode()
+    return json.dumps(next(odd_nodes(rng, 1, body))).encode()
 
 
 def _places(node: Any) -> Iterator[tuple[Any, Any]]:
