@@ -14,7 +14,7 @@ from export.files import DAMAGED, read_bytes, read_json, read_text, shown
 from export.generation import END_OF_TURN, generation_defaults
 from export.safetensors_header import open_shard
 from export.text_part import text_config, text_tensors
-from export.tokenizer_json import AddedToken, build_tokenizer, inspect_tokenizer
+from export.tokenizer_json import QWEN2_SPLIT, QWEN3_5_SPLIT, AddedToken, build_tokenizer, inspect_tokenizer
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -23,8 +23,12 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-_WITHOUT_GENERATION_CONFIG = {"qwen3_5", "qwen3_5_text"}
-"""Models that their makers publish without a generation_config.json; the catalog knows what they recommend."""
+_QWEN3_5 = {"qwen3_5", "qwen3_5_text"}
+"""Model types of the family that is published without a generation_config.json, and cuts text in a way of its own."""
+_OTHER_SPLIT = (
+    f"{TOKENIZER} cuts Hindi, Thai, Arabic and others in another way than Qwen3.5: some tools save it so; "
+    "take the original file if these matter"
+)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -43,7 +47,8 @@ def open_folder(folder: Path, origin: Origin) -> Checkpoint:
         raise CheckpointError(f"{folder} is quantized with {method}, which is not supported", hint=hint)
     config = text_config(config)
     tokenizer_config = _optional_json(folder / TOKENIZER_CONFIG)
-    tokenizer = _tokenizer(folder, tokenizer_config)
+    split = QWEN3_5_SPLIT if config.get("model_type") in _QWEN3_5 else QWEN2_SPLIT
+    tokenizer = _tokenizer(folder, tokenizer_config, split)
     facts = inspect_tokenizer(tokenizer, str(folder / TOKENIZER))
     template = _chat_template(folder, tokenizer_config)
     also_stop = [facts.added[END_OF_TURN]] if template is not None and END_OF_TURN in facts.added else []
@@ -52,6 +57,8 @@ def open_folder(folder: Path, origin: Origin) -> Checkpoint:
         everything, shards = _weights(folder, stack)
         stored, notes = text_tensors(config, everything)
         notes += _drop_tied_head(config, stored)
+        if split == QWEN3_5_SPLIT and split not in facts.splits:
+            notes.append(_OTHER_SPLIT)
         checkpoint = Checkpoint(
             config=config,
             generation=generation,
@@ -115,7 +122,7 @@ def _drop_tied_head(config: Mapping[str, Any], stored: dict[str, StoredTensor]) 
     return [f"{_HEAD} is not read: the config ties it to {_EMBEDDING}"]
 
 
-def _tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -> bytes:
+def _tokenizer(folder: Path, tokenizer_config: Mapping[str, Any], split: str) -> bytes:
     if (folder / TOKENIZER).is_file():
         return read_bytes(folder / TOKENIZER)
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
@@ -126,7 +133,7 @@ def _tokenizer(folder: Path, tokenizer_config: Mapping[str, Any]) -> bytes:
     if bad := next((pair for pair in merges if len(pair) != 2), None):
         raise CheckpointError(f"{folder / 'merges.txt'} holds {shown(' '.join(bad))}, not a pair", hint=DAMAGED)
     pairs = [(pair[0], pair[1]) for pair in merges]
-    return build_tokenizer(read_json(folder / "vocab.json"), pairs, _added_tokens(tokenizer_config))
+    return build_tokenizer(read_json(folder / "vocab.json"), pairs, _added_tokens(tokenizer_config), split)
 
 
 def _added_tokens(tokenizer_config: Mapping[str, Any]) -> list[AddedToken]:
@@ -152,7 +159,7 @@ def _chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | N
 
 
 def _generation_config(folder: Path, config: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
-    if (folder / GENERATION_CONFIG).is_file() or config.get("model_type") not in _WITHOUT_GENERATION_CONFIG:
+    if (folder / GENERATION_CONFIG).is_file() or config.get("model_type") not in _QWEN3_5:
         return _optional_json(folder / GENERATION_CONFIG)
     entry = catalog().get(origin.location) or find_by_title(origin.location.rpartition("/")[2])
     sampling = entry.generation if entry else FAMILY_SAMPLING[config["model_type"]]

@@ -20,6 +20,8 @@ QWEN2_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """How Qwen2, Qwen2.5 and Qwen3 cut text before merging."""
+QWEN3_5_SPLIT = QWEN2_SPLIT.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+"""How Qwen3.5 does: marks belong to words, so Hindi, Thai and Arabic are cut elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class TokenizerFacts:
     """Highest id + 1."""
     added: Mapping[str, int]
     """Ids of the added tokens."""
+    splits: frozenset[str]
+    """Expressions that cut the text before merging."""
 
 
 def build_tokenizer(
@@ -90,7 +94,13 @@ def inspect_tokenizer(content: bytes, name: str) -> TokenizerFacts:
     if not isinstance(vocab, dict) or not vocab:
         raise CheckpointError(f"{name} has no vocabulary of ids", hint="only BPE tokenizers (Qwen) are supported")
     added = {token["content"]: token["id"] for token in document.get("added_tokens", [])}
-    return TokenizerFacts(max(*vocab.values(), *added.values(), 0) + 1, added)
+    return TokenizerFacts(max(*vocab.values(), *added.values(), 0) + 1, added, _splits(document))
+
+
+def _splits(document: Mapping[str, Any]) -> frozenset[str]:
+    outer = document.get("pre_tokenizer") or {}
+    parts = outer.get("pretokenizers", [outer])
+    return frozenset(part["pattern"]["Regex"] for part in parts if "Regex" in part.get("pattern", {}))
 
 
 def _added_token(token: AddedToken) -> dict[str, Any]:

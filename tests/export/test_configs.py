@@ -115,7 +115,7 @@ def write_header(folder: Path, config: dict[str, Any]) -> Path:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(file.tell() + offset)
     tiny.write_json(folder / "config.json", config)
-    (folder / "tokenizer.json").write_bytes(tiny.tokenizer_json())
+    (folder / "tokenizer.json").write_bytes(tiny.tokenizer_for(config))
     return folder
 
 

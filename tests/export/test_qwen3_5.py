@@ -175,11 +175,29 @@ class TestBundle:
     def test_the_text_side(self, folder: str, temperature: float, top_p: float, tmp_path: Path) -> None:
         """Two stop ids: the config's, which ends a text, and the one that ends a turn."""
         report = export(write_published(tmp_path / folder, tiny_qwen3_5.config()), tmp_path / "bundle")
-        assert (report.folder / TOKENIZER).read_bytes() == tiny.tokenizer_json()
+        assert (report.folder / TOKENIZER).read_bytes() == tiny.tokenizer_json(tiny_qwen3_5.REGEX)
         generation = json.loads((report.folder / GENERATION).read_text("utf-8"))
         assert generation["eos_token_ids"] == [tiny_qwen3_5.EOS_TEXT, tiny.EOS]
         assert (generation["do_sample"], generation["top_k"]) == (True, 20)
         assert (generation["temperature"], generation["top_p"]) == (temperature, top_p)
+
+    def test_a_tokenizer_that_cuts_text_as_older_models_do_is_noticed(self, tmp_path: Path) -> None:
+        source = write_published(tmp_path / "m", tiny_qwen3_5.config())
+        (source / "tokenizer.json").write_bytes(tiny.tokenizer_json())
+        assert any("Hindi, Thai, Arabic" in note for note in export(source, tmp_path / "bundle").notes)
+
+    def test_a_vocabulary_and_merges_become_the_same_tokenizer(self, tmp_path: Path) -> None:
+        source = write_published(tmp_path / "m", tiny_qwen3_5.config())
+        published = json.loads((source / "tokenizer.json").read_text("utf-8"))
+        (source / "tokenizer.json").unlink()
+        tiny.write_json(source / "vocab.json", published["model"]["vocab"])
+        (source / "merges.txt").write_text("\n".join(" ".join(pair) for pair in tiny.MERGES), encoding="utf-8")
+        added = {str(each["id"]): each for each in published["added_tokens"]}
+        tiny.write_json(source / "tokenizer_config.json", {"added_tokens_decoder": added})
+        report = export(source, tmp_path / "bundle")
+        assert not any("Hindi" in note for note in report.notes)
+        rebuilt = json.loads((report.folder / TOKENIZER).read_text("utf-8"))
+        assert rebuilt["pre_tokenizer"]["pretokenizers"][0] == published["pre_tokenizer"]["pretokenizers"][0]
 
     @pytest.mark.parametrize(("template", "ending"), [("template", OPEN), ("small", CLOSED)])
     def test_thinking_is_the_templates_choice(self, template: str, ending: str, tmp_path: Path) -> None:

@@ -49,16 +49,21 @@ EOS, BOS = 256 + len(MERGES) + 2, 256 + len(MERGES)
 
 
 @cache
-def tokenizer_json() -> bytes:
+def tokenizer_json(regex: str = QWEN2_REGEX) -> bytes:
     """The tokenizer, put together with the tokenizers library from its parts."""
     tokenizer = Tokenizer(models.BPE(vocab=vocab(), merges=MERGES))
     tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(QWEN2_REGEX), "isolated")
+    split = pre_tokenizers.Split(Regex(regex), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(text, special="tool" not in text, normalized=False) for text in ADDED])
     return tokenizer.to_str().encode()
+
+
+def tokenizer_for(config: Mapping[str, Any]) -> bytes:
+    """The tokenizer that belongs to a config: the families cut text differently."""
+    return tokenizer_json(tiny_qwen3_5.REGEX) if _is_qwen3_5(config) else tokenizer_json()
 
 
 def qwen2_config(**changes: Any) -> dict[str, Any]:
@@ -141,7 +146,7 @@ def write_folder(
         },
     )
     write_json(folder / "tokenizer_config.json", {"chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>"})
-    (folder / "tokenizer.json").write_bytes(tokenizer_json())
+    (folder / "tokenizer.json").write_bytes(tokenizer_for(config))
     if num_shards == 1:
         write_safetensors(folder / "model.safetensors", tensors, dtype)
         return folder

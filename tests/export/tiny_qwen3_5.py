@@ -16,6 +16,11 @@ from numpy.typing import NDArray
 
 EOS_TEXT = 264
 """<|endoftext|> of the tiny tokenizer."""
+REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Of the published tokenizer."""
 _VISION = {"model.visual.patch_embed.proj.weight": (8, 3), "model.visual.blocks.0.norm1.weight": (8,)}
 Shapes = dict[str, tuple[int, ...]]
 
