@@ -36,7 +36,7 @@ class RecurrentSteps:
         self._prefill = cache(lambda slot: _Append(binder, states, slot, most=sizes.prefill_chunk, reads="last"))
         self._score = cache(lambda slot: _Append(binder, states, slot, most=sizes.score_chunk, reads="every"))
         self._embed = cache(lambda slot: _Append(binder, states, slot, most=sizes.prefill_chunk, reads="hidden"))
-        self._decode = cache(lambda num_tokens: _decode(binder, states, num_tokens, sizes.padded(num_tokens)))
+        self._decode = cache(lambda num_tokens, first: _decode(binder, sizes, states, num_tokens, first))
         self._verify = cache(lambda num_tokens: _Verify(binder, states, num_tokens))
         self._padded_vocab = binder.logits.shape[1]
         self.drop_mapped = binder.session.drop_mapped
@@ -73,10 +73,11 @@ class RecurrentSteps:
             self._states.seek(slot, length)
         count = len(slots)
         shown = [*slots, *[self._sizes.filler] * (self._sizes.padded(count) - count)]
+        first, places = self._states.arrange(slots)
         # What fills a step up comes last: the graph gives a state to as many rows as there are states.
-        places = [*self._states.arrange(slots), *range(count, len(shown))]
+        places += range(count, len(shown))
         self._pool.show_at(places, shown)
-        logits = self._decode(count).run(places, shown, ids, past)
+        logits = self._decode(count, first).run(places, shown, ids, past)
         for slot in slots:
             self._states.appended(slot, 1)
         return logits
@@ -88,9 +89,10 @@ class RecurrentSteps:
         return self._verify(len(ids)).run(slot, ids, past[0])
 
 
-def _decode(binder: Binder, states: StatePool, num_tokens: int, rows: int) -> Decode:
-    decode = Decode(binder, num_tokens, rows)
-    _bind(decode.step, states, (0, 0), num_tokens)
+def _decode(binder: Binder, sizes: Sizes, states: StatePool, num_tokens: int, first: int) -> Decode:
+    """A step over as many states, in place, from the row ``first`` on."""
+    decode = Decode(binder, num_tokens, sizes.padded(num_tokens))
+    _bind(decode.step, states, (first, first), num_tokens)
     return decode
 
 

@@ -5,8 +5,9 @@ head. Appending a token overwrites it, so what a sequence was some tokens ago is
 slot has one state, or two for a moment: while guessed tokens are verified, the one before them is left as it was.
 
 onnxruntime wants the states of a batch side by side, and writes them in place. So all states of a layer are rows of one
-array, the sequences of a decode step have the first rows, and a row is copied only when sequences come or go: 19 MB
-each for a model of 0.8 billion parameters, which no step could afford. Rows take memory once they are used.
+array, the sequences of a decode step have the first rows (one by itself has any), and a row is copied only when
+sequences come or go: 19 MB each for a model of 0.8 billion parameters, which no step could afford. Rows take memory
+once they are used.
 """
 
 from __future__ import annotations
@@ -113,21 +114,23 @@ class StatePool:
         """A slot's latest state has seen so many more tokens."""
         self._states[slot][-1].length += count
 
-    def arrange(self, slots: Sequence[int]) -> list[int]:
-        """Bring the states of these slots, which are different ones, into the first rows.
+    def arrange(self, slots: Sequence[int]) -> tuple[int, list[int]]:
+        """Bring the states of these slots, which are different ones, into rows side by side.
 
         Returns:
-            For each slot its row, below ``len(slots)``.
+            The first of these rows, and for each slot which one it has of them, counted from there.
         """
         wanted = [self._states[slot][-1] for slot in slots]
         count = self._stepping = len(slots)
+        if count == 1:
+            return wanted[0].row, [0]
         for state in self._at[:count]:
             if state is not None and state not in wanted:
                 self._move(state, self._free_row())
         for state in wanted:
             if state.row >= count:
                 self._move(state, self._at.index(None, 0, count))
-        return [state.row for state in wanted]
+        return 0, [state.row for state in wanted]
 
     def kept_length(self, slot: int, most: int) -> int:
         """The longest beginning, of at most ``most`` tokens, that the slot has a state of; 0 if there is none."""

@@ -248,12 +248,12 @@ def test_a_state_moves_only_when_sequences_come_or_go() -> None:
     for slot in range(4):
         row = pool.seek(slot, 0)
         pool.rows(row, 1)["recurrent.5"][:] = slot + 1
-    for slots, copies in (([2, 0], 2), ([0, 2], 0), ([0, 2], 0), ([0, 2, 1, 3], 2), ([3, 0], 4), ([3], 2)):
+    for slots, copies in (([2, 0], 2), ([0, 2], 0), ([0, 2], 0), ([0, 2, 1, 3], 2), ([3, 0], 4), ([2], 0)):
         before = pool.num_copied
-        places = pool.arrange(slots)
+        first, places = pool.arrange(slots)
         assert sorted(places) == list(range(len(slots)))
         assert pool.num_copied - before <= copies
-        values = pool.rows(0, len(slots))["recurrent.5"][:, -1, -1, -1]
+        values = pool.rows(first, len(slots))["recurrent.5"][:, -1, -1, -1]
         assert [values[place] for place in places] == [slot + 1 for slot in slots]
 
 
@@ -272,6 +272,19 @@ def test_a_sequence_alone_stays_where_it_is() -> None:
     assert pool.num_copied == copied, "one that is prefilled lies where it will be decoded"
     assert pool.kept_length(0, 8) == 8
     assert pool.kept_length(0, 7) == 0
+
+
+def test_guesses_of_a_sequence_alone_copy_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    monkeypatch.setattr(StatePool, "_move", lambda *move: copies.append(move))
+    ids = prompt(START + STEPS)
+    feed(engine, 1, ids[:START], [START])
+    for past in range(START, START + STEPS, 4):  # two right guesses, two wrong ones, two plain steps
+        engine.decode([1] * 2, ids[past : past + 2].tolist(), [past, past + 1])
+        engine.decode([1] * 2, [7, 7], [past + 2, past + 3])
+        for at in (past + 2, past + 3):
+            engine.decode([1], [int(ids[at])], [at])
+    assert not copies
 
 
 def test_states_that_cannot_be_had_are_refused() -> None:
