@@ -32,6 +32,8 @@ from export.verify import head_logits
 WINDOWS: Final = 16
 TOKENS: Final = 256
 """Of a window; the second half of each is scored."""
+_PLACES: Final = 16
+"""Compared at once: in float64 a place takes a megabyte, several times over."""
 ROWS: Final = "quality.json"
 PAGE: Final = "index.html"
 
@@ -110,11 +112,9 @@ def compare(reference: Iterable[Array], found: Iterable[Array], windows: Windows
     columns = []
     for number, (expected, logits) in enumerate(zip(reference, found, strict=True)):
         next_ids = windows.next_ids(number)
-        same = expected.argmax(axis=1) == logits.argmax(axis=1)
-        p, q = _log_softmax(expected), _log_softmax(logits)
-        divergence = (np.exp(p) * (p - q)).sum(axis=1)
-        places = np.arange(len(next_ids))
-        columns.append(np.stack([divergence, same, -q[places, next_ids], -p[places, next_ids]]))
+        for start in range(0, len(next_ids), _PLACES):
+            part = slice(start, start + _PLACES)
+            columns.append(_differences(expected[part], logits[part], next_ids[part]))
     rows = np.concatenate(columns, axis=1)
     kl, top1, surprise, expected_surprise = rows.mean(axis=1).tolist()
     return Quality(
@@ -125,6 +125,15 @@ def compare(reference: Iterable[Array], found: Iterable[Array], windows: Windows
         perplexity=float(np.exp(surprise)),
         reference_perplexity=float(np.exp(expected_surprise)),
     )
+
+
+def _differences(expected: Array, found: Array, next_ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Divergence, same first choice, surprise of the found and of the expected: each a row, by place."""
+    same = expected.argmax(axis=1) == found.argmax(axis=1)
+    p, q = _log_softmax(expected), _log_softmax(found)
+    divergence = (np.exp(p) * (p - q)).sum(axis=1)
+    places = np.arange(len(next_ids))
+    return np.stack([divergence, same, -q[places, next_ids], -p[places, next_ids]])
 
 
 def _log_softmax(logits: Array) -> NDArray[np.float64]:
