@@ -17,7 +17,7 @@ from tests.browser import ENTER, ESCAPE, MISSING, Browser, chromium
 
 QUESTIONS = (
     "Motor M3 draws 8.1 A instead of 7.5 A. What should I check first?",
-    "Write a Python function that converts a 4-20 mA sensor reading to a percentage, and explain it in two sentences.",
+    "Write a Python function that converts a pressure from bar to psi, with an example. Explain it in two sentences.",
 )
 TRY = "Name one cause of a noisy bearing."
 ANSWER_S = 300
@@ -36,6 +36,8 @@ def main(url: str, folder: Path) -> None:
         browser.resize(1200, 860)
         browser.open(url)
         browser.wait("document.querySelector('#status').dataset.state === 'ok'")
+        browser.click("#open-settings")
+        browser.type("#temperature", "0" + ENTER)  # the same pictures every time
         _chat(browser, folder)
         _device(browser, url, folder)
 

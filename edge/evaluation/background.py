@@ -150,7 +150,12 @@ class BackgroundEvaluations:
         self._path(run_id).unlink()
 
     def _evaluate(self, run: _Run) -> None:
+        model = self._service.model
+
         def take(result: Result) -> None:
+            if self._service.model is not model:
+                hint = "run it again, with the model that is served now"
+                raise ConflictError("the model was switched in the middle", hint=hint)
             run.results.append(result)
             if run.cancelled.is_set():
                 raise _CancelledByUserError
@@ -165,8 +170,9 @@ class BackgroundEvaluations:
             run.error = error
         except OSError as error:
             run.error = QwedgeError(f"the report was not kept: {error.strerror}", hint="is the disk full?")
-        log.info("evaluation %s: %s after %d of %d cases", run.id, state, len(run.results), len(run.suite.cases))
-        run.state = state
+        finally:
+            log.info("evaluation %s: %s after %d of %d cases", run.id, state, len(run.results), len(run.suite.cases))
+            run.state = state
 
     def _save(self, run_id: str, report: Report) -> None:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -12,8 +12,10 @@ import pytest
 
 from edge.evaluation import background
 from edge.evaluation.background import BackgroundEvaluations
+from edge.scheduler import Scheduler
+from edge.service import Loaded
 from edge.settings.server import ServerSettings
-from tests.fakes import FakeEngine, make_service
+from tests.fakes import FakeEngine, make_model, make_service
 from tests.serving import Served, serving, wait_for
 
 
@@ -123,6 +125,21 @@ def test_a_service_that_stops_ends_the_run(tmp_path: Path) -> None:
         failed = ended(server, run["id"])
         assert failed["state"] == "failed"
         assert "shut" in failed["error"]["message"]
+
+
+def test_a_switch_of_the_model_ends_the_run(tmp_path: Path) -> None:
+    def load() -> Loaded:
+        engine = says("STOP", step_s=0.02)
+        return Loaded(make_model(engine.context_length), Scheduler(engine, max_queue=8))
+
+    with evaluating(tmp_path, says("CHECK", step_s=0.02)) as server:
+        run = start(server, limit=50)
+        wait_for(lambda: state(server, run["id"])["done"] >= 1)
+        server.service.switch(load, drain_s=5)
+        failed = ended(server, run["id"])
+        assert failed["state"] == "failed"
+        assert failed["error"]["message"]
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

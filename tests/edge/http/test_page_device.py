@@ -111,16 +111,16 @@ def test_models_are_switched_with_confirmation_and_progress(serve: Serve, browse
     }
     with stubbed(browser, answers):
         open_page(browser, serve(), "device")
-        browser.wait("document.querySelectorAll('#bundles tr').length === 3")
-        rows = texts(browser, "#bundles tr")
+        browser.wait("document.querySelectorAll('#bundles li').length === 3")
+        rows = texts(browser, "#bundles li")
         assert "in use" in rows[0]
         assert "Roll back" in rows[1]
         assert "<b>c</b>" in rows[2]
-        browser.click("#bundles tr:nth-child(2) button")
+        browser.click("#bundles li:nth-child(2) button")
         assert "Switch to coder-a?" in browser.text("#ask-question")
         browser.click("#ask-cancel")
         assert "POST" not in str(browser.run("return window.calls"))
-        browser.click("#bundles tr:nth-child(2) button")
+        browser.click("#bundles li:nth-child(2) button")
         browser.run("window.answers['GET v1/bundles'] = arguments[0]", {"bundles": BUNDLES, "operation": running})
         browser.click("#ask-ok")
         browser.wait("document.querySelector('#bundle-operation progress')?.value === 0.4")
@@ -130,10 +130,10 @@ def test_models_are_switched_with_confirmation_and_progress(serve: Serve, browse
         )
         browser.run("window.answers['GET v1/bundles'] = arguments[0]", {"bundles": BUNDLES, "operation": failed})
         browser.wait("document.querySelector('#bundle-operation .problem')?.innerText.includes('it does not work')")
-        browser.click("#bundles tr:nth-child(2) button:nth-child(3)")
+        browser.click("#bundles li:nth-child(2) button:nth-child(3)")
         browser.click("#ask-ok")
         browser.wait("window.calls.includes('POST v1/bundles/rollback')")
-        browser.click("#bundles tr:nth-child(3) button:nth-child(2)")
+        browser.click("#bundles li:nth-child(3) button:nth-child(2)")
         browser.wait("window.calls.includes('POST v1/bundles/%3Cb%3Ec%3C%2Fb%3E/verify')")
 
 
@@ -144,7 +144,7 @@ def test_a_real_model_that_does_not_work_is_left_and_one_that_does_is_kept(brows
         serving(device.service, ServerSettings(port=0), management=device.management) as (host, port),
     ):
         browser.open(f"http://{host}:{port}/#/device")
-        browser.wait("document.querySelectorAll('#bundles tr').length === 2")
+        browser.wait("document.querySelectorAll('#bundles li').length === 2")
         for broken, state, active in (({"second"}, "failed", "first"), (set(), "done", "second")):
             device.broken = broken
             browser.wait("[...document.querySelectorAll('#bundles button')].every((button) => !button.disabled)")
@@ -189,7 +189,7 @@ def test_it_fits_a_phone(browser: Browser, serve: Serve) -> None:
     browser.resize(360, 640, dark=True)
     with stubbed(browser, {"GET v1/bundles": {"bundles": BUNDLES, "operation": None}}):
         open_page(browser, serve(FakeEngine(slots=8)), "device")
-        browser.wait("document.querySelectorAll('#bundles tr').length === 3")
+        browser.wait("document.querySelectorAll('#bundles li').length === 3")
         assert fits(browser, 360, "device")
 
 

@@ -42,12 +42,11 @@ export class ModelPanel {
       : [this.#action("switch", bundle, busy), this.#action("verify", bundle, busy)];
     if (bundle.previous) actions.push(this.#action("rollback", bundle, busy));
     const marks = ["active", "previous", "failed"].filter((mark) => bundle[mark]);
-    return element("tr", {},
-      element("th", { scope: "row" }, bundle.name, ...marks.map(markNode)),
-      element("td", { textContent: bundle.version ?? "" }),
-      element("td", { textContent: bytes(bundle.size_bytes) }),
-      element("td", { textContent: bundle.signed_by ?? t("unsigned") }),
-      element("td", {}, element("div", { className: "actions" }, ...actions)));
+    const details = [bundle.version, bytes(bundle.size_bytes), bundle.signed_by ?? t("unsigned")].filter(Boolean);
+    return element("li", {},
+      element("div", { className: "name" }, element("strong", { textContent: bundle.name }), ...marks.map(markNode),
+        element("div", { className: "faint", textContent: details.join(" · ") })),
+      element("div", { className: "actions" }, ...actions));
   }
 
   #action(kind, bundle, busy) {
