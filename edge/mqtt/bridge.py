@@ -91,19 +91,19 @@ class MqttBridge:
         """The broker."""
         rules = load_rules(settings)
         check_with(service.model, rules)
+        own = [
+            *self.layout.filters,
+            *homeassistant.subscriptions(settings, self.layout),
+            *([self.layout.commands] if self._management is not None else []),
+        ]
+        filters = disjoint([*own, *(rule.settings.subscribe for rule in rules)])
         self._connection = Connection(
             address,
             _identity(settings, address),
             keepalive_s=settings.keepalive_s,
             will=status_message(self.layout, "offline"),
-            filters=disjoint(
-                [
-                    *self.layout.filters,
-                    *homeassistant.subscriptions(settings, self.layout),
-                    *([self.layout.commands] if self._management is not None else []),
-                    *(rule.settings.subscribe for rule in rules),
-                ]
-            ),
+            filters=filters,
+            optional=set(filters) - set(own) if set(own) <= set(filters) else (),
             max_payload=MAX_PAYLOAD_BYTES,
             on_ready=self._announce,
             on_message=self._receive,

@@ -131,6 +131,7 @@ class Connection:
             to; only MQTT 5 tells.
         will: published by the broker when the link is lost.
         keep_session: the broker keeps messages for us while the link is down.
+        optional: filters that the broker may refuse: the link is of use without them.
         retained: filters whose subscriptions bring the retained messages. MQTT 3.1.1 brings them in any case.
         trace: notes every message that comes or goes.
     """
@@ -148,6 +149,7 @@ class Connection:
         on_unheard: Callable[[int], None] = lambda _number: None,
         will: Outgoing | None = None,
         keep_session: bool = True,
+        optional: Container[str] = (),
         retained: Container[str] = (),
         trace: Trace | None = None,
     ) -> None:
@@ -161,9 +163,12 @@ class Connection:
         self._on_unheard = on_unheard
         self._will = will
         self._keep_session = keep_session
+        self._optional = optional
         self._retained = retained
         self._trace = trace
         self._client = self._make_client(MQTTProtocolVersion.MQTTv5)
+        self._asked: dict[int | None, Sequence[str]] = {}
+        """Filters by the number of the packet that subscribes to them."""
         self._ready = threading.Event()
         self._stopping = threading.Event()
         self._abandoned = threading.Event()
@@ -282,6 +287,7 @@ class Connection:
 
     def _one_link(self) -> None:
         """Connect and serve the link until it ends."""
+        self._asked.clear()
         with self._ack_lock:
             self._unacked.clear()  # the broker sends them again
         try:
@@ -382,18 +388,23 @@ class Connection:
     def _subscribe(self, client: paho.Client, filters: Sequence[str]) -> None:
         if client.protocol == MQTTProtocolVersion.MQTTv5:
             # Retained requests are not sent on subscription, and live ones keep their flag, so that they can be told.
-            client.subscribe([(topic, self._options(topic)) for topic in filters])
+            _, number = client.subscribe([(topic, self._options(topic)) for topic in filters])
         else:
-            client.subscribe([(topic, 1) for topic in filters])
+            _, number = client.subscribe([(topic, 1) for topic in filters])
+        self._asked[number] = filters
 
     def _options(self, topic: str) -> SubscribeOptions:
         handling = SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE if topic in self._retained else _DO_NOT_SEND
         return SubscribeOptions(qos=1, retainAsPublished=True, retainHandling=handling)
 
     def _subscribed(
-        self, _client: paho.Client, _data: Any, _mid: int, reasons: list[ReasonCode], _properties: Properties | None
+        self, _client: paho.Client, _data: Any, mid: int, reasons: list[ReasonCode], _properties: Properties | None
     ) -> None:
-        if any(reason.is_failure for reason in reasons):
+        filters = self._asked.pop(mid, ())
+        refused = [topic for topic, reason in zip(filters, reasons, strict=False) if reason.is_failure]
+        if refused and all(topic in self._optional for topic in refused):
+            log.error("the broker does not let %s subscribe to %s", self._identity.client_id, ", ".join(refused))
+        elif any(reason.is_failure for reason in reasons):
             self._last_reason = "the broker does not allow the subscriptions"
             log.error("the broker does not let %s subscribe to its topics", self._identity.client_id)
             return

@@ -133,7 +133,7 @@ class Done(Message):
 
 
 class ModelInfo(BaseModel):
-    """A model that the device serves."""
+    """A model that the device serves, by itself or with an adapter."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

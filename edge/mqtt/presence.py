@@ -27,13 +27,15 @@ def status_message(layout: Layout, status: Status) -> Outgoing:
 def make_info(service: Service, device: str, mqtt_version: str, management: Management | None = None) -> Info:
     """What the device is; with ``management``, what it can become too."""
     manifest, stats = service.model.manifest, service.stats()
-    model = ModelInfo(id=manifest.name, model_type=manifest.model_type, context_length=service.model.context_length)
     store = management if management is not None and management.has_store else None
     return Info(
         device=device,
         bundle=None if store is None else store.served,
         bundles=None if store is None else tuple(each.name for each in store.bundles()),
-        models=(model,),
+        models=tuple(
+            ModelInfo(id=name, model_type=manifest.model_type, context_length=service.model.context_length)
+            for name in service.model.names()
+        ),
         limits=Limits(slots=stats.slots, max_queue=stats.max_queue, max_payload_bytes=MAX_PAYLOAD_BYTES),
         versions=Versions(qwedge=__version__, protocol=PROTOCOL_VERSION, mqtt=mqtt_version),
     )
