@@ -218,6 +218,15 @@ def test_what_follows_an_answer_goes_on_from_its_end(case: Case) -> None:
         assert tokens_of(second) == expected
 
 
+def test_several_answers_to_one_prompt_read_it_once(case: Case) -> None:
+    text = random_text(110, 12)
+    expected = alone(case, {"prompt": text, "max_tokens": 30})
+    with case.serving(prefix_bytes=1 << 24) as service:
+        clients = [Client(service, text, max_tokens=30) for _ in range(3)]
+        assert [cached(client) for client in clients] == [0, 94, 94]
+    assert [tokens_of(client) for client in clients] == [expected] * 3
+
+
 def test_the_end_of_an_answer_does_not_displace_its_prompt(case: Case) -> None:
     assert case.manifest.state is not None
     text = random_text(100, 3)
