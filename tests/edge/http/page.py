@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -54,3 +56,21 @@ def fits(browser: Browser, width: int, view: str) -> bool:
         f"#{view}-view",
     )
     return bool(max(widths) <= width)
+
+
+@contextmanager
+def stubbed(browser: Browser, answers: dict[str, Any]) -> Iterator[None]:
+    """Answer paths in the page instead of the server: {"METHOD path": JSON, or null for 202 without one}.
+
+    What was sent is in ``window.calls`` and ``window.bodies``; a test changes what is answered in ``window.answers``.
+    """
+    script = (
+        "window.calls = []; window.bodies = []; const real = window.fetch; window.fetch = (path, options = {}) => {"
+        "  const call = `${options.method ?? 'GET'} ${path}`;"
+        "  if (!(call in window.answers)) return real(path, options);"
+        "  window.calls.push(call); if (options.body) window.bodies.push(options.body);"
+        "  return Promise.resolve(new Response(JSON.stringify(window.answers[call]))); };"
+        "window.answers = "
+    ) + json.dumps(answers)
+    with browser.before_pages(script):
+        yield

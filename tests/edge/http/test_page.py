@@ -13,7 +13,7 @@ from edge.http.access import Access
 from edge.http.keys import Key, KeyRing, add_key, hash_key, new_key
 from edge.settings.server import ServerSettings
 from tests.browser import ENTER, ESCAPE, SHIFT, TAB, Browser
-from tests.edge.http.page import ANSWER, MARKS, Serve, ask, count, finished, fits, open_page, texts
+from tests.edge.http.page import ANSWER, MARKS, Serve, ask, count, finished, fits, open_page, stubbed, texts
 from tests.fakes import FakeEngine, last_user_message
 from tests.serving import Served, wait_for
 
@@ -163,6 +163,34 @@ def test_settings_reach_the_model_and_survive_a_reload(serve: Serve, browser: Br
     assert "system\nBe brief.<|im_end|>" in prompts[-1]
     assert browser.text(ANSWER) == "x" * 7
     assert "Cut off at the token limit" in browser.text(".turn.assistant .figures")
+
+
+def test_model_and_sampling_are_chosen(serve: Serve, browser: Browser) -> None:
+    models = {"data": [{"id": "fake-0.1b"}, {"id": "fake-0.1b:alarms"}]}
+    with stubbed(browser, {"GET v1/models": models, "POST v1/chat/completions": None}):
+        open_page(browser, serve())
+        browser.wait("!document.querySelector('#model-choice').hidden")
+        browser.choose("#model", "fake-0.1b:alarms")
+        browser.click("#open-settings")
+        for field, value in (
+            ("top_p", "0.5"),
+            ("top_k", "20"),
+            ("min_p", "0.05"),
+            ("repetition_penalty", "1.1"),
+            ("seed", "7"),
+        ):
+            browser.type(f"#{field}", value)
+        browser.run(
+            "const e = document.querySelector('#thinking'); e.value = 'off'; e.dispatchEvent(new Event('input'))"
+        )
+        browser.press(ESCAPE)
+        ask(browser, "hi")
+        (body,) = browser.run("return window.bodies")
+    sent = json.loads(body)
+    assert sent["model"] == "fake-0.1b:alarms"
+    assert (sent["top_p"], sent["top_k"], sent["min_p"]) == (0.5, 20, 0.05)
+    assert (sent["repetition_penalty"], sent["seed"], sent["enable_thinking"]) == (1.1, 7, False)
+    assert "ended early" in browser.text(".problem")  # what the stub sends is no stream
 
 
 def test_answers_follow_a_json_schema(serve: Serve, browser: Browser) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +11,7 @@ from edge.http.routes.device import DeviceSources
 from edge.log_buffer import LogBuffer
 from edge.settings.server import ServerSettings
 from tests.browser import ENTER, Browser
-from tests.edge.http.page import MARKS, Serve, count, fits, open_page, texts
+from tests.edge.http.page import MARKS, Serve, count, fits, open_page, stubbed, texts
 from tests.edge.http.panel import device_with_mqtt
 from tests.edge.managed import export_two, managed
 from tests.fakes import MODEL_NAME, FakeEngine
@@ -24,24 +20,6 @@ from tests.serving import serving
 pytestmark = MARKS
 
 NO_STORE = "v1/bundles - Failed to load resource: the server responded with a status of 404 (Not Found)"
-
-
-@contextmanager
-def stubbed(browser: Browser, answers: dict[str, Any]) -> Iterator[None]:
-    """Answer paths in the page instead of the server: {"METHOD path": JSON, or null for 202 without one}.
-
-    What was sent is in ``window.calls``; a test changes what is answered in ``window.answers``.
-    """
-    script = (
-        "window.calls = []; const real = window.fetch; window.fetch = (path, options = {}) => {"
-        "  const call = `${options.method ?? 'GET'} ${path}`;"
-        "  if (!(call in window.answers)) return real(path, options);"
-        "  window.calls.push(call);"
-        "  return Promise.resolve(new Response(JSON.stringify(window.answers[call]))); };"
-        "window.answers = "
-    ) + json.dumps(answers)
-    with browser.before_pages(script):
-        yield
 
 
 BUNDLES = [
