@@ -137,9 +137,11 @@ class OutputFormat(Wire):
 
 
 class OutputConfig(Wire):
-    """The form of the answer."""
+    """The form of the answer, and how much goes into it."""
 
     format: OutputFormat | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    """How long a model that thinks does so, where ``thinking`` names no budget."""
 
 
 class CountRequest(Wire):

@@ -44,7 +44,8 @@ def _thinking(request: CountRequest) -> dict[str, Any]:
     thinking = request.thinking
     if thinking is None or thinking.type == "disabled":
         return {"enable_thinking": False}
-    return {"enable_thinking": True, "thinking_budget": thinking.budget_tokens}
+    effort = request.output_config.effort if request.output_config else None
+    return {"enable_thinking": True, "thinking_budget": thinking.budget_tokens, "reasoning_effort": effort}
 
 
 def _system(request: CountRequest) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,6 @@ from edge.openai.embeddings import EmbeddingRequest
 from edge.openai.responses import ResponseRequest
 from edge.openai.text import DetokenizeRequest, TokenizeRequest
 
-_ERROR = "error"
 _REF = "#/components/schemas/{model}"
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatRequest,
@@ -53,15 +52,31 @@ _ANSWERS: dict[str, str] = {
     "/v1/tokenize": "TokenList",
     "/v1/detokenize": "Text",
     "/v1/apply-template": "Prompt",
+    "/v1/messages": "AnthropicMessage",
+    "/v1/messages/count_tokens": "TokenCount",
+    "/api/chat": "OllamaChat",
+    "/api/generate": "OllamaAnswer",
+    "/api/embed": "OllamaVectors",
+    "/api/embeddings": "OllamaVector",
 }
-"""Path -> class of :mod:`edge.http.answer_schemas`, which nothing but this document needs."""
+"""Path -> class of :mod:`edge.http.answer_schemas` or :mod:`edge.http.other_answers`, needed by this document only."""
+_ERRORS = {"/v1/messages": "AnthropicError", "/api/": "OllamaError", "/": "ErrorBody"}
+"""Beginning of a path -> class of its errors, the first that fits."""
 _STRING = {"type": "string"}
 _QUERIES: dict[str, tuple[str, ...]] = {
     "/v1/logs": ("after", "level"),
     "/v1/evaluations/{id}": ("compare",),
 }
 """Path -> what may stand after the question mark of a GET."""
-_STREAMED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+_EVENTS, _LINES = "text/event-stream", "application/x-ndjson"
+_STREAMED = {
+    "/v1/chat/completions": _EVENTS,
+    "/v1/completions": _EVENTS,
+    "/v1/responses": _EVENTS,
+    "/v1/messages": _EVENTS,
+    "/api/chat": _LINES,
+    "/api/generate": _LINES,
+}
 _REFUSALS = (400, 401, 403, 404, 413, 429, 500, 503)
 
 
@@ -91,11 +106,13 @@ def describe(routes: Sequence[Route]) -> dict[str, Any]:
 
 
 def _components() -> tuple[Mapping[str, dict[str, Any]], dict[str, Any]]:
-    """Path -> reference to the schema of its body, ``PATH answer`` -> to that of its answer; and all schemas."""
-    from edge.http import answer_schemas  # noqa: PLC0415 - see above
+    """Path -> reference to the schema of its body, ``PATH answer``, ``PATH error`` -> of those; and all schemas."""
+    from edge.http import answer_schemas, other_answers  # noqa: PLC0415 - see above
 
-    models: dict[str, type[BaseModel]] = {**_BODIES, _ERROR: answer_schemas.ErrorBody}
-    models |= {f"{path} answer": getattr(answer_schemas, name) for path, name in _ANSWERS.items()}
+    schemas = {**vars(answer_schemas), **vars(other_answers)}
+    models: dict[str, type[BaseModel]] = dict(_BODIES)
+    models |= {f"{path} answer": schemas[name] for path, name in _ANSWERS.items()}
+    models |= {f"{path} error": schemas[_error_of(path)] for path in _BODIES}
     keys: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in models.values()]
     # References, not names: classes of different modules may have the same one.
     references, definitions = models_json_schema(list(dict.fromkeys(keys)), ref_template=_REF)
@@ -115,16 +132,19 @@ def _extra(route: Route, references: Mapping[str, dict[str, Any]]) -> dict[str, 
     extra: dict[str, Any] = {"parameters": parameters} if parameters else {}
     if route.path in _BODIES and "POST" in methods:
         extra["requestBody"] = {"required": True, "content": _json(references[route.path])}
-        refusal: dict[str, Any] = {"description": "The error object of the API that was asked"}
-        if route.path in _ANSWERS:
-            refusal["content"] = _json(references[_ERROR])
+        content = _json(references[f"{route.path} error"])
+        refusal = {"description": "The error object of the API that was asked", "content": content}
         extra["responses"] = {str(status): refusal for status in _REFUSALS}
     if route.path in _ANSWERS:
         content = _json(references[f"{route.path} answer"])
         if route.path in _STREAMED:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content[_STREAMED[route.path]] = {"schema": {"type": "string"}}
         extra["responses"]["200"] = {"description": "The answer", "content": content}
     return extra
+
+
+def _error_of(path: str) -> str:
+    return next(name for beginning, name in _ERRORS.items() if path.startswith(beginning))
 
 
 def _json(schema: dict[str, Any]) -> dict[str, Any]:

@@ -79,8 +79,8 @@ def generation_of(model: Model, request: ChatRequest | CompletionRequest, option
 
 def _chat(request: ChatBody | GenerateBody, fields: dict[str, Any]) -> ChatRequest:
     alternatives = {"logprobs": request.logprobs, "top_logprobs": request.top_logprobs}
-    thinking = {"enable_thinking": None if request.think is None else bool(request.think)}
-    return parse_chat(_given(fields | alternatives | thinking))
+    name = "reasoning_effort" if isinstance(request.think, str) else "enable_thinking"
+    return parse_chat(_given(fields | alternatives | {name: request.think}))
 
 
 def _shared(request: ChatBody | GenerateBody) -> dict[str, Any]:

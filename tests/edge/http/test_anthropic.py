@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from edge.anthropic import parse_messages, to_chat
 from tests.edge.http.malformed import odd_bodies
 from tests.fakes import MODEL_NAME, FakeEngine
 from tests.serving import Served, wait_for
@@ -172,6 +173,20 @@ def test_thoughts_are_content_where_no_thinking_was_asked_for(serve: Serve) -> N
         assert server.client.post(PATH, json=BODY | thinking).json()["content"][0]["type"] == "text"
     thinks = server.client.post(PATH, json={**BODY, "thinking": {"type": "adaptive"}}).json()
     assert [block["type"] for block in thinks["content"]] == ["thinking", "text"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "thinks", "limit"),
+    [
+        ({}, False, None),
+        ({"thinking": {"type": "enabled", "budget_tokens": 7}}, True, 7),
+        ({"thinking": {"type": "adaptive"}}, True, None),
+        ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, True, 512),
+    ],
+)
+def test_how_long_a_model_thinks(extra: dict[str, Any], thinks: bool, limit: int | None) -> None:
+    chat = to_chat(parse_messages(BODY | extra))
+    assert (chat.thinking, chat.thinking_limit) == (thinks, limit)
 
 
 def test_tokens_are_counted_as_the_message_counts_them(server: Served) -> None:

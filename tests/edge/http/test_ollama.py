@@ -11,6 +11,7 @@ import pytest
 
 from edge.chat import ChatTemplate
 from edge.ollama import ChatBody, parse, to_openai
+from edge.openai import ChatRequest
 from edge.settings.server import ServerSettings
 from tests.edge.http.malformed import odd_bodies
 from tests.fakes import MODEL_NAME, FakeEngine, make_model, make_service
@@ -144,6 +145,13 @@ class TestOptions:
         for think in (True, "high", None):
             assert _ask(server, CHAT, {"messages": HI, "think": think})["message"]["thinking"] == "hm"
         assert "thinking" not in _ask(server, CHAT, {"messages": HI, "think": False})["message"]
+
+    @pytest.mark.parametrize(("think", "limit"), [("low", 512), ("high", None), (True, None)])
+    def test_levels_of_thinking_are_budgets(self, think: Any, limit: int | None) -> None:
+        body = parse(ChatBody, {"model": MODEL_NAME, "messages": HI, "think": think})
+        wanted = to_openai(make_model(), body)
+        assert isinstance(wanted, ChatRequest)
+        assert (wanted.thinking, wanted.thinking_limit) == (True, limit)
 
     def test_log_probabilities(self, server: Served) -> None:
         wanted = {"messages": HI, "logprobs": True, "top_logprobs": 2}

@@ -6,12 +6,14 @@ from typing import Any
 import fastjsonschema
 import pytest
 
-from tests.fakes import FakeEngine
+from tests.fakes import MODEL_NAME, FakeEngine
 from tests.serving import Served
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 TOOLS = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+ANTHROPIC = {**CHAT, "max_tokens": 200}
+OLLAMA = {**CHAT, "model": MODEL_NAME, "stream": False}
 REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", CHAT),
     ("/v1/chat/completions", {**CHAT, **TOOLS, "logprobs": True, "top_logprobs": 2, "n": 2}),
@@ -26,6 +28,14 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/tokenize", {"content": "ü", "with_pieces": True, "return_token_strs": True}),
     ("/detokenize", {"tokens": [72]}),
     ("/apply-template", CHAT),
+    ("/v1/messages", ANTHROPIC),
+    ("/v1/messages", {**ANTHROPIC, "tools": [{"name": "f", "input_schema": {}}], "thinking": {"type": "adaptive"}}),
+    ("/v1/messages/count_tokens", CHAT),
+    ("/api/chat", {**OLLAMA, **TOOLS, "logprobs": True}),
+    ("/api/chat", {"model": MODEL_NAME, "stream": False}),
+    ("/api/generate", {"model": MODEL_NAME, "prompt": "Hi", "stream": False}),
+    ("/api/embed", {"model": MODEL_NAME, "input": ["Hi", "Ho"]}),
+    ("/api/embeddings", {"model": MODEL_NAME, "prompt": "Hi"}),
 ]
 
 
@@ -62,7 +72,7 @@ def test_bodies_and_answers_are_what_it_says(serve: Any, path: str, body: dict[s
     response = server.client.post(path, json=body)
     assert response.status_code == 200
     _validator(document, operation["responses"]["200"])(response.json())
-    refused = server.client.post(path, json={"model": "another", **body})
+    refused = server.client.post(path, json={**body, "model": "another"})
     _validator(document, operation["responses"][str(refused.status_code)])(refused.json())
     assert refused.status_code == 404
 
