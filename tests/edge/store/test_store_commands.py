@@ -221,14 +221,16 @@ class TestServing:
         }
 
     def test_a_bundle_that_ends_the_process_is_left(self, store: Store, tmp_path: Path) -> None:
-        """Three servers are killed before they have worked for a minute; the fourth serves the bundle before."""
+        """The third server is killed before it has worked for a minute; the next one serves the bundle before."""
+        store.starting()
+        store.starting()
         served = []
-        for _ in range(4):
+        for _ in range(2):
             with serving(tmp_path):
                 active = store.active()
                 assert active is not None
                 served.append(active.counter)
-        assert served == [2, 2, 2, 1]
+        assert served == [2, 1]
 
     def test_a_server_that_was_ended_on_purpose_does_not_count(self, store: Store, tmp_path: Path) -> None:
         state = store.folder / "state.json"
