@@ -73,7 +73,6 @@ class LineWriter:
 
     def _line(self, said: dict[str, Any], logprobs: dict[str, Any] | None) -> dict[str, Any]:
         line = _head(self._model_name) | _speech(said, is_chat=self._is_chat) | {"done": False}
-        # Only a chat's have the shape that Ollama's have.
         return line | ({"logprobs": logprobs["content"]} if logprobs and logprobs.get("content") else {})
 
     def _ending(self) -> dict[str, Any]:

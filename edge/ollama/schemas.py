@@ -133,6 +133,13 @@ class GenerateBody(_Generation):
     raw: bool | None = None
     """Give the prompt to the model as it is, without the chat template."""
 
+    @model_validator(mode="after")
+    def _reports_of_chats_only(self) -> GenerateBody:
+        if self.logprobs and (self.raw or self.suffix):
+            hint = "leave raw and suffix out, or use /v1/completions"
+            raise RequestError("logprobs do not go together with raw or suffix", hint=hint, param="logprobs")
+        return self
+
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to answer."""

@@ -296,6 +296,14 @@ class TestErrors:
         assert "canary" not in message
 
     @pytest.mark.parametrize(
+        "wanted",
+        [{"raw": True, "logprobs": True}, {"suffix": "x"}, {"images": ["AAAA"]}, {"template": "x"}, {"context": [1]}],
+    )
+    def test_a_bad_request_for_a_generated_answer(self, server: Served, wanted: dict[str, Any]) -> None:
+        # The fake model has no tokens for filling gaps.
+        _error(server.client.post(GENERATE, json={"model": MODEL_NAME, "prompt": "Hi"} | wanted), 400)
+
+    @pytest.mark.parametrize(
         ("method", "path", "status"), [("GET", CHAT, 405), ("POST", "/api/nope", 404), ("POST", CHAT, 400)]
     )
     def test_every_path_answers_in_ollamas_shape(self, server: Served, method: str, path: str, status: int) -> None:
