@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,9 +107,9 @@ def _sampler(model: Model, request: GenerationRequest) -> Sampler:
 
 
 def _constraint(model: Model, request: GenerationRequest) -> TokenMask | None:
-    form = None if request.grammar is None else model.grammars.constraint(request.grammar)
+    form = None if request.grammar is None else partial(model.grammars.constraint, request.grammar)
     if request.thinking is None:
-        return form
+        return None if form is None else form()
     return ThoughtsFirst(request.thinking, model.tokenizer, model.eos_ids, form)
 
 

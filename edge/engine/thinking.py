@@ -7,7 +7,7 @@ is needed for that, as a grammar would.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -70,14 +70,19 @@ class ThoughtsFirst:
         thinking: how to think.
         vocabulary: the tokens.
         eos_ids: tokens that end an answer; thoughts that a form must follow cannot be the end.
-        then: the form of what follows; None leaves it free.
+        then: makes a mask for what follows; None leaves it free.
     """
 
     def __init__(
-        self, thinking: Thinking, vocabulary: Vocabulary, eos_ids: frozenset[int], then: TokenMask | None
+        self,
+        thinking: Thinking,
+        vocabulary: Vocabulary,
+        eos_ids: frozenset[int],
+        then: Callable[[], TokenMask] | None,
     ) -> None:
         self._vocabulary = vocabulary
-        self._then = then
+        self._new_then = then
+        self._then = None if then is None else then()
         self._eos_ids = list(eos_ids)
         self._left = thinking.budget
         self._phase: Literal["start", "thoughts", "gap", "answer"] = (
@@ -85,14 +90,13 @@ class ThoughtsFirst:
         )
         self._forced = deque(self._ids(OPENING) if thinking.opening == "forced" else ())
         self._text = b""  # of the current phase; in thoughts the end of it
-        self._start_ids: list[int] = []
         self._scratch: Floats | None = None
         if self._phase == "thoughts" and not self._forced:
             self._spend(0)
 
     def mask(self, logits: Floats) -> Floats:
         """See :class:`TokenMask`."""
-        if self._phase == "answer" and self._then is not None:
+        if self._phase in {"start", "answer"} and self._then is not None:
             return self._then.mask(logits)
         if self._scratch is None:
             self._scratch = np.empty_like(logits)
@@ -101,22 +105,22 @@ class ThoughtsFirst:
             self._scratch[self._forced[0]] = logits[self._forced[0]]
         else:
             np.copyto(self._scratch, logits)
-            if self._then is not None and self._phase == "thoughts":
+            if self._then is not None:
                 self._scratch[self._eos_ids] = -np.inf
         return self._scratch
 
     def accept(self, token_id: int) -> None:
         """See :class:`TokenMask`."""
+        if self._phase in {"start", "answer"} and self._then is not None:
+            self._then.accept(token_id)
         if self._phase == "answer":
-            if self._then is not None:
-                self._then.accept(token_id)
             return
         was_forced = bool(self._forced)
         if was_forced:
             self._forced.popleft()
         self._text += self._vocabulary.token_bytes(token_id)
         if self._phase == "start":
-            self._begin(token_id)
+            self._begin()
         elif self._phase == "gap":
             self._leave_gap()
         elif not self._close() and not self._forced:
@@ -124,27 +128,24 @@ class ThoughtsFirst:
 
     def forced_tokens(self) -> list[int]:
         """See :class:`TokenMask`."""
-        if self._phase == "answer":
+        if self._phase in {"start", "answer"}:
             return [] if self._then is None else self._then.forced_tokens()
         return list(self._forced)
 
     def prepare(self) -> None:
         """See :class:`TokenMask`."""
-        if self._phase == "answer" and self._then is not None:
+        if self._phase in {"start", "answer"} and self._then is not None:
             self._then.prepare()
 
-    def _begin(self, token_id: int) -> None:
-        """See whether the answer begins with a ``<think>`` block."""
-        self._start_ids.append(token_id)
+    def _begin(self) -> None:
+        """See whether the answer begins with a ``<think>`` block; until then it is held to the form."""
         text = self._text.lstrip()
         if text.startswith(_OPENING_TAG):
             self._phase, self._text = "thoughts", text.removeprefix(_OPENING_TAG)
+            self._then = None if self._new_then is None else self._new_then()
             self._spend(0)
-        elif not _OPENING_TAG.startswith(text) or token_id in self._eos_ids:
+        elif not _OPENING_TAG.startswith(text):
             self._phase = "answer"
-            if self._then is not None:
-                for token in self._start_ids:
-                    self._then.accept(token)
 
     def _spend(self, num_tokens: int) -> None:
         if self._left is not None:
