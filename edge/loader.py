@@ -25,7 +25,7 @@ from edge.engine.prefix_store import PrefixStore
 from edge.errors import BundleError, ConfigError
 from edge.metrics import Metrics
 from edge.model import Model
-from edge.power import Sensors
+from edge.power import EnergyMeter, Sensors
 from edge.scheduler import Scheduler
 from edge.service import Loaded, Service
 from edge.settings.engine import EngineSettings
@@ -98,6 +98,7 @@ def load_bundle(bundle: Path, manifest: Manifest, settings: Settings, *, imports
         draft_tokens=options.draft_tokens,
         kv_cache_bytes=None if options.kv_cache_mb is None else options.kv_cache_mb << 20,
         sleep_after_s=options.sleep_after_s,
+        energy_j=EnergyMeter().energy_j,
     )
     return Loaded(model, scheduler, settings.scheduler.default_max_tokens)
 

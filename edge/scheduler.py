@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.decode_step import Decoding, Share
+from edge.energy_shares import EnergyShares
 from edge.engine.interface import Engine
 from edge.engine.prefix_cache import PrefixCache
 from edge.errors import CancelledError, DeadlineError, EngineError, OverloadedError, QwedgeError, UnavailableError
@@ -51,6 +52,7 @@ class Scheduler:
         kv_cache_bytes: most memory of sequences in prefill and decode, keys, values and states; None = as much as the
             slots hold.
         sleep_after_s: seconds without work after which the weights leave the memory; None = never.
+        energy_j: joules that the machine has used since some beginning; None where nothing measures them.
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class Scheduler:
         draft_tokens: int = 0,
         kv_cache_bytes: int | None = None,
         sleep_after_s: float | None = None,
+        energy_j: Callable[[], float | None] = lambda: None,
     ) -> None:
         self._engine = engine
+        self._energy = EnergyShares(energy_j)  # the engine's thread only
         self._decoding = Decoding(engine, draft_tokens)  # the engine's thread only
         self._slots = Slots(engine, prefixes or PrefixCache(0), kv_cache_bytes)  # the engine's thread only
         self._sleep_after_s = sleep_after_s
@@ -231,6 +235,7 @@ class Scheduler:
         if is_idle:
             self._wait_idle()
             self._progress_at = time.monotonic()
+            self._energy.begin()
         with self._changed:
             return not self._stopping
 
@@ -343,6 +348,7 @@ class Scheduler:
             rows = read(sequence.slot, chunk, past)
             reader(past, rows)
             last = rows[-1]
+        self._energy.charge([sequence])
         sequence.num_computed_tokens = past + len(chunk)
         self._slots.keep_snapshot(sequence)
         if sequence.num_computed_tokens == len(sequence.prompt_ids):
@@ -357,7 +363,9 @@ class Scheduler:
 
     def _decode(self) -> None:
         """At least one token for every running sequence."""
-        for share, logits in self._decoding.step(self._running):
+        shares = self._decoding.step(self._running)
+        self._energy.charge(self._running)
+        for share, logits in shares:
             self._guarded(partial(self._take, share, logits), [share.sequence])
 
     def _take(self, share: Share, logits: NDArray[np.float32]) -> None:

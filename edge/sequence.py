@@ -72,6 +72,8 @@ class Timings:
     """Generated tokens, the closing eos included."""
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values were there already."""
+    energy_j: float | None = None
+    """Its share of what the machine has used meanwhile; None where nothing measures that."""
 
     @property
     def ttft_s(self) -> float:
@@ -134,6 +136,8 @@ class Sequence:
     lookup: PromptLookup | None = None
     """Where guesses come from, made when the first one is wanted."""
     cancelled: bool = False
+    energy_j: float | None = None
+    """Its share of what the machine has used so far; None where nothing measures that."""
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
@@ -178,4 +182,5 @@ class Sequence:
             num_prompt_tokens=len(self.prompt_ids),
             num_output_tokens=self.num_output_tokens,
             num_cached_tokens=self.num_cached_tokens,
+            energy_j=self.energy_j,
         )

@@ -49,6 +49,7 @@ LAYERS = (
         "edge.scheduler",
         "edge.scheduler_stats",
         "edge.decode_step",
+        "edge.energy_shares",
         "edge.slots",
         "edge.snapshots",
         "edge.sequence",

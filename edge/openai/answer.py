@@ -114,8 +114,9 @@ def usage(timings: Sequence[Timings], num_per_prompt: int = 1) -> dict[str, Any]
 
 
 def timing_figures(timings: Timings) -> dict[str, float]:
-    """The ``timings`` extension: durations in ms, speeds in tokens per second; all finite."""
+    """The ``timings`` extension: durations in ms, speeds in tokens per second, joules if measured; all finite."""
     num_prefilled = timings.num_prompt_tokens - timings.num_cached_tokens
+    energy = {} if timings.energy_j is None else {"energy_j": round(timings.energy_j, 3)}
     return {
         "queue_ms": _ms(timings.queue_s),
         "ttft_ms": _ms(timings.ttft_s),
@@ -124,6 +125,7 @@ def timing_figures(timings: Timings) -> dict[str, float]:
         "decode_ms": _ms(timings.decode_s),
         # The first token comes out of prefill.
         "decode_tokens_per_second": _rate(timings.num_output_tokens - 1, timings.decode_s),
+        **energy,
     }
 
 
