@@ -57,9 +57,6 @@ class Slots:
         Args:
             sequence: that is to be prefilled.
             running: sequences in decode, whose keys and values are as good as those of past ones.
-
-        Raises:
-            MemoryError: there is no memory for it.
         """
         sequence.slot = self._free.pop()
         self._engine.use_adapter(sequence.slot, sequence.adapter)
