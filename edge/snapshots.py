@@ -3,8 +3,8 @@
 Keys and values of a prompt serve every prompt that begins alike, however far. A state serves those that begin with
 exactly its tokens, so it has to be kept where others will part. That is shortly before the end of a prompt, where the
 next turn of a conversation leaves it, since templates write answers in the history differently from what they ask to be
-continued; where a prompt parts from one that came before, as two questions after one system prompt do; and at the end of
-an answer. The latter two are what Marconi keeps (Pan et al. 2024) [1].
+continued; where a prompt parts from one that came before, as two questions after one system prompt do; and at the end
+of an answer. The latter two are what Marconi keeps (Pan et al. 2024) [1].
 
 [1] https://arxiv.org/abs/2411.19379
 """
