@@ -9,7 +9,7 @@ from typing import Any
 from edge.bundle import WEIGHTS
 from edge.chat import ChatTemplate
 from edge.model import Model
-from edge.ollama.translate import tagged_name
+from edge.ollama.translate import OPTION_OF, tagged_name
 
 _PROBE = "qwedge-probe"
 _FOREVER = "9999-12-31T23:59:59Z"
@@ -49,7 +49,9 @@ def describe_model(model: Model) -> dict[str, Any]:
     return {
         "license": manifest.licence or "",
         "modelfile": f"# {manifest.name} {manifest.version}, an ONNX bundle of qwedge",
-        "parameters": "\n".join(f"{name:<30} {value}" for name, value in model.sampling_defaults.items()),
+        "parameters": "\n".join(
+            f"{OPTION_OF.get(name, name):<30} {value}" for name, value in model.sampling_defaults.items()
+        ),
         "template": "",
         "details": _details(model),
         "model_info": {

@@ -13,8 +13,8 @@ from edge.openai.embeddings import EmbeddingRequest, parse_embedding
 from edge.service import GenerationRequest
 
 _LATEST = ":latest"
-_OPTIONS = {"repeat_penalty": "repetition_penalty"}
-"""Options that OpenAI's clients know under another name."""
+OPTION_OF = {"repetition_penalty": "repeat_penalty"}
+"""Field of OpenAI's requests -> the option that is called differently."""
 
 
 def served_name(name: str) -> str:
@@ -86,12 +86,13 @@ def _chat(request: ChatBody | GenerateBody, fields: dict[str, Any]) -> ChatReque
 def _shared(request: ChatBody | GenerateBody) -> dict[str, Any]:
     """Fields that chats and completions share."""
     given = request.given_options.model_dump(exclude={"num_ctx", "num_predict"})
+    given |= {field: given.pop(option) for field, option in OPTION_OF.items()}
     limit = request.given_options.num_predict
     return {
         "model": served_name(request.model),
         "max_tokens": limit if limit is not None and limit > 0 else None,
         "response_format": _response_format(request.format),
-        **{_OPTIONS.get(name, name): value for name, value in given.items()},
+        **given,
     }
 
 
