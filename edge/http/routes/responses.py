@@ -30,10 +30,11 @@ def response_routes(service: Service) -> list[Route]:
         """The model's next turn, streamed with ``"stream": true``; nothing is stored."""
         wanted, generation, writer = await run_in_threadpool(_read, service.model, await request.body())
         stream = answer_events(request, service, [generation], wanted.model)
-        if wanted.stream:
-            first = await anext(stream)  # a refusal is raised here, while the status can still say so
-            return EventStream(_server_sent(writer, first, stream))
-        return JSONResponse(await unless_disconnected(request.receive, _complete(writer, stream)))
+        with own_names():
+            if wanted.stream:
+                first = await anext(stream)  # a refusal is raised here, while the status can still say so
+                return EventStream(_server_sent(writer, first, stream))
+            return JSONResponse(await unless_disconnected(request.receive, _complete(writer, stream)))
 
     return [Route("/v1/responses", responses, methods=["POST"])]
 

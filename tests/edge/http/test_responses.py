@@ -260,8 +260,9 @@ def test_refusals_name_the_field(server: Served, fields: dict[str, Any], param: 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_the_stream(serve: Serve) -> None:
     server = serve(FakeEngine(context_length=128))
-    response = server.client.post(RESPONSES, json={"input": "x" * 200, "stream": True})
-    assert _error(response)["code"] == "context_length_exceeded"
+    for streamed in (False, True):
+        error = _error(server.client.post(RESPONSES, json={"input": "x" * 200, "stream": streamed}))
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
 
 
 def test_a_choice_without_tools_means_nothing() -> None:
