@@ -41,13 +41,21 @@ class Browser:
         """Load a page."""
         self._post("url", url=url)
 
-    def resize(self, width: int, height: int, *, dark: bool = False) -> None:
-        """Give the page a size in CSS pixels, smaller than any window may be, and a colour scheme."""
+    def resize(self, width: int, height: int, *, dark: bool = False, still: bool = False) -> None:
+        """Give the page a size in CSS pixels, smaller than any window may be, and say what the user prefers.
+
+        Args:
+            width: of the page.
+            height: of the page.
+            dark: a dark colour scheme.
+            still: as little movement as possible.
+        """
         self._devtools(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._devtools("Emulation.setEmulatedMedia", features=[scheme])
+        motion = {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"}
+        self._devtools("Emulation.setEmulatedMedia", features=[scheme, motion])
 
     def grant(self, *permissions: str) -> None:
         """Let pages do what the user would be asked about."""

@@ -352,6 +352,20 @@ def test_the_theme_follows_the_system_and_the_user(serve: Serve, browser: Browse
     assert background() == dark
 
 
+@pytest.mark.parametrize("still", [False, True])
+def test_nothing_moves_for_those_who_do_not_want_it(serve: Serve, browser: Browser, *, still: bool) -> None:
+    server = serve()
+    browser.resize(1100, 760, still=still)
+    open_page(browser, server)
+    server.engine.gate.clear()
+    browser.type("#prompt", "hi" + ENTER)
+    browser.wait("document.querySelector('.waiting')")
+    moves = "return getComputedStyle(document.querySelector('.waiting'), '::after').animationName"
+    assert browser.run(moves) == ("none" if still else "blink")
+    server.engine.gate.set()
+    finished(browser)
+
+
 def test_export_and_import(serve: Serve, browser: Browser, tmp_path: Path) -> None:
     browser.download_to(tmp_path)
     server, other = serve(), serve()

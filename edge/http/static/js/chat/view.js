@@ -212,7 +212,7 @@ class Chat {
     this.#running = running;
     byId("send").hidden = running !== null;
     byId("stop").hidden = running === null;
-    byId("turns").ariaBusy = String(running !== null);
+    byId("live").ariaBusy = String(running !== null);
     // The button that had the focus is gone: keep the keyboard where it is useful.
     if (running === null && document.activeElement === document.body) byId("prompt").focus();
     this.#refreshStatus();

@@ -173,7 +173,7 @@ class Evaluate {
   #renderCases() {
     const run = this.#shown;
     const before = new Map((run.before?.cases ?? []).map((each) => [each.digest, each]));
-    byId("compare-head").textContent = run.before ? run.before.target : "";
+    byId("compare-head").textContent = run.before ? run.before.target : "–";
     const shown = run.cases.filter(({ passed }) => !passed || !byId("only-failed").checked);
     byId("cases").replaceChildren(...shown.map((each) => caseRow(each, before.get(each.digest))));
   }
