@@ -5,10 +5,13 @@ The bundle of `make model` is used where it is there; else the model is download
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import queue
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +20,8 @@ from edge.cli import run
 from edge.config import load_settings
 from edge.engine.sampler import SamplingParams
 from edge.loader import load_service
-from edge.service import Delta, Event, Failed, Finished, GenerationRequest, Service
+from edge.openai import Answer, parse_chat, parse_completion, prepare
+from edge.service import Delta, Event, Failed, Finished, GenerationRequest, Service, events
 
 NAME = "qwen2.5-coder-0.5b-instruct"
 ROOT = Path(__file__).parent.parent.parent
@@ -50,15 +54,15 @@ def service(bundle: Path) -> Iterator[Service]:
 def submit(service: Service, question: str, max_tokens: int = 48) -> queue.SimpleQueue[Event]:
     """A greedy answer's events."""
     ids = service.model.encode_chat([{"role": "user", "content": question}])
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    service.submit(GenerationRequest(ids, SamplingParams(), max_tokens=max_tokens), events.put)
-    return events
+    heard: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    service.submit(GenerationRequest(ids, SamplingParams(), max_tokens=max_tokens), heard.put)
+    return heard
 
 
-def answer(events: queue.SimpleQueue[Event]) -> tuple[str, Finished]:
+def answer(heard: queue.SimpleQueue[Event]) -> tuple[str, Finished]:
     text = ""
     while True:
-        event = events.get(timeout=TIMEOUT_S)
+        event = heard.get(timeout=TIMEOUT_S)
         assert not isinstance(event, Failed), event
         if isinstance(event, Delta):
             text += event.text
@@ -93,7 +97,7 @@ def test_an_answer_does_not_depend_on_what_runs_beside_it(service: Service) -> N
     questions = ["Count from one to ten.", "Name three colours.", "What is HTTP?", "Write a haiku about rain."]
     alone = [answer(submit(service, question))[0] for question in questions]
     together = [submit(service, question) for question in questions]
-    assert [answer(events)[0] for events in together] == alone
+    assert [answer(heard)[0] for heard in together] == alone
 
 
 def test_a_known_beginning_is_not_read_again_and_changes_nothing(service: Service) -> None:
@@ -103,3 +107,43 @@ def test_a_known_beginning_is_not_read_again_and_changes_nothing(service: Servic
     assert first.timings.num_cached_tokens < second.timings.num_cached_tokens
     assert second.timings.num_cached_tokens == second.timings.num_prompt_tokens - 1
     assert warm == cold
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "unit": {"enum": ["celsius", "fahrenheit"]}},
+    "required": ["city", "unit"],
+}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Of a city", "parameters": WEATHER}}]
+
+
+def choice(service: Service, body: dict[str, Any]) -> dict[str, Any]:
+    """The first greedy choice of what a client would get."""
+    wanted = {"temperature": 0, "max_tokens": 80, **body}
+    request = parse_completion(wanted) if "prompt" in body else parse_chat(wanted)
+    generations = prepare(service.model, request)
+    whole = Answer(service.model, request, generations)
+
+    async def collect() -> None:
+        async for index, event in events(service, generations):
+            whole.chunks(index, event)
+
+    asyncio.run(collect())
+    found: dict[str, Any] = whole.body()["choices"][0]
+    return found
+
+
+def test_it_calls_a_tool(service: Service) -> None:
+    messages = [{"role": "user", "content": "How warm is it in Cologne, in celsius?"}]
+    made = choice(service, {"messages": messages, "tools": TOOLS, "tool_choice": "required"})
+    assert made["finish_reason"] == "tool_calls"
+    arguments = json.loads(made["message"]["tool_calls"][0]["function"]["arguments"])
+    assert arguments == {"city": "Cologne", "unit": "celsius"}
+
+
+def test_it_fills_a_gap(service: Service) -> None:
+    code = {"prompt": "def area_of_circle(radius):\n    ", "suffix": "\n\nprint(area_of_circle(2))\n"}
+    filled = choice(service, code)
+    assert filled["finish_reason"] == "stop"
+    assert filled["text"].startswith("return")
+    assert "radius" in filled["text"]
