@@ -26,6 +26,7 @@ from typing import Any
 
 import h11
 import uvicorn
+from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -131,6 +132,8 @@ class _Server(uvicorn.Server):
         at_work = [self._acceptor.run(), *([] if self._announcer is None else [self._announcer.run()])]
         tasks = [asyncio.create_task(work) for work in at_work]
         try:
+            # The first use of a worker thread loads anyio's backend: better now than while a client waits.
+            await run_in_threadpool(lambda: None)
             await self._leaving.wait()
         finally:
             for task in tasks:
