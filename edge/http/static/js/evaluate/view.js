@@ -56,7 +56,8 @@ class Evaluate {
   }
 
   async #start() {
-    const run = await sendJson("POST", "v1/evaluations", { suite: byId("suite").value });
+    const run = await sendJson("POST", "v1/evaluations", {
+      suite: byId("suite").value, limit: Number(byId("limit").value) || undefined });
     this.#overview.running = run;
     await this.#follow(run.id);
   }

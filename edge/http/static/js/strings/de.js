@@ -178,6 +178,7 @@ export default {
   noEvaluations: "Dieser Server führt keine Prüfungen aus.",
   suite: "Sammlung",
   suiteOption: "{name} ({cases} Fälle)",
+  all: "alle",
   runSuite: "Starten",
   evaluating: "{suite}: {done} von {total}",
   compareWith: "Vergleichen mit",

@@ -178,6 +178,7 @@ export default {
   noEvaluations: "This server runs no evaluations.",
   suite: "Suite",
   suiteOption: "{name} ({cases} cases)",
+  all: "all",
   runSuite: "Run",
   evaluating: "{suite}: {done} of {total}",
   compareWith: "Compare with",

@@ -178,6 +178,7 @@ export default {
   noEvaluations: "此服务器不运行评测。",
   suite: "套件",
   suiteOption: "{name}（{cases} 个用例）",
+  all: "全部",
   runSuite: "运行",
   evaluating: "{suite}：{done}/{total}",
   compareWith: "对比",
