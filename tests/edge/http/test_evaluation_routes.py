@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from edge.evaluation.background import BackgroundEvaluations
 from edge.scheduler import Scheduler
 from edge.service import Loaded
 from edge.settings.server import ServerSettings
+from tests.edge.http.malformed import odd_bodies
 from tests.fakes import FakeEngine, make_model, make_service
 from tests.serving import Served, serving, wait_for
 
@@ -160,6 +162,19 @@ def test_what_is_refused(tmp_path: Path, body: dict[str, Any], param: str) -> No
         assert response.json()["error"]["param"] == param
         if body.get("suite") == "code":
             assert "--allow-code" in response.json()["error"]["hint"]
+
+
+def test_malformed_bodies_are_refused(tmp_path: Path) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    fields = ("suite", "limit")
+    with evaluating(tmp_path, says("CHECK")) as server:
+        for body in odd_bodies(random.Random(seed), 150, {"suite": "factory", "limit": 1}, fields):
+            response = server.client.post("/v1/evaluations", content=body)
+            assert response.status_code in {202, 400, 404, 409, 413}, body
+            if response.status_code == 202:
+                server.client.delete(f"/v1/evaluations/{response.json()['id']}")
+                ended(server, response.json()["id"])
 
 
 def test_ids_lead_nowhere_else(tmp_path: Path) -> None:
