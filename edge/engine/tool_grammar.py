@@ -67,6 +67,8 @@ def tool_grammar(form: Form, how_many: HowMany, functions: Mapping[str, Any], st
     lines = [_STARTS[how_many], *(_TEXT if how_many in {"any", "at_most_one"} else [])]
     lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(functions))))
     for index, (name, schema) in enumerate(functions.items()):
+        if resolve(schema, schema).get("type", "object") != "object":
+            raise ValueError("the arguments of a function are an object")
         lines += write(index, name, schema, style)
     return "\n".join(lines)
 
@@ -85,8 +87,9 @@ def _json_call(index: int, name: str, schema: Any, style: Mapping[str, Any]) -> 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
     """A model has no use for parameters that nobody has described, even where a schema does not forbid them."""
-    is_plain = schema.get("properties") and schema.keys() <= _BARE_OBJECT | _IGNORED | _DEFINITIONS
-    return {"additionalProperties": False, **schema} if is_plain else schema
+    if not schema.keys() <= _BARE_OBJECT | _IGNORED | _DEFINITIONS:
+        return schema
+    return {"type": "object", **({"additionalProperties": False} if schema.get("properties") else {}), **schema}
 
 
 def _xml_call(index: int, name: str, schema: Any, style: Mapping[str, Any]) -> Iterator[str]:
@@ -94,15 +97,17 @@ def _xml_call(index: int, name: str, schema: Any, style: Mapping[str, Any]) -> I
     root = resolve(schema, schema)
     parts: list[str] = []
     lines: list[str] = []
+    _check_object(root)
     if root.get("properties"):
-        _check_object(root)
         required = root.get("required", ())
         for number, (parameter, value) in enumerate(parameters_of(schema).items()):
             _check_name(parameter)
             rule = f"parameter_{index}_{number}"
             parts.append(rule if parameter in required else f"{rule}?")
             lines += _parameter(rule, parameter, value, schema, style)
-    elif root.get("additionalProperties", True) is not False:
+    elif (others := root.get("additionalProperties", True)) is not False:
+        if others is not True:
+            raise ValueError("parameters without names cannot be held to a schema in this model's form of calls")
         parts.append(f"any_{index}*")
         lines.append(f'any_{index}: "<parameter=" /[A-Za-z_][A-Za-z0-9_.-]{{0,63}}/ ">\\n" value_{index}')
         lines += _text_value(f"value_{index}", "(?s:.*)")
@@ -184,7 +189,7 @@ def _check_object(schema: Mapping[str, Any]) -> None:
     said = schema.keys() - _IGNORED - _BARE_OBJECT - _DEFINITIONS
     if said:
         raise ValueError(f"arguments cannot be held to {', '.join(sorted(said))} in this model's form of calls")
-    properties, required = schema["properties"], schema.get("required", [])
+    properties, required = schema.get("properties", {}), schema.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list):
         raise ValueError("properties and required are not what they are in a JSON schema")  # noqa: TRY004 - as above
     if any(name not in properties for name in required if isinstance(name, str)):

@@ -46,7 +46,7 @@ def prepare(model: Model, request: ChatRequest | CompletionRequest) -> tuple[Gen
         sampling=model.sampling(_given_sampling(request)),
         max_tokens=request.token_limit,
         stop=_stops(request, grammar),
-        stop_spares=TOOL_CALL_TAGS if grammar is not None and grammar.leaves_text else None,
+        stop_spares=TOOL_CALL_TAGS if isinstance(request, ChatRequest) and request.offered_tools else None,
         ignore_eos=bool(request.ignore_eos),
         num_logprobs=request.num_logprobs,
         score_prompt=request.scores_prompt,

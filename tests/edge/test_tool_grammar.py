@@ -217,6 +217,22 @@ def test_a_schema_that_leads_back_to_itself_ends(say: Any, schema: Any) -> None:
     assert choice["finish_reason"] in {"tool_calls", "length"}
 
 
+def test_arguments_are_an_object_even_where_a_schema_does_not_say_so(say: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"description": "any"}}}]
+    said = '<tool_call>\n{"name": "weather", "arguments": 3}'
+    (arguments,) = arguments_of(say("json", said, tools=tools, tool_choice="required", temperature=1.0, seed=1))
+    assert isinstance(arguments, dict)
+
+
+def test_a_model_makes_no_parameters_up(say: Any) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+    for form, said in (("json", json_call(a=1, b=2)), ("xml", xml_call(a="1", b="2"))):
+        assert arguments_of(say(form, said, tools=tools, tool_choice="required", parallel_tool_calls=False)) == [
+            {"a": 1}
+        ]
+
+
 def test_an_open_object_takes_any_parameters(say: Any) -> None:
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
     said = xml_call(a="1", b_2="two\nlines")
@@ -224,8 +240,13 @@ def test_an_open_object_takes_any_parameters(say: Any) -> None:
 
 
 HARD = {
-    "json": [{"type": "object", "properties": {"a": {"type": "strin"}}}],
+    "json": [{"type": "object", "properties": {"a": {"type": "strin"}}}, {"type": "string"}],
     "xml": [
+        {"type": "array"},
+        {"type": "object", "additionalProperties": {"type": "integer"}},
+        {"type": "object", "required": ["a"]},
+        {"type": "object", "properties": {"a": {"enum": []}}},
+        {"type": "object", "properties": {"a": {"type": "string", "format": "hostname"}}},
         {"type": "object", "properties": {"a": {"type": "string", "pattern": "a", "maxLength": 3}}},
         {"type": "object", "properties": {"a": {"type": ["string", "integer"], "minimum": 3}}},
         {"type": "object", "properties": {"a": {}}, "minProperties": 1},
