@@ -146,10 +146,11 @@ def share_out(
         costs: of steps.
         most: rows left for drafts.
         all_or_again: whether one wrong guess means that the step's tokens have to be computed again, beside the next
-            one's; there is one draft at most then.
+            one's; there is one draft at most then, and the step has an even number of rows.
     """
     # The likeliest tokens first; within a draft the order is kept, since chances fall.
     offers = sorted(((chance, i) for i, row in enumerate(chances) for chance in row), key=lambda offer: -offer[0])
+    # Tokens that are computed again count as a gain, too: that makes those that have just been wrong more careful.
     best, best_rate, expected = 0, num_certain / costs.of(num_certain), float(num_certain)
     for taken, (chance, _) in enumerate(offers[:most], start=1):
         expected += chance
@@ -157,7 +158,7 @@ def share_out(
         if all_or_again:
             seconds += (1 - chance) * (seconds - costs.of(1))
         rate = expected / seconds
-        if rate > best_rate:
+        if rate > best_rate and not (all_or_again and (num_certain + taken) % 2):
             best, best_rate = taken, rate
     counts = [0] * len(chances)
     for _, i in offers[:best]:

@@ -428,8 +428,9 @@ def test_guesses_that_may_have_to_be_repeated_are_made_more_carefully() -> None:
     costs = StepCosts()
     for rows in range(1, 10):
         costs.took(rows, 1 + 0.3 * (rows - 1))
-    doubtful = [[0.5, 0.25], [0.6**i for i in range(1, 7)], [0.97**i for i in range(1, 7)]]
-    free = [share_out([chances], 1, costs, 8)[0] for chances in doubtful]
-    again = [share_out([chances], 1, costs, 8, all_or_again=True)[0] for chances in doubtful]
+    chances = [[0.35, 0.12], [0.6**i for i in range(1, 7)], [0.97**i for i in range(1, 7)]]
+    free = [share_out([each], 1, costs, 8)[0] for each in chances]
+    again = [share_out([each], 1, costs, 8, all_or_again=True)[0] for each in chances]
     assert all(few <= many for few, many in zip(again, free, strict=True))
-    assert again[2] == 6
+    assert (free[0], again[0]) == (1, 0)
+    assert (free[2], again[2]) == (6, 5), "an even number of rows"
