@@ -84,7 +84,7 @@ def load_keys(path: Path) -> tuple[Key, ...] | None:
     """
     try:
         return _File.model_validate_json(read_private(path)).keys
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         hint = "use the user that qwedge runs as, and check server.keys_file"
