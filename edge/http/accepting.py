@@ -7,6 +7,7 @@ one would cost a file descriptor for a minute each.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 import ssl
@@ -22,8 +23,9 @@ MAX_PER_ADDRESS = 256
 """Of these, from one address: one machine that goes wild leaves room for the others."""
 HANDSHAKE_S = 10.0
 """Seconds for a TLS handshake."""
+_SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _RETRY_S: Final = 0.5
-"""When to try again after the system had no file descriptor left."""
+"""When to try again after the system was short of something."""
 
 MakeProtocol = Callable[[Callable[[], None]], asyncio.Protocol]
 """Makes what speaks on a connection; it calls its argument when a connection that was made is lost."""
@@ -48,14 +50,18 @@ class Acceptor:
     async def run(self) -> None:
         """Accept connections; those that are made stay when this ends."""
         loop = asyncio.get_running_loop()
+        short_of: str | None = None
         try:
             while True:
                 try:
                     connection, address = await loop.sock_accept(self._sock)
-                except OSError as error:
-                    log.warning("a connection cannot be accepted: %s", error.strerror)
-                    await asyncio.sleep(_RETRY_S)
+                except OSError as error:  # no descriptors or memory; or a client that has left already
+                    if error.errno in _SHORT and error.strerror != short_of:
+                        short_of = error.strerror
+                        log.warning("connections cannot be accepted: %s", short_of)
+                    await asyncio.sleep(_RETRY_S if error.errno in _SHORT else 0)
                     continue
+                short_of = None
                 self._take(connection, address[0])
                 await asyncio.sleep(0)  # sock_accept returns without a pause while connections wait
         finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import ssl
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 _Version = tuple[tuple[int, int, int] | None, ...]
 _PROTOCOLS: Final = ["http/1.1"]
+WARN_BEFORE: Final = timedelta(days=30)
+"""How long before its end a certificate is warned of, whenever it is read."""
 
 
 class Certificates:
@@ -48,7 +51,8 @@ class Certificates:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(_PROTOCOLS)
-        load_pair(context, self._cert, self._key, section="server")
+        cert, _ = load_pair(context, self._cert, self._key, section="server")
+        _warn_of_expiry(cert)
         if self._client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
             load_ca(context, self._client_ca, setting="server.tls_client_ca")
@@ -69,6 +73,15 @@ class Certificates:
 
     def _look(self) -> _Version:
         return tuple(_stamp(find_secret(path)) for path in (self._cert, self._key, self._client_ca) if path is not None)
+
+
+def _warn_of_expiry(cert: Path) -> None:
+    """Say in time that a certificate has to be renewed; clients only say it when it is too late."""
+    from cryptography import x509  # noqa: PLC0415 - servers without TLS do without it
+
+    ends = x509.load_pem_x509_certificate(cert.read_bytes()).not_valid_after_utc
+    if ends < datetime.now(UTC) + WARN_BEFORE:
+        log.warning("the certificate %s ends on %s; qwedge tls renew makes a new one", cert, ends.date())
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -94,6 +95,23 @@ def test_more_connections_than_allowed_are_closed(serve: Serve, monkeypatch: pyt
         for sock in sockets:
             sock.setblocking(False)
         wait_for(lambda: sum(_still_open(sock) for sock in sockets) == 5)
+
+
+def test_a_shortage_of_descriptors_passes(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    server = serve()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    sock = socket.socket()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        sock.connect(("127.0.0.1", server.port))
+        wait_for(lambda: "cannot be accepted" in caplog.text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    sock.settimeout(20)
+    sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+    assert _read_all(sock).startswith(b"HTTP/1.1 200")
+    assert caplog.text.count("cannot be accepted") == 1
+    sock.close()
 
 
 def test_one_address_leaves_room_for_others(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

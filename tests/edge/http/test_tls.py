@@ -8,6 +8,7 @@ import ssl
 import stat
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,16 @@ def test_half_a_renewal_changes_nothing(serve: Serve, made: Path, tmp_path: Path
     assert serial(server, trusting(made)) == before
     cert.unlink()
     assert serial(server, trusting(made)) == before
+
+
+def test_a_certificate_that_ends_soon_is_told_of(
+    made: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Certificates(ServerSettings(**https(made)))
+    assert not caplog.records
+    monkeypatch.setattr("edge.http.tls.WARN_BEFORE", timedelta(days=826))
+    Certificates(ServerSettings(**https(made)))
+    assert "qwedge tls renew" in caplog.text
 
 
 def test_whoever_never_finishes_a_handshake_is_cut_off(
