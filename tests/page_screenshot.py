@@ -17,7 +17,7 @@ from tests.browser import ENTER, ESCAPE, MISSING, Browser, chromium
 
 QUESTIONS = (
     "Motor M3 draws 8.1 A instead of 7.5 A. What should I check first?",
-    "Write a Python function that converts a pressure from bar to psi, with an example. Explain it in two sentences.",
+    "Write a Python function that counts the lines of a log file with the word ERROR. Explain it in two sentences.",
 )
 TRY = "Name one cause of a noisy bearing."
 ANSWER_S = 300

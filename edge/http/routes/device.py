@@ -113,10 +113,10 @@ def device_routes(service: Service, sources: DeviceSources) -> list[Route]:
 
 def _describe(service: Service, sources: DeviceSources, process: psutil.Process) -> dict[str, Any]:
     stats, recent, manifest = service.stats(), service.metrics.recent(), service.model.manifest
-    slots = service.busy_slots()
+    slots, mqtt = service.busy_slots(), None if sources.mqtt is None else sources.mqtt.state()
     num_output = service.metrics.num_output_tokens + sum(slot.num_output_tokens for slot in slots)
     return {
-        "name": os.uname().nodename,
+        "name": os.uname().nodename if mqtt is None else mqtt["device"],
         "version": __version__,
         "uptime_s": round(time.time() - process.create_time(), 1),
         "model": {
@@ -143,7 +143,7 @@ def _describe(service: Service, sources: DeviceSources, process: psutil.Process)
         "slots": [{**asdict(slot), "age_s": round(slot.age_s, 2)} for slot in slots],
         "kv_cache_bytes": stats.kv_bytes,
         "asleep": stats.asleep,
-        "mqtt": None if sources.mqtt is None else sources.mqtt.state(),
+        "mqtt": mqtt,
     }
 
 

@@ -113,7 +113,8 @@ def test_messages_are_told_without_their_texts(device: Served) -> None:
     numbers = [message["number"] for message in state["messages"]]
     assert numbers == sorted(numbers)
     assert all(message["bytes"] > 0 for message in state["messages"])
-    assert device.client.get("/v1/device").json()["mqtt"]["state"] == "connected"
+    document = device.client.get("/v1/device").json()
+    assert (document["name"], document["mqtt"]["state"]) == ("edge-7", "connected")
 
 
 @pytest.mark.broker

@@ -77,7 +77,7 @@ class Device {
 function facts(device) {
   const { host, process, queue, model } = device;
   return [
-    ["model", model.version ? `${model.id} · ${model.version}` : model.id],
+    ["model", [model.id, model.version, model.recipe].filter(Boolean).join(" · ")],
     ["version", `qwedge ${device.version}`],
     ["uptime", duration(device.uptime_s)],
     ["cores", host.cores],
