@@ -139,7 +139,7 @@ def reachable_addresses(host: str) -> tuple[str, ...]:
         host: an address of this machine, one that stands for all, or a name.
     """
     own = {address.address for interface in psutil.net_if_addrs().values() for address in interface}
-    usable = sorted(address for address in own if _is_routable(address))
+    usable = sorted(address for address in own if _is_announced(address))
     if host in {"0.0.0.0", "::"}:  # noqa: S104 - compared, not bound
         return tuple(address for address in usable if host == "::" or ":" not in address)
     try:
@@ -160,9 +160,10 @@ def _check_present(address: str) -> None:
         sock.bind((address, 0))
 
 
-def _is_routable(text: str) -> bool:
+def _is_announced(text: str) -> bool:
+    """A cable between two devices has link-local addresses alone; those of IPv6 need a zone, which no record holds."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:  # a hardware address, or one with a zone
         return False
-    return not address.is_loopback and not address.is_link_local
+    return not address.is_loopback and not (address.version == 6 and address.is_link_local)
