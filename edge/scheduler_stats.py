@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+STALLED_AFTER_S = 30.0
+"""Seconds without a finished engine step, while there is work, after which the engine counts as stalled."""
+
 
 @dataclass(frozen=True)
 class SchedulerStats:
@@ -28,6 +31,11 @@ class SchedulerStats:
     """Guessed tokens that were verified, since the start."""
     num_accepted: int = 0
     """Guessed tokens that were right, since the start."""
+
+    @property
+    def stalled(self) -> bool:
+        """Whether there is work and no progress."""
+        return self.seconds_since_progress > STALLED_AFTER_S
 
 
 @dataclass(frozen=True)

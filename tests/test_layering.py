@@ -35,6 +35,7 @@ LAYERS = (
         "edge.bundle",
         "edge.config",
         "edge.durable",
+        "edge.lifecycle",
         "edge.pem",
         "edge.power",
         "edge.sbom",

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,14 +16,15 @@ import typer
 
 from edge.commands import options
 from edge.commands.front_door import FrontDoor
+from edge.commands.leaving import Leaving
+from edge.commands.ready import Endpoints, ready_text
 from edge.commands.trial import Start, starting
 from edge.config import Settings
 from edge.errors import ConfigError, QwedgeError, UnavailableError
+from edge.lifecycle import Notifier
 from edge.log_buffer import LogBuffer
-from edge.settings.folders import broker_folder, evaluations_folder, journal_folder, keys_file
-from edge.settings.mqtt import BrokerAddress, MqttSettings
-from edge.settings.secret_files import find_secret
-from edge.settings.server import ServerSettings
+from edge.settings.folders import broker_folder, evaluations_folder, journal_folder
+from edge.settings.mqtt import MqttSettings
 
 if TYPE_CHECKING:  # these bring onnxruntime and the web framework, which `qwedge --help` does without
     from edge.commands.mqtt_panel import BridgePanel
@@ -38,9 +36,6 @@ if TYPE_CHECKING:  # these bring onnxruntime and the web framework, which `qwedg
     from edge.store import Installed
 
 log = logging.getLogger(__name__)
-
-EXIT_FORCED = 130
-EXAMPLE_PROMPT = "Write a haiku about a small computer."
 
 
 def register(app: typer.Typer) -> None:
@@ -125,6 +120,8 @@ def run_server(
         # The port first: that it is taken should show before seconds go into the model.
         door = FrontDoor.open(settings, stack)
         logs = stack.enter_context(_kept_log())
+        notifier = stack.enter_context(closing(Notifier(os.environ)))
+        notifier.status("loading the model")
         service = served.load(imports=("edge.http.app", "edge.http.server"))
         from edge.http.app import create_app
         from edge.http.routes.device import DeviceSources
@@ -153,8 +150,19 @@ def run_server(
         )
         broker = None if panel is None else panel.address
         server = HttpServer(app, door.sock, door.tls, door.announcer(lambda: service.model.manifest.name))
-        reload = partial(_reload, management)
-        asyncio.run(_serve_http(server, service, settings, broker=broker, leaving=leaving, reload=reload))
+        notifier.watch(lambda: not service.stats().stalled)
+        endpoints = Endpoints.of(settings, server.address, broker)
+
+        def greet() -> None:
+            print(ready_text(settings, endpoints, service), flush=True)
+            notifier.ready(f"{service.model.manifest.name} at {endpoints.http}")
+
+        leaving.on_hangup = partial(_reload, management)
+        asyncio.run(
+            _serve_http(
+                server, service, leaving=leaving, greet=greet, notifier=notifier, drain_s=settings.server.drain_s
+            )
+        )
     log.info("stopped")
 
 
@@ -264,143 +272,19 @@ def _start_mqtt(
 async def _serve_http(
     server: HttpServer,
     service: Service,
-    settings: Settings,
     *,
-    broker: BrokerAddress | None,
     leaving: Leaving,
-    reload: Callable[[], None],
+    greet: Callable[[], None],
+    notifier: Notifier,
+    drain_s: float,
 ) -> None:
     """Answer HTTP until it is time to leave, then drain."""
-    asked = leaving.listen(reload)
+    asked = leaving.listen()
     serving = asyncio.create_task(server.serve())
-    print(ready_text(settings, Endpoints.of(settings, server.address, broker), service), flush=True)
+    greet()  # who reads it may send a signal at once
     await asyncio.wait({serving, asyncio.create_task(asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
-    drain_s = settings.server.drain_s
+    (notifier.reloading if leaving.begins_anew else notifier.stopping)()
     log.info("stopping; running requests have %g s (Ctrl-C again: at once)", drain_s)
     await asyncio.to_thread(service.stop, drain_s)
     server.shutdown()
     await serving
-
-
-class Leaving:
-    """When the server leaves, and whether it begins anew then.
-
-    The first SIGINT or SIGTERM asks to leave; the second leaves, and the kernel ends the broker with us. SIGHUP asks to
-    begin anew with the settings read anew.
-    """
-
-    def __init__(self) -> None:
-        self.begins_anew = False
-        self._asked = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def listen(self, reload: Callable[[], None]) -> asyncio.Event:
-        """Take signals from now on; returns what is set when it is time to leave. On the event loop's thread."""
-        self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._loop.add_signal_handler(number, self._take)
-        self._loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(asyncio.to_thread(reload)))
-        if self.begins_anew:  # it was asked for before
-            self._asked.set()
-        return self._asked
-
-    def begin_anew(self) -> None:
-        """Leave in good order, and start the same command again; on any thread."""
-        self.begins_anew = True
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._asked.set)
-
-    def _take(self) -> None:
-        if self._asked.is_set() and not self.begins_anew:
-            os._exit(EXIT_FORCED)
-        self.begins_anew = False
-        self._asked.set()
-
-
-@dataclass(frozen=True)
-class Endpoints:
-    """Where clients on this machine reach the server."""
-
-    http: str
-    """``http://127.0.0.1:8080``."""
-    login: str
-    """Options of curl that let it in."""
-    broker: BrokerAddress | None
-
-    @classmethod
-    def of(cls, settings: Settings, address: tuple[str, int], broker: BrokerAddress | None) -> Endpoints:
-        """From what was bound; an address that stands for all becomes loopback's."""
-        scheme = "http" if settings.server.tls_cert is None else "https"
-        host, port = settings.server.host.strip("[]"), address[1]
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
-        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-        return cls(url, _http_login(settings.server), broker)
-
-
-def ready_text(settings: Settings, endpoints: Endpoints, service: Service) -> str:
-    """The ready line, and examples that work as printed."""
-    manifest, broker = service.model.manifest, endpoints.broker
-    urls = [endpoints.http]
-    if broker is not None:
-        urls.append(f"mqtt{'s' if broker.tls else ''}://{broker.host}:{broker.port}")
-    parts = [f"ready: {manifest.name} at {' and '.join(urls)}", _http_example(endpoints)]
-    if broker is not None:
-        parts.append(_mqtt_examples(settings.mqtt, broker))
-    return "\n\n".join(parts) + "\n"
-
-
-def _http_example(endpoints: Endpoints) -> str:
-    return (
-        f"  curl{endpoints.login} {endpoints.http}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"""    -d '{{"messages": [{{"role": "user", "content": "{EXAMPLE_PROMPT}"}}], "max_tokens": 64}}'"""
-    )
-
-
-def _http_login(settings: ServerSettings) -> str:
-    """The options of curl for our certificate, where `qwedge tls` made it, for the client's, and for a key."""
-    login = ""
-    if settings.tls_cert is not None and (ca := find_secret(settings.tls_cert).with_name("ca.pem")).exists():
-        login += f" --cacert {shlex.quote(str(ca))}"
-    if settings.tls_client_ca is not None:
-        login += " --cert CLIENT.pem --key CLIENT.key"
-    elif keys_file(settings, os.environ).exists() and settings.open == "off":
-        login += " -H 'Authorization: Bearer KEY'"
-    return login
-
-
-def _mqtt_examples(settings: MqttSettings, broker: BrokerAddress) -> str:
-    login, client = _mqtt_login(settings, broker)
-    request = f"{settings.root}/v1/dev/{settings.device}/req/{client}"
-    return (
-        f"  mosquitto_sub {login} -v -t '{settings.root}/v1/res/{client}/+/done'    # in a second terminal\n"
-        f'  mosquitto_pub {login} -q 1 -t "{request}/$(date +%s)" \\\n'
-        f"""    -m '{{"v": 1, "body": {{"messages": [{{"role": "user", "content": "{EXAMPLE_PROMPT}"}}]}}}}'"""
-    )
-
-
-def _mqtt_login(settings: MqttSettings, broker: BrokerAddress) -> tuple[str, str]:
-    """The options of mosquitto's clients for a broker, and the name of the client in topics."""
-    login = f"-h {broker.host} -p {broker.port}"
-    if settings.address is None:
-        known = _broker_client(settings)
-        return (f"{login} -u {known} -P PASSWORD", known) if known is not None else (login, "me")
-    if broker.tls:
-        files = {"--cafile": settings.tls_ca, "--cert": settings.tls_cert, "--key": settings.tls_key}
-        given = [f"{option} {shlex.quote(str(path))}" for option, path in files.items() if path is not None]
-        login = " ".join([login, *([] if settings.tls_ca else ["--tls-use-os-certs"]), *given])
-    if settings.username is not None:
-        login += f" -u {shlex.quote(settings.username)}"
-    if settings.password_file is not None:
-        login += f' -P "$(head -n 1 {shlex.quote(str(settings.password_file))})"'
-    return login, "me"
-
-
-def _broker_client(settings: MqttSettings) -> str | None:
-    """A client of the embedded broker to show examples with; None where it lets in anybody on this device."""
-    from edge.mqtt.broker_clients import load_clients
-    from edge.mqtt.broker_setup import clients_folder
-
-    clients = load_clients(clients_folder(broker_folder(settings, os.environ)))
-    if clients is None and settings.tls_cert is None:
-        return None
-    return clients[0].name if clients else "NAME"

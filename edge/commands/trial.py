@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 
 WORKS_AFTER_S = 60.0
 """Seconds of serving after which a bundle counts as one that works."""
-STALLED_AFTER_S = 30.0
-"""Seconds without a finished engine step, while there is work, after which one on trial counts as one that does not."""
 CHECK_EVERY_S = 1.0
 EXIT_STALLED = 6
 
@@ -90,7 +88,7 @@ class Start:
     def _watch(self, store: Store, name: str, service: Service) -> None:
         works_at = time.monotonic() + WORKS_AFTER_S
         while not self._ended.wait(CHECK_EVERY_S):
-            if service.stats().seconds_since_progress > STALLED_AFTER_S:
+            if service.stats().stalled:
                 if store.failed(name) is not None:
                     log.critical("the engine makes no progress: the next start serves the bundle before")
                     os._exit(EXIT_STALLED)

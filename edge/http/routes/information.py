@@ -20,8 +20,6 @@ from edge.service import Service
 from edge.settings.upstream import UpstreamSettings
 
 STATIC = Path(__file__).parent.parent / "static"
-STALLED_AFTER_S = 30.0
-"""Seconds without a finished engine step, while there is work, after which the server calls itself stalled."""
 
 _WORKING: Final = {"ok", "degraded"}
 
@@ -118,7 +116,7 @@ def _health(service: Service, problem: str | None) -> dict[str, Any]:
     status = "ok" if problem is None else "degraded"
     if not stats.accepting:
         status = "draining"
-    elif stats.seconds_since_progress > STALLED_AFTER_S:
+    elif stats.stalled:
         status = "stalled"
     return {
         "status": status,

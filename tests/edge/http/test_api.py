@@ -175,7 +175,7 @@ class TestHealth:
         assert body["queue"] == {"waiting": 0, "running": 0, "slots": 2, "max_waiting": 8}
 
     def test_stalled_when_the_engine_hangs(self, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("edge.http.routes.information.STALLED_AFTER_S", 0.2)
+        monkeypatch.setattr("edge.scheduler_stats.STALLED_AFTER_S", 0.2)
         server = serve()
         server.engine.gate.clear()
         with server.asking():

@@ -7,7 +7,6 @@ import pytest
 
 from edge.http.access import Access
 from edge.http.keys import Key, KeyRing, add_key, hash_key
-from edge.http.routes import information
 from edge.settings.server import ServerSettings
 from tests.fakes import MODEL_NAME, FakeEngine
 from tests.serving import Served, wait_for
@@ -39,7 +38,7 @@ def test_a_full_queue_is_alive_and_not_ready(serve: Serve) -> None:
 
 
 def test_an_engine_that_hangs_wants_a_restart(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(information, "STALLED_AFTER_S", 0.2)
+    monkeypatch.setattr("edge.scheduler_stats.STALLED_AFTER_S", 0.2)
     server = serve()
     server.engine.gate.clear()
     with server.asking():

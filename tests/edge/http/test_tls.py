@@ -17,7 +17,7 @@ import pytest
 from cryptography import x509
 
 from edge.cli import run
-from edge.commands.serve import Endpoints
+from edge.commands.ready import Endpoints
 from edge.config import load_settings
 from edge.errors import ConfigError
 from edge.http import accepting, authority

@@ -25,6 +25,7 @@ from edge.commands.trial import Start
 from edge.config import load_settings
 from edge.engine.engine import Engine
 from edge.errors import SignatureError
+from edge.scheduler_stats import STALLED_AFTER_S, SchedulerStats
 from edge.service import Service
 from edge.signing import PrivateKey, Trust, make_keys
 from edge.store import Store, open_source
@@ -247,8 +248,8 @@ class Progress:
 
     seconds_since_progress: float = 0.0
 
-    def stats(self) -> Progress:
-        return self
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(0, 1, 1, 1, accepting=True, seconds_since_progress=self.seconds_since_progress)
 
 
 class TestTrial:
@@ -287,7 +288,7 @@ class TestTrial:
         service = Progress()
         start.watch(cast("Service", service))
         assert ends == []
-        service.seconds_since_progress = trial.STALLED_AFTER_S + 1
+        service.seconds_since_progress = STALLED_AFTER_S + 1
         wait_for(lambda: ends == [trial.EXIT_STALLED])
         active = store.active()
         assert active is not None
