@@ -7,7 +7,7 @@ catch is refused here, by the size of its parts.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,10 @@ MAX_CHOICES = 1000
 """Entries of a choice list or of an ``enum``."""
 MAX_PROPERTIES = 500
 """Properties of one object: the time to compile grows with their square."""
+MAX_LINES = 500
+"""Of a Lark grammar: llguidance follows a chain of rules by recursion, and some 2,500 end the process."""
+MIN_INTEGER = -(2**62)
+"""In a schema: llguidance takes integers at the lower end of 64 bits apart without end, which ends the process."""
 MAX_DIVISOR = 1000
 """Product of the terms of all ``multipleOf`` as fractions: they become an automaton with about as many states."""
 _STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -66,6 +70,8 @@ def llguidance_source(grammar: Grammar) -> str:
         case "lark":
             if "%json" in grammar.source:
                 raise ValueError("%json is not supported: send the schema alone")
+            if len(grammar.source.splitlines()) > MAX_LINES:
+                raise ValueError(f"it has more than {MAX_LINES} lines")
             return LLMatcher.grammar_from_lark(grammar.source)
         case "choice":
             return LLMatcher.grammar_from_lark(_choice(json.loads(grammar.source)))
@@ -95,6 +101,8 @@ def _check_schema(schema: Any) -> None:
     for node in _nodes(schema):
         if _size(node.get("properties")) > MAX_PROPERTIES:
             raise ValueError(f"an object has more than {MAX_PROPERTIES} properties")
+        if any(_size(node.get(key)) > MAX_PROPERTIES for key in ("$defs", "definitions")):
+            raise ValueError(f"a schema has more than {MAX_PROPERTIES} definitions")
         if _size(node.get("enum")) > MAX_CHOICES:
             raise ValueError(f"an enum has more than {MAX_CHOICES} values")
         divisor *= _divisor(node.get("multipleOf"))
@@ -118,12 +126,14 @@ def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
     """Every object in a schema, level by level.
 
     Raises:
-        ValueError: it is nested too deeply, or no schema at all.
+        ValueError: it is nested too deeply, holds a number that is too small, or is no schema at all.
     """
     if not isinstance(schema, dict):
         raise ValueError("a schema is a JSON object")  # noqa: TRY004 - callers take it as one kind of refusal
     level: list[Any] = [schema]
     for _ in range(MAX_SCHEMA_DEPTH):
+        if any(type(value) is int and value < MIN_INTEGER for node in level for value in _values(node)):
+            raise ValueError(f"a number is below {MIN_INTEGER}")
         yield from (node for node in level if isinstance(node, dict))
         level = [child for node in level for child in _inner(node)]
         if not level:
@@ -132,5 +142,8 @@ def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 def _inner(node: Any) -> list[Any]:
-    children = node.values() if isinstance(node, dict) else node
-    return [child for child in children if isinstance(child, dict | list)]
+    return [child for child in _values(node) if isinstance(child, dict | list)]
+
+
+def _values(node: dict[str, Any] | list[Any]) -> Collection[Any]:
+    return node.values() if isinstance(node, dict) else node

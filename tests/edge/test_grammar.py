@@ -286,6 +286,11 @@ def _fake_words(count: int) -> list[str]:
     return [f"word{i * 7919 % 10007}" for i in range(count)]
 
 
+def _chain(length: int) -> str:
+    rules = [f"a{i}: a{i + 1}" for i in range(length)]
+    return "\n".join(["start: a0", *rules, f'a{length}: "x"'])
+
+
 REFUSED = {
     "no schema": Grammar("json_schema", "5"),
     "unknown type": schema({"type": "strin"}),
@@ -309,6 +314,13 @@ REFUSED = {
     "deep lark": Grammar("lark", "start: " + "(" * 3000 + '"a"' + ")" * 3000),
     "a schema inside lark": Grammar("lark", 'start: %json {"type": "integer", "multipleOf": 999983}'),
     "many choices": choice(*_fake_words(1001)),
+    # Each of these would end the process.
+    "the least integer": schema({"enum": [-(2**63)]}),
+    "the least integer but two, deep inside": schema({"type": "array", "items": {"const": [[2 - 2**63]]}}),
+    "a long chain of rules": Grammar("lark", _chain(3000)),
+    "a long chain of definitions": schema(
+        {"$ref": "#/$defs/0", "$defs": {f"{i}": {"$ref": f"#/$defs/{i + 1}"} for i in range(1800)} | {"1800": {}}}
+    ),
 }
 BOUNDED = {
     "exponential regex": Grammar("regex", "(a+)+$"),
@@ -324,6 +336,8 @@ BOUNDED = {
     "a wide range": schema({"type": "integer", "minimum": -(10**17), "maximum": 10**17 + 3}),
     "properties to the limit": schema({"type": "object", "properties": {word: {} for word in _fake_words(500)}}),
     "choices to the limit": choice(*_fake_words(1000)),
+    "a chain of rules to the limit": Grammar("lark", _chain(498)),
+    "integers to the limit": schema({"enum": [-(2**62), 2**63]}),
     "ambiguous grammar": Grammar("lark", 'start: s\ns: s s | s s s | "a" | '),
 }
 
