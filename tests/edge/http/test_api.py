@@ -103,7 +103,7 @@ class TestErrors:
             ("GET", "/static/../app.py", 404, "not_found"),
             ("GET", "/static/%2e%2e/app.py", 404, "not_found"),
             ("GET", "/static/missing.js", 404, "not_found"),
-            ("POST", "/static/style.css", 405, "method_not_allowed"),
+            ("POST", "/static/favicon.svg", 405, "method_not_allowed"),
             ("GET", CHAT, 405, "method_not_allowed"),
             ("DELETE", "/health", 405, "method_not_allowed"),
             ("GET", "/v1/models/gpt-4", 404, "model_not_found"),
@@ -284,12 +284,12 @@ class TestDisconnect:
 
 
 def test_headers_of_every_response(server: Served) -> None:
-    for path in ("/", "/health", "/nope", "/static/style.css", "/openapi.json"):
+    for path in ("/", "/health", "/nope", "/static/favicon.svg", "/openapi.json"):
         headers = server.client.get(path).headers
         assert "default-src 'none'" in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["x-request-id"]
-        assert headers["cache-control"] == ("no-cache" if path in {"/", "/static/style.css"} else "no-store")
+        assert headers["cache-control"] == ("no-cache" if path in {"/", "/static/favicon.svg"} else "no-store")
 
 
 def test_a_request_id_is_kept_if_it_is_harmless(server: Served) -> None:
