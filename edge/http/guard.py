@@ -107,6 +107,8 @@ class Guard:
                 self._check_queue(scope, headers)
             await (app or self._app)(scope, body.receive, response.send)
         except QwedgeError as error:
+            if response.status is not None:  # too late to say so: the connection ends without an end of the answer
+                raise
             await error_response(error, scope)(scope, receive, response.send)
         except Exception:
             # Our own fault, whatever it is: the client still gets an answer in the shape of all errors.
