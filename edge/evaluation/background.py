@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 MAX_REPORTS: Final = 50
 """Reports that are kept."""
-_ID: Final = re.compile(r"\d{8}-\d{6}-[a-z0-9_-]{1,64}-[0-9a-f]{4}")
+_ID: Final = re.compile(r"\d{8}-\d{9}-[a-z0-9_-]{1,64}-[0-9a-f]{4}")
 
 
 class _CancelledByUserError(Exception):
@@ -198,7 +198,9 @@ class BackgroundEvaluations:
 
 
 def _new_id(name: str) -> str:
-    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{name}-{secrets.token_hex(2)}"
+    """The time in milliseconds, so that ids sort as runs began; and something that no other one has."""
+    now = time.time_ns() // 1_000_000
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now // 1000))}{now % 1000:03}-{name}-{secrets.token_hex(2)}"
 
 
 def _describe(suite: Suite) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def test_ids_lead_nowhere_else(tmp_path: Path) -> None:
     folder = tmp_path / "evaluations"
     folder.mkdir()
     with evaluating(folder, says("")) as server:
-        for run_id in ("..%2Fsecret", "secret", "20260101-000000-factory-0000", "x" * 300):
+        for run_id in ("..%2Fsecret", "secret", "20260101-000000000-factory-0000", "x" * 300):
             for call in (server.client.get, server.client.delete):
                 assert call(f"/v1/evaluations/{run_id}").status_code == 404
     assert (tmp_path / "secret.json").exists()
@@ -191,13 +191,13 @@ def test_ids_lead_nowhere_else(tmp_path: Path) -> None:
 def test_old_reports_go_and_damaged_ones_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "MAX_REPORTS", 2)
     for number in range(3):
-        (tmp_path / f"2026010{number}-000000-factory-0000.json").write_text("{" * number)
+        (tmp_path / f"2026010{number}-000000000-factory-0000.json").write_text("{" * number)
     with evaluating(tmp_path, says("CHECK")) as server:
         assert len(server.client.get("/v1/evaluations").json()["runs"]) == 3
         run = start(server, limit=1)
         ended(server, run["id"])
     names = sorted(path.stem for path in tmp_path.iterdir())
-    assert names == ["20260102-000000-factory-0000", run["id"]]
+    assert names == ["20260102-000000000-factory-0000", run["id"]]
     assert json.loads((tmp_path / f"{run['id']}.json").read_text())["suite"] == "factory"
 
 
