@@ -32,6 +32,9 @@ from edge.settings.engine import EngineSettings
 from edge.tokenizer import Tokenizer
 from edge.trust import trust_of
 
+DEFAULT_PREFIX_BYTES = 64 << 20
+DEFAULT_PREFIX_STATES = 4
+"""What past prompts may take where the settings do not say it."""
 DEFAULT_CONTEXT = 4096
 """Tokens of one conversation where neither settings nor bundle ask for less; it bounds what the cache can take."""
 
@@ -119,10 +122,19 @@ def load_prefixes(manifest: Manifest, options: EngineSettings) -> PrefixCache:
         manifest: of the served bundle.
         options: budgets and folder.
     """
+    budget = _prefix_bytes(manifest, options)
     store = None
-    if options.prefix_store is not None and options.prefix_cache_mb:
+    if options.prefix_store is not None and budget:
         store = PrefixStore.open(options.prefix_store, options.prefix_store_mb << 20, _computed_by(manifest))
-    return PrefixCache(options.prefix_cache_mb << 20, store)
+    return PrefixCache(budget, store)
+
+
+def _prefix_bytes(manifest: Manifest, options: EngineSettings) -> int:
+    if options.prefix_cache_mb is not None:
+        return options.prefix_cache_mb << 20
+    # A state is as large as the keys and values of hundreds of tokens, and each entry has one.
+    states = 0 if manifest.state is None else DEFAULT_PREFIX_STATES * manifest.state.bytes_per_slot
+    return DEFAULT_PREFIX_BYTES + states
 
 
 def load_model(bundle: Path, manifest: Manifest, context_length: int) -> Model:

@@ -50,7 +50,7 @@ class EngineSettings(Section):
         None,
         ge=1,
         le=1 << 20,
-        description="MiB for keys and values of all sequences at work; when they are used up, the youngest sequence"
+        description="MiB for keys, values and states of all sequences at work; when they are used up, the youngest sequence"
         " waits and is computed again later. Without it, `slots` times `context` tokens.",
     )
     prefill_chunk: int = Field(
@@ -66,12 +66,13 @@ class EngineSettings(Section):
         description="Most tokens guessed ahead in one step from the text so far and the grammar, for all sequences"
         " together; 0 never guesses. Answers that copy (code edits, extractions) get faster, and no answer changes.",
     )
-    prefix_cache_mb: int = Field(
-        64,
+    prefix_cache_mb: int | None = Field(
+        None,
         ge=0,
         le=1 << 16,
-        description="MiB for keys and values of past prompts, so that a shared system prompt or a growing conversation"
-        " is not read again; 0 keeps none.",
+        description="MiB for keys, values and states of past prompts, so that a shared system prompt or a growing"
+        " conversation is not read again; 0 keeps none. Without it 64, and room for four states of a model that has"
+        " them.",
     )
     prefix_store: Path | None = Field(
         None,
