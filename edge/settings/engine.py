@@ -50,8 +50,8 @@ class EngineSettings(Section):
         None,
         ge=1,
         le=1 << 20,
-        description="MiB for keys, values and states of all sequences at work; when they are used up, the youngest sequence"
-        " waits and is computed again later. Without it, `slots` times `context` tokens.",
+        description="MiB for keys, values and states of all sequences at work; when they are used up, the youngest"
+        " sequence waits and is computed again later. Without it, `slots` times `context` tokens.",
     )
     prefill_chunk: int = Field(
         256,

@@ -73,7 +73,7 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
             "slots": 1,
             "kv_cache_mb": 32,
             "prefill_chunk": 64,
-            "prefix_cache_mb": None,
+            "prefix_cache_mb": 64,
             "prefix_store": tmp_path / "prefixes",
             "prefix_store_mb": 100,
             "draft_tokens": 5,
