@@ -139,7 +139,7 @@ def test_every_kernel_setting_exists() -> None:
 
 def test_the_compressed_swap_leaves_most_of_the_memory_to_the_model() -> None:
     zram = directives(COMMON / "zram-generator.conf")["zram0"]
-    # The generator is not in every distribution: its grammar is that of systemd's files, its sizes are expressions of `ram`.
+    # The generator is not in every distribution; its grammar is that of systemd's files, with expressions of `ram`.
     size = re.fullmatch(r"min\(ram / (\d+), (\d+)\)", zram["zram-size"])
     assert size is not None
     assert int(size[1]) >= 4
