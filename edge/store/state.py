@@ -44,15 +44,15 @@ class State(BaseModel):
     """By model name the highest counter that has worked; lower ones are refused."""
 
     def switched_to(self, name: str) -> State:
-        """``name`` is active and on trial; what worked last is where to go back to."""
-        if name == self.previous:
-            return self.rolled_back()
+        """``name`` is active and on trial, even if it has worked before; what worked last is where to go back to."""
+        if name == self.previous and self.starts is not None:
+            return self.rolled_back()  # the present one has not shown that it works
         previous = self.active if self.starts is None else self.previous
         failed = self.failed if self.failed != name else None
         return self.model_copy(update={"active": name, "previous": previous, "starts": 0, "failed": failed})
 
     def rolled_back(self) -> State:
-        """The previous bundle is active again."""
+        """The previous bundle is active again, and the present one nothing to go back to."""
         assert self.previous is not None
         return self.model_copy(update={"active": self.previous, "previous": None, "starts": None})
 

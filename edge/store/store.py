@@ -191,7 +191,9 @@ class Store:
             if previous is None:
                 raise StoreError("there is no bundle to go back to", hint="qwedge list shows what can be activated")
             self._admit(self.find(previous), allow_downgrade=allow_downgrade, watch=watch)
-            state = self._state.change(lambda state: state.rolled_back() if state.previous == previous else state)
+            state = self._state.change(
+                lambda state: state.switched_to(previous) if state.previous == previous else state
+            )
             return self._look(previous, state)
 
     def remove(self, name: str) -> None:

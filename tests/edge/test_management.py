@@ -79,6 +79,16 @@ def test_a_model_that_does_not_load_is_left_for_the_one_before(device: Device) -
     assert device.store.find("second").failed
 
 
+@pytest.mark.parametrize("kind", ["switch", "rollback"])
+def test_a_model_that_worked_once_and_does_not_load_any_more_is_left_too(device: Device, kind: str) -> None:
+    device.management.begin("switch", "second")
+    device.end()
+    device.broken.add("first")
+    device.management.begin(kind, "first" if kind == "switch" else None)  # type: ignore[arg-type]
+    assert device.end().state == "failed"
+    assert (device.served, device.active) == ("second", "second")
+
+
 def test_a_sound_bundle_is_found_sound(device: Device) -> None:
     device.management.begin("verify", "second")
     assert device.end().state == "done"
