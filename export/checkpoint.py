@@ -41,9 +41,19 @@ class StoredTensor:
     row_bytes: int
     decode: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
     """[rows, row_bytes] uint8 → as many float32 values, in order."""
+    order: NDArray[np.int64] | None = None
+    """Row of the file in which each row stands; None = in order."""
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows [start, stop) as float32 [stop - start, ...]."""
+        if self.order is None:
+            return self._run(start, stop)
+        places = self.order[start:stop]
+        runs = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+        return np.concatenate([self._run(int(run[0]), int(run[0]) + len(run)) for run in runs])
+
+    def _run(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows that follow each other in the file."""
         num_rows = stop - start
         raw = self.file.read(self.offset + start * self.row_bytes, num_rows * self.row_bytes)
         values = self.decode(raw.reshape(num_rows, self.row_bytes))

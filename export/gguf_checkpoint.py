@@ -1,6 +1,6 @@
 """A GGUF file read as if it were a Hugging Face folder: its names, keys and tokenizer are translated.
 
-A third architecture is one more row of :data:`ARCHITECTURES`. Bytes are read by offset and dequantized chunk by chunk
+A further architecture is one more row of :data:`ARCHITECTURES`. Bytes are read by offset and dequantized chunk by chunk
 with the ``gguf`` package.
 """
 
@@ -23,7 +23,9 @@ from export.checkpoint import Checkpoint, GenerationDefaults, Origin, StoredTens
 from export.files import DAMAGED, WeightFile, shown
 from export.generation import END_OF_TURN, generation_defaults
 from export.gguf_header import GGUFHeader, GGUFTensor, read_header
+from export.gguf_qwen3_5 import restore
 from export.gguf_tokenizer import GGUFTokenizer, rebuild_tokenizer, repair_template
+from export.text_part import text_tensors
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _END_OF_TEXT = "<|endoftext|>"
@@ -36,12 +38,14 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class GGUFArchitecture:
-    """How one ``general.architecture`` maps onto a Hugging Face model_type of the same name."""
+    """How one ``general.architecture`` maps onto a Hugging Face ``model_type``."""
 
+    model_type: str
     blocks: Mapping[str, str]
     """Name behind ``blk.{i}.`` → name behind ``model.layers.{i}.``."""
     config: Mapping[str, Any]
     """Keys of config.json that a GGUF implies but does not store."""
+    has_linear_attention: bool = False
 
 
 _TABLES = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
@@ -58,12 +62,33 @@ _DENSE_BLOCKS = {
 }
 ARCHITECTURES: Mapping[str, GGUFArchitecture] = {
     "qwen2": GGUFArchitecture(
+        model_type="qwen2",
         blocks={**_DENSE_BLOCKS, **{f"attn_{x}.bias": f"self_attn.{x}_proj.bias" for x in "qkv"}},
         config={"hidden_act": "silu", "use_sliding_window": False},
     ),
     "qwen3": GGUFArchitecture(
+        model_type="qwen3",
         blocks={**_DENSE_BLOCKS, **{f"attn_{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"}},
         config={"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False},
+    ),
+    "qwen35": GGUFArchitecture(
+        model_type="qwen3_5_text",
+        blocks={
+            **_DENSE_BLOCKS,
+            **{f"attn_{x}_norm.weight": f"self_attn.{x}_norm.weight" for x in "qk"},
+            "post_attention_norm.weight": "post_attention_layernorm.weight",
+            "attn_qkv.weight": "linear_attn.in_proj_qkv.weight",
+            "attn_gate.weight": "linear_attn.in_proj_z.weight",
+            "ssm_beta.weight": "linear_attn.in_proj_b.weight",
+            "ssm_alpha.weight": "linear_attn.in_proj_a.weight",
+            "ssm_conv1d.weight": "linear_attn.conv1d.weight",
+            "ssm_a": "linear_attn.A_log",
+            "ssm_dt.bias": "linear_attn.dt_bias",
+            "ssm_norm.weight": "linear_attn.norm.weight",
+            "ssm_out.weight": "linear_attn.out_proj.weight",
+        },
+        config={"hidden_act": "silu", "attention_bias": False, "attn_output_gate": True},
+        has_linear_attention=True,
     ),
 }
 _REQUIRED_KEYS = {
@@ -74,6 +99,14 @@ _REQUIRED_KEYS = {
     "num_key_value_heads": "attention.head_count_kv",
     "max_position_embeddings": "context_length",
 }
+_LINEAR_KEYS = {
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+    "full_attention_interval": "full_attention_interval",
+}
+_MTP_LAYERS = "nextn_predict_layers"
 
 
 def open_gguf(path: Path, origin: Origin) -> Checkpoint:
@@ -95,8 +128,13 @@ def open_gguf(path: Path, origin: Origin) -> Checkpoint:
     template, notes = _template(metadata, path.name)
     file = WeightFile.open(path)
     try:
-        stored, table_notes = _tensors(header, ARCHITECTURES[name], file, tokenizer.num_ids)
+        architecture = ARCHITECTURES[name]
+        stored, table_notes = _tensors(header, architecture, file, tokenizer.num_ids)
         config = _config(metadata, name, stored, path.name)
+        if architecture.has_linear_attention:
+            stored, skipped = text_tensors(config, _mark_prediction(config["num_hidden_layers"], stored))
+            stored = restore(config, stored)
+            notes += skipped
         return Checkpoint(
             config=config,
             generation=_generation(metadata, config, tokenizer, origin),
@@ -132,6 +170,13 @@ def _tensors(
         stored[EMBEDDING] = head
     what = f"kept the finer one ({kept.info.dtype}, not {dropped.info.dtype})"
     return stored, [f"token_embd.weight and output.weight are one tied table quantized twice: {what}"]
+
+
+def _mark_prediction(num_layers: int, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Name what predicts several tokens at once as the folder does: llama.cpp appends it to the layers."""
+    last = re.compile(r"(?:model\.layers|blk)\.(\d+)\.")
+    layers = {name: match and int(match[1]) for name in stored for match in [last.match(name)]}
+    return {f"mtp.{name}" if (layers[name] or 0) >= num_layers else name: stored[name] for name in stored}
 
 
 def _hf_name(name: str, architecture: GGUFArchitecture) -> str:
@@ -186,7 +231,8 @@ def _is_same_table(first: StoredTensor, second: StoredTensor, num_ids: int) -> b
 
 
 def _config(metadata: Mapping[str, Any], name: str, stored: Mapping[str, StoredTensor], file: str) -> dict[str, Any]:
-    config: dict[str, Any] = {"model_type": name, **ARCHITECTURES[name].config}
+    architecture = ARCHITECTURES[name]
+    config: dict[str, Any] = {"model_type": architecture.model_type, **architecture.config}
     for key, gguf_key in _REQUIRED_KEYS.items():
         config[key] = _number(metadata, f"{name}.{gguf_key}", int, file)
     heads = max(1, config["num_attention_heads"])
@@ -199,7 +245,19 @@ def _config(metadata: Mapping[str, Any], name: str, stored: Mapping[str, StoredT
     config["rope_scaling"] = _rope_scaling(metadata, name, file)
     config["vocab_size"] = stored[EMBEDDING].info.shape[0]
     config["tie_word_embeddings"] = HEAD not in stored
-    return config
+    return config | _linear_config(metadata, name, config, file) if architecture.has_linear_attention else config
+
+
+def _linear_config(metadata: Mapping[str, Any], name: str, config: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """What only a model with linear attention has, and its number of layers without those beyond the text."""
+    linear: dict[str, Any] = {key: _number(metadata, f"{name}.{end}", int, file) for key, end in _LINEAR_KEYS.items()}
+    values_size = _number(metadata, f"{name}.ssm.inner_size", int, file)
+    linear["linear_value_head_dim"] = max(1, values_size // linear["linear_num_value_heads"])
+    rotated = _number(metadata, f"{name}.rope.dimension_count", int, file)
+    linear["partial_rotary_factor"] = rotated / config["head_dim"]
+    beyond = metadata.get(f"{name}.{_MTP_LAYERS}")
+    linear["num_hidden_layers"] = max(1, config["num_hidden_layers"] - (beyond if type(beyond) is int else 0))
+    return linear
 
 
 def _rope_scaling(metadata: Mapping[str, Any], name: str, file: str) -> dict[str, Any] | None:

@@ -11,9 +11,9 @@ import numpy as np
 
 from edge.errors import CheckpointError
 from export.files import DAMAGED, shown
-from export.tokenizer_json import QWEN2_SPLIT, AddedToken, build_tokenizer
+from export.tokenizer_json import QWEN2_SPLIT, QWEN3_5_SPLIT, AddedToken, build_tokenizer
 
-SPLITS: Mapping[str, str] = {"qwen2": QWEN2_SPLIT}
+SPLITS: Mapping[str, str] = {"qwen2": QWEN2_SPLIT, "qwen35": QWEN3_5_SPLIT}
 """``tokenizer.ggml.pre`` → the expression that cuts text into words."""
 _ORDINARY_ADDED = frozenset(
     {

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from edge.errors import CheckpointError
 from export.checkpoint import open_checkpoint
-from tests.export import tiny
+from tests.export import tiny, tiny_qwen3_5
 
 NUM_CASES = 300
 MAX_SECONDS = 2.0
@@ -89,6 +89,12 @@ def test_gguf_headers(tmp_path: Path, kind: Kind, seed: int) -> None:
     path = tiny.write_gguf(tmp_path / "m.gguf", config, kind=kind, head_kind=Kind.Q8_0)
     header_bytes = path.read_bytes().index(b"output_norm.weight") + 40
     assert attack(path, path, header_bytes, seed) > NUM_CASES // 4
+
+
+def test_gguf_headers_with_linear_attention(tmp_path: Path) -> None:
+    path = tiny.write_gguf(tmp_path / "m.gguf", tiny_qwen3_5.text_config(linear_num_value_heads=4), kind=Kind.Q8_0)
+    header_bytes = path.read_bytes().index(b"tokenizer.ggml.tokens")
+    assert attack(path, path, header_bytes, 6) > NUM_CASES // 4
 
 
 def test_side_files_of_a_folder(tmp_path: Path) -> None:

@@ -14,11 +14,16 @@ from gguf import GGMLQuantizationType as Kind
 from tokenizers import Tokenizer
 
 from edge.errors import CheckpointError
+from export.architectures import architecture_for
 from export.catalog import find_by_title
 from export.checkpoint import Checkpoint, Origin, open_checkpoint
 from export.gguf_tokenizer import repair_template
+from export.oracle import Decoder
+from export.pipeline import export_bundle
+from export.progress import Silent
+from export.quantize.recipes import RECIPES
 from export.sources import default_cache, resolve
-from tests.export import tiny
+from tests.export import tiny, tiny_qwen3_5
 
 DATA = Path(__file__).parents[1] / "data"
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
@@ -87,6 +92,65 @@ def same_tensors(folder: Checkpoint, checkpoint: Checkpoint) -> None:
     for name in folder.tensors:
         np.testing.assert_array_equal(checkpoint.rows(name), folder.rows(name), err_msg=name)
         np.testing.assert_array_equal(checkpoint.rows(name, 3, 5), folder.rows(name, 3, 5), err_msg=name)
+
+
+@pytest.mark.parametrize("value_heads", [2, 4, 6])
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0])
+def test_qwen3_5_as_llama_cpp_changes_it_reads_as_the_folder(tmp_path: Path, value_heads: int, kind: Any) -> None:
+    config = tiny_qwen3_5.text_config(linear_num_value_heads=value_heads)
+    tiny.write_folder(tmp_path / "folder", config, dtype="F32")
+    tiny.write_gguf(tmp_path / "m.gguf", config, kind=kind)
+    with open_checkpoint(tmp_path / "folder") as folder, open_checkpoint(tmp_path / "m.gguf") as checkpoint:
+        assert checkpoint.tensors.keys() == folder.tensors.keys()
+        for name in folder.tensors:
+            expected, found = folder.rows(name), checkpoint.rows(name)
+            # Norms lose the last bit to the one that is added; matrices half a step of 8 bits.
+            np.testing.assert_allclose(found, expected, rtol=2e-7, atol=3e-7 if kind == Kind.F32 else 4e-3)
+            np.testing.assert_array_equal(checkpoint.rows(name, 1, min(7, len(found))), found[1:7], err_msg=name)
+        assert checkpoint.notes == folder.notes
+        assert checkpoint.config["model_type"] == "qwen3_5_text"
+        text = "hello नमस्ते สวัสดี مرحبا"
+        ours, theirs = (Tokenizer.from_buffer(each.tokenizer_json()) for each in (checkpoint, folder))
+        assert ours.encode(text).ids == theirs.encode(text).ids
+
+
+def test_qwen3_5_of_a_gguf_computes_what_that_of_the_folder_does(tmp_path: Path) -> None:
+    config = tiny_qwen3_5.text_config(linear_num_value_heads=4, tie_word_embeddings=False)
+    tiny.write_folder(tmp_path / "folder", config, dtype="F32")
+    tiny.write_gguf(tmp_path / "m.gguf", config, kind=Kind.F32)
+    logits = []
+    for source in ("folder", "m.gguf"):
+        bundle = tmp_path / f"{source}.bundle"
+        with open_checkpoint(tmp_path / source) as checkpoint:
+            export_bundle(checkpoint, bundle, RECIPES["fp32"], progress=Silent())
+        logits.append(Decoder(bundle).append(np.arange(20)))
+    np.testing.assert_allclose(logits[1], logits[0], atol=2e-5)
+    assert np.abs(logits[0]).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "expected"),
+    [
+        ("ssm.group_count", 2, 0, "qwen35.ssm.group_count = 0"),
+        ("ssm.group_count", 2, 3, "no multiple of 3 key heads"),
+        ("ssm.inner_size", 128, 1 << 30, "wrong shape"),
+        ("ssm.time_step_rank", 4, 2, "wrong shape"),
+        ("nextn_predict_layers", 1, 99, "both some"),
+        ("block_count", 5, 6, "lacks"),
+    ],
+)
+def test_linear_attention_that_does_not_fit(tmp_path: Path, name: str, old: int, new: int, expected: str) -> None:
+    path = tiny.write_gguf(tmp_path / "m.gguf", tiny_qwen3_5.text_config(linear_num_value_heads=4))
+    rewrite(path, key(f"qwen35.{name}") + uint32(old), key(f"qwen35.{name}") + uint32(new))
+    with pytest.raises(CheckpointError) as caught:
+        check(path)
+    assert expected in str(caught.value)
+
+
+def check(path: Path) -> None:
+    with open_checkpoint(path) as checkpoint:
+        decoder = architecture_for(checkpoint.config)
+        decoder.check({name: info.shape for name, info in checkpoint.tensors.items()})
 
 
 @pytest.mark.parametrize(("embedding", "head", "kept"), [("Q5_0", "Q8_0", "Q8_0"), ("Q8_0", "Q4_0", "Q8_0")])

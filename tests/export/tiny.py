@@ -189,14 +189,18 @@ def write_gguf(
     tensors = random_tensors(config, seed)
     if head_kind is not None and "lm_head.weight" not in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    writer = gguf.GGUFWriter(path, config["model_type"])
+    architecture = "qwen35" if _is_qwen3_5(config) else config["model_type"]
+    writer = gguf.GGUFWriter(path, architecture)
     _write_metadata(writer, config)
-    _write_tokenizer(writer, config["vocab_size"])
+    if architecture == "qwen35":
+        _write_linear_metadata(writer, config)
+        tensors = tiny_qwen3_5.as_llama_cpp(config, tensors)
+    _write_tokenizer(writer, config["vocab_size"], architecture)
     for name, values in tensors.items():
         stored = head_kind if name == "lm_head.weight" and head_kind else kind
-        if values.ndim == 1:
+        if values.ndim == 1 or "conv1d" in name:
             stored = gguf.GGMLQuantizationType.F32
-        writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
+        writer.add_tensor(gguf_name(name, architecture), gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -204,16 +208,19 @@ def write_gguf(
     return path
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str) -> str:
     """llama.cpp's name of a Hugging Face tensor, by the gguf package's own table."""
-    result: str | None = _name_table().get_name(name, try_suffixes=(".weight", ".bias"))
+    if name.startswith("blk."):
+        return name
+    result: str | None = _name_table(architecture).get_name(name, try_suffixes=(".weight", ".bias"))
     assert result is not None, name
     return result
 
 
 @cache
-def _name_table() -> Any:
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 64)
+def _name_table(architecture: str) -> Any:
+    names = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(names[architecture], 64)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -267,26 +274,39 @@ def _rounded(values: NDArray[np.float64]) -> NDArray[np.float32]:
 
 def _write_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_name("Tiny Test")
-    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_block_count(config["num_hidden_layers"] + config.get("mtp_num_hidden_layers", 0))
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_freq_base(config.get("rope_parameters", config)["rope_theta"])
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, num_rows: int) -> None:
+def _write_linear_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
+    writer.add_ssm_inner_size(config["linear_value_head_dim"] * config["linear_num_value_heads"])
+    writer.add_full_attention_interval(config["full_attention_interval"])
+    rope = config["rope_parameters"]
+    writer.add_rope_dimension_count(int(config["head_dim"] * rope["partial_rotary_factor"]))
+    writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
+    writer.add_nextn_predict_layers(config["mtp_num_hidden_layers"])
+
+
+def _write_tokenizer(writer: gguf.GGUFWriter, num_rows: int, architecture: str) -> None:
     tokens = [*vocab(), *ADDED]
     kinds = [gguf.TokenType.NORMAL] * len(vocab())
     kinds += [gguf.TokenType.USER_DEFINED if "tool" in text else gguf.TokenType.CONTROL for text in ADDED]
     padding = num_rows - len(tokens)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre("qwen35" if architecture == "qwen35" else "qwen2")
     writer.add_token_list([*tokens, *(f"[PAD{len(tokens) + i}]" for i in range(padding))])
     writer.add_token_types([*kinds, *[gguf.TokenType.UNUSED] * padding])
     writer.add_token_merges([f"{left} {right}" for left, right in MERGES])

@@ -8,6 +8,7 @@ and multi-token prediction; a quarter of each head is rotated; the eos of the co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -108,6 +109,44 @@ def random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArr
         return rng.normal(0.0, 0.5, shape)
     # All other norms multiply by 1 + weight.
     return values + 1.0 if name.endswith("linear_attn.norm.weight") else values
+
+
+def as_llama_cpp(config: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, Any]:
+    """Weights as llama.cpp's converter changes them before it writes a GGUF, under its names of linear attention.
+
+    Written from its description (https://github.com/ggml-org/llama.cpp/pull/19468), head by head.
+    """
+    key_heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    per_key = value_heads // key_heads
+    tiled = [key * per_key + turn for turn in range(per_key) for key in range(key_heads)]
+    keys = 2 * key_heads * config["linear_key_head_dim"]
+
+    def tile(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        heads = np.split(values, value_heads)
+        return np.concatenate([heads[head] for head in tiled])
+
+    def change(name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        part = name.partition("linear_attn.")[2]
+        if name.endswith("norm.weight") and part != "norm.weight":
+            return values + np.float32(1.0)
+        if part in ("in_proj_qkv.weight", "conv1d.weight"):
+            values = np.concatenate([values[:keys], tile(values[keys:])])
+            return values[:, 0, :] if values.ndim == 3 else values
+        if part == "out_proj.weight":
+            return np.ascontiguousarray(tile(values.T).T)
+        if part == "A_log":
+            return tile(-np.exp(values))
+        return tile(values) if part and part != "norm.weight" else values
+
+    return {_llama_name(name, config["num_hidden_layers"]): change(name, values) for name, values in tensors.items()}
+
+
+def _llama_name(name: str, num_layers: int) -> str:
+    """Multi-token prediction becomes a layer behind the others."""
+    name = name.replace("mtp.layers.0.", f"model.layers.{num_layers}.").replace("dt_bias", "dt_proj.bias")
+    parts = {"fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm"}
+    parts["norm"] = "shared_head_norm"
+    return re.sub(r"mtp\.(\w+)", lambda match: f"blk.{num_layers}.nextn.{parts[match[1]]}", name)
 
 
 def _full(text: Mapping[str, Any]) -> Shapes:
