@@ -92,7 +92,7 @@ class Management:
         self._thread: threading.Thread | None = None  # guarded by _lock
         self._served = ExitStack()
         """Keeps the bundle that is served from being removed."""
-        self._served_name: str | None = None
+        self._served_bundle: Installed | None = None
 
     @property
     def operation(self) -> Operation | None:
@@ -106,12 +106,12 @@ class Management:
 
     def serves(self, name: str | None) -> bool:
         """Whether this bundle is what is served."""
-        return name is not None and name == self._served_name
+        return name is not None and name == self.served
 
     @property
     def served(self) -> str | None:
         """The name in the store of what is served; None where that does not come from it."""
-        return self._served_name
+        return None if self._served_bundle is None else self._served_bundle.name
 
     def bundles(self) -> Sequence[Installed]:
         """The installed bundles.
@@ -128,7 +128,7 @@ class Management:
     def serving(self, installed: Installed) -> None:
         """Note what is served, so that no command removes it."""
         self._served.close()
-        self._served_name = installed.name
+        self._served_bundle = installed
         self._served.enter_context(self._need_store().serving(installed))
 
     def begin(self, kind: Kind, name: str | None = None, *, operation_id: str | None = None) -> Operation:
@@ -200,14 +200,15 @@ class Management:
 
     def _serve(self, installed: Installed) -> None:
         """Serve a bundle that the store has made active, or the one before it where that does not work."""
-        if installed.name == self._served_name:
+        if installed.name == self.served:
             return
+        served = self._served_bundle
         try:
             self._try(installed)
         except UnavailableError:
             raise  # the server stops: the next start tries the bundle
         except QwedgeError as error:
-            self._go_back(installed, error)
+            self._go_back(installed, served, error)
             raise
 
     def _try(self, installed: Installed) -> None:
@@ -218,12 +219,14 @@ class Management:
         probe(self._service)
         self._need_store().healthy(installed.name)
 
-    def _go_back(self, installed: Installed, error: QwedgeError) -> None:
-        before = self._need_store().failed(installed.name)
+    def _go_back(self, installed: Installed, served: Installed | None, error: QwedgeError) -> None:
+        """Serve what the store goes back to; where it knows nothing, what was served until now."""
+        before = self._need_store().failed(installed.name) or served
         if before is None:
             log.error("%s does not work, and there is none to go back to: %s", installed.name, error)
             return
         self._update(step="going back", progress=0.0)
+        self._need_store().verify(before.name)
         self._service.switch(lambda: self._load(before))
         self.serving(before)
 
