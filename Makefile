@@ -23,7 +23,7 @@ ORACLE_STAMP := $(ORACLE_VENV)/.installed
 CLIENTS_VENV := .venv-clients
 CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 
-.PHONY: help setup model run test bench-peers check docs lock oracle clients clean
+.PHONY: help setup model run test bench-peers check docs lock oracle clients offline-kit check-wheels clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -60,6 +60,11 @@ test: $(STAMP) ## set everything up and run the tests
 	@.ci/need-package.sh curl curl "the tests of the printed examples" || true
 	@.ci/need-package.sh chromium chromium "the test of the web page" || true
 	@.ci/need-package.sh chromium-driver chromedriver "the test of the web page" || true
+	@.ci/need-package.sh systemd systemd-analyze "the tests of firmware-configs" || true
+	@.ci/need-package.sh nftables nft "the tests of firmware-configs" || true
+	@.ci/need-package.sh shellcheck shellcheck "the tests of firmware-configs" || true
+	@.ci/need-package.sh logrotate logrotate "the tests of firmware-configs" || true
+	@.ci/need-package.sh iproute2 ip "the tests of firmware-configs" || true
 	@$(VENV)/bin/python -m pytest $(ARGS)
 	@$(if $(ARGS),,.ci/test-oracle.sh)
 	@$(if $(ARGS),,.ci/test-clients.sh)
@@ -97,6 +102,13 @@ $(CLIENTS_STAMP): .locks/clients.txt pyproject.toml .ci/make-venv.sh
 	@$(CLIENTS_VENV)/bin/python $(PIP) install --no-deps --require-hashes -r .locks/clients.txt
 	@$(CLIENTS_VENV)/bin/python $(PIP) install --no-deps --editable .
 	@touch $@
+
+offline-kit: $(STAMP) ## all that a device needs in one folder: BOARD=raspberry-pi-5 BUNDLE=models/... (docs/firmware.md)
+	@mkdir -p dist
+	@.ci/offline-kit.sh "$(BOARD)" "$(BUNDLE)" "$(or $(KIT),dist/qwedge-kit-$(BOARD))"
+
+check-wheels: $(STAMP) ## check that every locked package of the runtime has a wheel for ARM64
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; .ci/offline-kit.sh wheels aarch64 "$$folder"
 
 LOCK = UV_CUSTOM_COMPILE_COMMAND="make lock" .cache/uv/bin/uv pip compile --quiet --universal --generate-hashes \
 	--python-version 3.11 --fork-strategy fewest --no-emit-index-url pyproject.toml

@@ -103,6 +103,8 @@ install_program() {
         pip install --require-hashes --requirement "$kit/requirements.txt"
         pip install "$kit/wheels/qwedge-$QWEDGE_VERSION-py3-none-any.whl"
         act "$program/bin/qwedge" --version
+        # A power cut leaves what is complete, or what has no mark and is made anew.
+        act sync --file-system "$program"
         act touch "$program/.complete"
     fi
     [ "$(readlink "$root/opt/qwedge/current" 2>/dev/null)" != "$QWEDGE_VERSION-$id" ] || return 0
@@ -210,6 +212,7 @@ as_service() {
 }
 
 start() {
+    act sync --file-system "$root/opt/qwedge"
     if [ -z "$with_start" ]; then
         say "done; nothing was started"
         return 0

@@ -1,6 +1,7 @@
 """A system's mosquitto and its clients, with ``/etc/mosquitto`` as it is on a device.
 
-Prints JSON about who could do what. Run in a namespace of its own, after the folders are mounted. A script, so that it finds nothing but its own imports.
+Prints JSON about who could do what. Run in a namespace of its own, after the folders are mounted. A script, so that it
+finds nothing but its own imports.
 """
 
 from __future__ import annotations
