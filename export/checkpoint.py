@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,21 @@ class TensorInfo:
     """[rows, cols] or [n], in Hugging Face orientation: (out_features, in_features)."""
     dtype: str
     """Storage type as the file names it: ``BF16``, ``F16``, ``F32``, ``Q4_K``."""
+
+
+class Tensor(Protocol):
+    """What can be read as float32 rows, however it is stored."""
+
+    @property
+    def info(self) -> TensorInfo:
+        """Shape and type."""
+
+    @property
+    def file(self) -> WeightFile:
+        """Where it lies."""
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows [start, stop) as float32 [stop - start, ...]."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,7 @@ class Checkpoint:
         tensors: every tensor that can be read, by its Hugging Face name.
         origin: where it came from.
         notes: what the user should know about this checkpoint, one sentence each.
+        quantized: the method by which its weights were quantized already, if they are.
     """
 
     def __init__(
@@ -112,16 +128,18 @@ class Checkpoint:
         *,
         config: Mapping[str, Any],
         generation: GenerationDefaults,
-        stored: Mapping[str, StoredTensor],
+        stored: Mapping[str, Tensor],
         text: Text,
         origin: Origin,
         files: Sequence[Path],
         notes: Sequence[str] = (),
+        quantized: str | None = None,
     ) -> None:
         self.config = MappingProxyType(dict(config))
         self.generation = generation
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType({name: each.info for name, each in stored.items()})
         self.notes = tuple(notes)
+        self.quantized = quantized
         self._stored = stored
         self._text = text
         self.origin = origin
@@ -158,6 +176,10 @@ class Checkpoint:
         last = tensor.info.shape[0] if stop is None else stop
         assert 0 <= start <= last <= tensor.info.shape[0], (name, start, stop)
         return tensor.rows(start, last)
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        return self._stored[name]
 
     def tokenizer_json(self) -> bytes:
         """The tokenizer in the format of the ``tokenizers`` library."""

@@ -15,6 +15,8 @@ _LABELS = {
     "gates": "decay and update",
 }
 
+_AS_STORED = "Where a checkpoint is quantized already, layers keep its integers; only fp32 makes floats of them."
+
 
 def recipes_as_text() -> str:
     """All recipes, for people."""
@@ -22,7 +24,7 @@ def recipes_as_text() -> str:
     for recipe in RECIPES.values():
         lines = [f"  {label:<19} {text}" for label, text in _lines(recipe)]
         parts.append("\n".join([f"{recipe.name}: {recipe.purpose}", *lines]))
-    return "\n\n".join([*parts, f"Measured with {MEASURED_ON}."])
+    return "\n\n".join([*parts, _AS_STORED, f"Measured with {MEASURED_ON}."])
 
 
 def recipes_as_json() -> str:

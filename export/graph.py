@@ -161,11 +161,19 @@ class GraphBuilder:
     def linear(
         self, x: ir.Value, name: str, form: Format, sources: Sequence[str], bias: Sequence[str] = ()
     ) -> ir.Value:
-        """``x @ W.T + b`` with W the rows of ``sources`` stacked: projections of one input share one kernel call."""
-        rounding = self._observe(self, x, name, form) if self._observe else quantize_rows
-        matrix = self.weights.matrix(name, sources, form, rounding)
+        """``x @ W.T + b`` with W the rows of ``sources`` stacked: projections of one input share one kernel call.
+
+        Where the checkpoint has integers already, they are kept, whatever ``form`` says.
+        """
+        matrix = self.weights.stored_matrix(name, sources) if isinstance(form, Blockwise) else None
+        if matrix is None:
+            rounding = self._observe(self, x, name, form) if self._observe else quantize_rows
+            matrix = self.weights.matrix(name, sources, form, rounding)
         self.matrix_bytes += matrix.num_bytes
-        product = self.matmul(x, matrix, self.vector(f"{name}.bias", bias) if bias else None)
+        inputs = x
+        if matrix.order is not None:
+            inputs = self.op("Gather", [x, self._constant(f"{name}.order", matrix.order)], axis=-1)
+        product = self.matmul(inputs, matrix, self.vector(f"{name}.bias", bias) if bias else None)
         return product if self._adapt is None else self._adapt(self, x, product, sources)
 
     def matmul(self, x: ir.Value, matrix: Matrix, bias: Tensor = None) -> ir.Value:

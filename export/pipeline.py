@@ -46,7 +46,7 @@ from export.graph import GraphBuilder
 from export.kv_scales import cache_test, calibrate, quantize_cache
 from export.lora import LoraPlaces, copy_adapters
 from export.progress import Progress, step
-from export.quantize.recipes import Recipe, recipe_named
+from export.quantize.recipes import Float32, Recipe, recipe_named, row_multiple
 from export.report import Quality, Row, built_in_windows, check_folder, compare, describe, new_report
 from export.report_page import write_report
 from export.verify import check_kernels, self_test
@@ -62,6 +62,25 @@ _NAME = re.compile(r"[^a-z0-9._-]+")
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Matrices of the layers, which a quantized checkpoint has as integers."""
+
+    method: str
+    matrices: int
+    """Kept as stored."""
+    requantized: int
+    """Of a kind that kernels do not take: their values were quantized by the recipe."""
+
+    def note(self) -> str:
+        """What the user should know about it."""
+        others = f"; {self.requantized} that no kernel takes follow the recipe" if self.requantized else ""
+        return (
+            f"{self.matrices} matrices of the layers keep the integers of {self.method}, "
+            f"embedding and head follow the recipe{others}"
+        )
+
+
+@dataclass(frozen=True)
 class Graph:
     """A graph that was built, with its data file beside it."""
 
@@ -72,6 +91,9 @@ class Graph:
     kv: KVLayout
     parameter_count: int
     weight_bytes_per_token: int
+    row_multiple: int
+    kept: Kept | None
+    """What was kept of a checkpoint that is quantized already."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +176,8 @@ def export_bundle(
             source, files = _hash(checkpoint, staging, progress)
             manifest = Manifest(
                 name=model_name,
-                recipe=recipe.describe() | {"calibration": calibration.describe() if calibration else None},
-                row_multiple=recipe.row_multiple,
+                recipe=_recipe(recipe, calibration, graph),
+                row_multiple=graph.row_multiple,
                 source=source,
                 files=files,
                 adapters=entries,
@@ -168,7 +190,8 @@ def export_bundle(
             _publish(staging, destination.resolve(), manifest, key)
         if report is not None and known is not None:
             write_report(report, known)
-    return Report(destination, manifest, clock.seconds, checkpoint.notes)
+    notes = (*checkpoint.notes, graph.kept.note()) if graph.kept else checkpoint.notes
+    return Report(destination, manifest, clock.seconds, notes)
 
 
 def build_graph(
@@ -211,7 +234,19 @@ def build_graph(
         model = builder.model(architecture.model_type)
     assert weights.parameter_count == architecture.parameter_count()
     ir.save(model, folder / GRAPH)
-    return Graph(model, architecture, length, architecture.kv_layout(), weights.parameter_count, bytes_per_token)
+    kept = None
+    if checkpoint.quantized and not isinstance(recipe.layer.qkv, Float32):
+        kept = Kept(checkpoint.quantized, len(weights.kept), len(weights.requantized))
+    return Graph(
+        model=model,
+        architecture=architecture,
+        context_length=length,
+        kv=architecture.kv_layout(),
+        parameter_count=weights.parameter_count,
+        weight_bytes_per_token=bytes_per_token,
+        row_multiple=max(recipe.row_multiple, row_multiple(weights.kept.values())),
+        kept=kept,
+    )
 
 
 def _with_int8_cache(
@@ -253,6 +288,12 @@ def _quality(graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Prog
         reference = build_graph(checkpoint, folder, recipe_named("fp32"), progress=progress)
         with step(progress, "measuring what the recipe costs", None):
             return compare(windows.logits(reference.model, folder), windows.logits(graph.model, staging), windows)
+
+
+def _recipe(recipe: Recipe, calibration: CalibrationText | None, graph: Graph) -> dict[str, Any]:
+    """How the weights were quantized, for the manifest."""
+    kept = {"as_stored": asdict(graph.kept)} if graph.kept else {}
+    return recipe.describe() | {"calibration": calibration.describe() if calibration else None} | kept
 
 
 def _row(recipe: Recipe, calibration: CalibrationText | None, graph: Graph, staging: Path, quality: Quality) -> Row:

@@ -9,10 +9,11 @@ from typing import Any
 
 from edge.errors import CheckpointError
 from export.catalog import FAMILY_SAMPLING, catalog, find_by_title
-from export.checkpoint import Checkpoint, Origin, StoredTensor, Text
+from export.checkpoint import Checkpoint, Origin, StoredTensor, Tensor, Text
 from export.files import DAMAGED, read_bytes, read_json, read_text, shown
 from export.generation import END_OF_TURN, generation_defaults
-from export.safetensors_header import open_shard
+from export.prequantized import read_quantized
+from export.safetensors_header import FLOATS, open_shard, unsupported
 from export.text_part import text_config, text_tensors
 from export.tokenizer_json import QWEN2_SPLIT, QWEN3_5_SPLIT, AddedToken, build_tokenizer, inspect_tokenizer
 
@@ -41,11 +42,8 @@ def open_folder(folder: Path, origin: Origin) -> Checkpoint:
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}", hint=_folder_hint(folder))
     config = read_json(folder / CONFIG)
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        hint = "use the original BF16 checkpoint, or a GGUF"
-        raise CheckpointError(f"{folder} is quantized with {method}, which is not supported", hint=hint)
-    config = text_config(config)
+    config = text_config(config, keep="quantization_config")
+    quantization = config.pop("quantization_config", None)
     tokenizer_config = _optional_json(folder / TOKENIZER_CONFIG)
     split = QWEN3_5_SPLIT if config.get("model_type") in _QWEN3_5 else QWEN2_SPLIT
     tokenizer = _tokenizer(folder, tokenizer_config, split)
@@ -55,7 +53,9 @@ def open_folder(folder: Path, origin: Origin) -> Checkpoint:
     generation = generation_defaults(_generation_config(folder, config, origin), config, also_stop=also_stop)
     with ExitStack() as stack:
         everything, shards = _weights(folder, stack)
-        stored, notes = text_tensors(config, everything)
+        original = read_quantized(quantization, everything) if quantization else everything
+        stored, notes = text_tensors(config, original)
+        _refuse_other_types(stored)
         notes += _drop_tied_head(config, stored)
         if split == QWEN3_5_SPLIT and split not in facts.splits:
             notes.append(_OTHER_SPLIT)
@@ -67,6 +67,7 @@ def open_folder(folder: Path, origin: Origin) -> Checkpoint:
             origin=origin,
             files=[*shards, *_read_besides(folder)],
             notes=notes,
+            quantized=quantization["quant_method"] if quantization else None,
         )
         stack.pop_all()
     return checkpoint
@@ -114,7 +115,13 @@ def _check_index(index: Mapping[str, str], stored: Mapping[str, StoredTensor]) -
         raise CheckpointError(f"{stored[name].file.path.name}: tensor {shown(name)} is not in {INDEX}", hint=DAMAGED)
 
 
-def _drop_tied_head(config: Mapping[str, Any], stored: dict[str, StoredTensor]) -> list[str]:
+def _refuse_other_types(stored: Mapping[str, Tensor]) -> None:
+    for name, tensor in stored.items():
+        if isinstance(tensor, StoredTensor) and tensor.info.dtype not in FLOATS:
+            raise unsupported(f"{tensor.file.path.name}: tensor {shown(name)}", tensor.info.dtype)
+
+
+def _drop_tied_head(config: Mapping[str, Any], stored: dict[str, Tensor]) -> list[str]:
     """Qwen3-0.6B and 1.7B store their tied table twice; transformers reads the embedding and so does the exporter."""
     if config.get("tie_word_embeddings") is not True or not {_EMBEDDING, _HEAD} <= stored.keys():
         return []

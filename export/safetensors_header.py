@@ -39,10 +39,22 @@ def _f32(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
     return raw.view("<f4").astype(np.float32, copy=False)
 
 
+def _i32(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return raw.view("<i4").astype(np.float32)
+
+
+def _i64(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return raw.view("<i8").astype(np.float32)
+
+
+FLOATS = frozenset({"BF16", "F16", "F32"})
+"""Types of weights as such; all others are parts of quantized ones."""
 _DTYPES: Mapping[str, tuple[int, Callable[[NDArray[np.uint8]], NDArray[np.float32]]]] = {
     "BF16": (2, _bf16),
     "F16": (2, _f16),
     "F32": (4, _f32),
+    "I32": (4, _i32),
+    "I64": (8, _i64),
 }
 """Bytes for one value, and how to decode them."""
 
@@ -86,8 +98,7 @@ def _entry(entry: Any, where: str) -> tuple[TensorInfo, int, int]:
         raise CheckpointError(f"{where} is described by {type(entry).__name__}, not an object", hint=DAMAGED)
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        hint = "use the original BF16, F16 or F32 checkpoint, or a GGUF"
-        raise CheckpointError(f"{where} has dtype {shown(dtype)}, which is not supported", hint=hint)
+        raise unsupported(where, dtype)
     if not _is_naturals(shape) or not 1 <= len(shape) <= _MAX_DIMS or 0 in shape:
         raise CheckpointError(f"{where} has shape {shown(shape)}", hint=DAMAGED)
     if not _is_naturals(span) or len(span) != 2:
@@ -98,6 +109,12 @@ def _entry(entry: Any, where: str) -> tuple[TensorInfo, int, int]:
         message = f"{where}: {dtype} {shown(shape)} needs {needed} bytes, its offsets span {end - begin}"
         raise CheckpointError(message, hint=DAMAGED)
     return TensorInfo(tuple(shape), dtype), begin, end
+
+
+def unsupported(where: str, dtype: Any) -> CheckpointError:
+    """The error for a tensor whose type is none of weights."""
+    hint = "use the original BF16, F16 or F32 checkpoint, or a GGUF"
+    return CheckpointError(f"{where} has dtype {shown(dtype)}, which is not supported", hint=hint)
 
 
 def _is_naturals(value: Any) -> TypeGuard[list[int]]:

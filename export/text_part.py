@@ -18,8 +18,12 @@ _SKIPPED = {"model.visual.": "vision", "mtp.": "multi-token prediction"}
 Stored = TypeVar("Stored")
 
 
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def text_config(config: Mapping[str, Any], keep: str = "") -> dict[str, Any]:
     """The config of the text part: ``text_config`` where there is one, with what only the outer config says.
+
+    Args:
+        config: config.json.
+        keep: the one object of the outer config that is not of another part.
 
     Raises:
         CheckpointError: ``text_config`` is no object.
@@ -29,7 +33,7 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     if not isinstance(inner, Mapping):
         raise CheckpointError("config.json: text_config is not an object", hint="check config.json")
-    return {**{key: value for key, value in config.items() if not key.endswith("_config")}, **inner}
+    return {**{key: value for key, value in config.items() if key == keep or not key.endswith("_config")}, **inner}
 
 
 def text_tensors(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:

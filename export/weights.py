@@ -7,7 +7,8 @@ most :data:`CHUNK_ELEMENTS` values, so the peak does not grow with the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from edge.bundle import WEIGHTS
 from edge.errors import ExportError
 from export.checkpoint import Checkpoint
+from export.prequantized.grid import GridLayout, GridTensor, common_layout
 from export.quantize.blockwise import QuantizedRows, dequantize_rows, quantize_rows
 from export.quantize.recipes import Blockwise, Float32, Format, Recipe
 
@@ -76,22 +78,22 @@ class DataFile:
         return self.initializer(name, _DTYPES[array.dtype.name], array.shape, offset)
 
 
+@dataclass(frozen=True)
 class Matrix:
-    """A weight matrix in the data file, ready for the nodes that use it.
+    """A weight matrix in the data file, ready for the nodes that use it."""
 
-    Attributes:
-        rows, columns: out features and in features.
-        form: its format; block size fitted to the columns.
-        parts: one initializer (float32: [rows, columns]) or three (codes, scales, zero points).
-        num_bytes: bytes in the data file.
-    """
-
-    def __init__(self, rows: int, columns: int, form: Format, parts: Sequence[ir.Value], num_bytes: int) -> None:
-        self.rows = rows
-        self.columns = columns
-        self.form = form
-        self.parts = tuple(parts)
-        self.num_bytes = num_bytes
+    rows: int
+    """Out features."""
+    columns: int
+    """In features."""
+    form: Format
+    """Its format; block size fitted to the columns."""
+    parts: tuple[ir.Value, ...]
+    """One initializer (float32: [rows, columns]) or three (codes, scales, zero points)."""
+    num_bytes: int
+    """In the data file."""
+    order: NDArray[np.int64] | None = None
+    """Input feature at each column; None = in order."""
 
 
 class Weights:
@@ -109,6 +111,10 @@ class Weights:
         self.file = file
         self.parameter_count = 0
         """Parameters written so far; a tensor that is written twice counts once."""
+        self.kept: dict[str, Blockwise] = {}
+        """Formats of the matrices that were kept as the checkpoint stores them, by name."""
+        self.requantized: list[str] = []
+        """Matrices that are integers in the checkpoint, but of a kind that could not be kept."""
         self._counted: set[str] = set()
         self._checkpoint = checkpoint
         self._progress = progress
@@ -135,6 +141,29 @@ class Weights:
         self._counted.update(sources)
         return matrix
 
+    def stored_matrix(self, name: str, sources: Sequence[str]) -> Matrix | None:
+        """The matrix with the integers that the checkpoint has; None where it has none, or none that kernels take."""
+        tensors = [self._checkpoint.stored(source) for source in sources]
+        grids = [tensor for tensor in tensors if isinstance(tensor, GridTensor)]
+        layout = common_layout(tensors)
+        if layout is None:
+            self.requantized += [name] if grids else []
+            return None
+        self.kept[name] = layout.form
+        if self.recipe.dequantize:
+            return self.matrix(name, sources, Float32())
+        chunks = (self._packed(*place, layout) for place in self._places(sources))
+        matrix = self._write(name, self._stacked_shape(sources), layout.form, chunks, layout.order)
+        self._counted.update(sources)
+        return matrix
+
+    def _packed(self, source: str, start: int, stop: int, layout: GridLayout) -> QuantizedRows:
+        tensor = self._checkpoint.stored(source)
+        assert isinstance(tensor, GridTensor)
+        rows = tensor.packed(start, stop, layout)
+        self._check(source, start, rows.scales, (stop - start) * tensor.info.shape[1])
+        return rows
+
     def _float_matrix(self, name: str, sources: Sequence[str], form: Format, rounding: Rounding) -> Matrix:
         rows, columns = self._stacked_shape(sources)
         offset = self.file.begin()
@@ -144,27 +173,37 @@ class Weights:
                 values = dequantize_rows(rounding(chunk, form), form, columns)
             self.file.append(values)
         value = self.file.initializer(name, ir.DataType.FLOAT, [rows, columns], offset)
-        return Matrix(rows, columns, Float32(), [value], rows * columns * 4)
+        return Matrix(rows, columns, Float32(), (value,), rows * columns * 4)
 
     def _quantized_matrix(self, name: str, sources: Sequence[str], form: Blockwise, rounding: Rounding) -> Matrix:
-        rows, columns = self._stacked_shape(sources)
+        chunks = (rounding(chunk, form) for chunk in self._chunks(sources))
+        return self._write(name, self._stacked_shape(sources), form, chunks)
+
+    def _write(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        form: Blockwise,
+        chunks: Iterable[QuantizedRows],
+        order: NDArray[np.int64] | None = None,
+    ) -> Matrix:
+        rows, columns = shape
         scales, zero_points = [], []
         blocks = -(-columns // form.block)
         block_bytes = form.block * form.bits // 8
         offset = self.file.begin()
-        for chunk in self._chunks(sources):
-            quantized = rounding(chunk, form)
-            self.file.append(quantized.codes)
-            scales.append(quantized.scales)
-            zero_points.append(quantized.zero_points)
+        for chunk in chunks:
+            self.file.append(chunk.codes)
+            scales.append(chunk.scales)
+            zero_points.append(chunk.zero_points)
         codes = self.file.initializer(f"{name}.codes", ir.DataType.UINT8, [rows, blocks, block_bytes], offset)
-        parts = [
+        parts = (
             codes,
             self.file.add(f"{name}.scales", np.concatenate(scales)),
             self.file.add(f"{name}.zero_points", np.concatenate(zero_points)),
-        ]
+        )
         num_bytes = rows * blocks * block_bytes + sum(part.const_value.nbytes for part in parts[1:] if part.const_value)
-        return Matrix(rows, columns, form, parts, num_bytes)
+        return Matrix(rows, columns, form, parts, num_bytes, order)
 
     def _stacked_shape(self, sources: Sequence[str]) -> tuple[int, int]:
         shapes = [self.shape(source) for source in sources]
@@ -172,19 +211,27 @@ class Weights:
 
     def _chunks(self, sources: Sequence[str]) -> Iterator[NDArray[np.float32]]:
         """Row chunks of the stacked sources."""
+        for source, start, stop in self._places(sources):
+            yield self._read(source, start, stop)
+
+    def _places(self, sources: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+        """Source, first row and row after the last of each chunk."""
         for source in sources:
             rows, columns = self._checkpoint.tensors[source].shape
             step = max(1, CHUNK_ELEMENTS // columns)
             for start in range(0, rows, step):
-                yield self._read(source, start, min(start + step, rows))
+                yield source, start, min(start + step, rows)
 
     def _read(self, source: str, start: int, stop: int | None) -> NDArray[np.float32]:
-        """Some rows, checked for numbers that would poison a whole block."""
         rows = self._checkpoint.rows(source, start, stop)
-        if not np.isfinite(rows).all():
+        self._check(source, start, rows, rows.size)
+        return rows
+
+    def _check(self, source: str, start: int, values: NDArray[np.float32], size: int) -> None:
+        """Refuse numbers that would poison a whole block, and count ``size`` parameters."""
+        if not np.isfinite(values).all():
             hint = "the checkpoint is damaged: download it again"
             raise ExportError(f"{source} holds NaN or infinity at row {start} or after", hint=hint)
         if source not in self._counted:
-            self.parameter_count += rows.size
-            self._progress(rows.size)
-        return rows
+            self.parameter_count += size
+            self._progress(size)

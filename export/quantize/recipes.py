@@ -7,7 +7,7 @@ the measurements behind the choices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
@@ -105,13 +105,8 @@ class Recipe:
 
     @property
     def row_multiple(self) -> int:
-        """Rows that a product must have a multiple of, for a row to be rounded alike in every one.
-
-        With larger blocks MatMulNBits sums the last of an odd number of rows in another order than all others, on x86;
-        and so does a float product with a single row.
-        """
-        forms = (self.layer.qkv, self.layer.out, self.layer.gate_up, self.layer.down)
-        return 1 if all(isinstance(form, Blockwise) and form.block <= _EXACT_BLOCKS[form.bits] for form in forms) else 2
+        """:func:`row_multiple` of its formats."""
+        return row_multiple([self.layer.qkv, self.layer.out, self.layer.gate_up, self.layer.down])
 
     def describe(self) -> dict[str, Any]:
         """The table as it stands in the manifest."""
@@ -122,6 +117,15 @@ class Recipe:
             "head": _describe_head(self.head),
             "accuracy_level": self.accuracy_level,
         }
+
+
+def row_multiple(forms: Iterable[Format]) -> int:
+    """Rows that products in these formats must have a multiple of, for a row to be rounded alike in every one.
+
+    With larger blocks MatMulNBits sums the last of an odd number of rows in another order than all others, on x86; and
+    so does a float product with a single row.
+    """
+    return 1 if all(isinstance(form, Blockwise) and form.block <= _EXACT_BLOCKS[form.bits] for form in forms) else 2
 
 
 MEASURED_ON = "Qwen2.5-Coder-0.5B-Instruct on wikitext-2 and HumanEval (tests/bench/divergence.py)"

@@ -7,13 +7,14 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
 from edge.errors import CheckpointError
 from export.checkpoint import open_checkpoint
-from tests.export import tiny, tiny_qwen3_5
+from tests.export import packed, tiny, tiny_qwen3_5
 
 NUM_CASES = 300
 MAX_SECONDS = 2.0
@@ -95,6 +96,22 @@ def test_gguf_headers_with_linear_attention(tmp_path: Path) -> None:
     path = tiny.write_gguf(tmp_path / "m.gguf", tiny_qwen3_5.text_config(linear_num_value_heads=4), kind=Kind.Q8_0)
     header_bytes = path.read_bytes().index(b"tokenizer.ggml.tokens")
     assert attack(path, path, header_bytes, 6) > NUM_CASES // 4
+
+
+QUANTIZED: dict[str, tuple[packed.Pack, dict[str, Any]]] = {
+    "gptq": (packed.gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32}),
+}
+
+
+@pytest.mark.parametrize(("method", "seed"), [(method, 7 + seed) for seed, method in enumerate(QUANTIZED)])
+def test_headers_of_quantized_weights(tmp_path: Path, method: str, seed: int) -> None:
+    write, settings = QUANTIZED[method]
+    packed.write_folder(tmp_path / "m", tiny.qwen2_config(num_hidden_layers=1), write, settings)
+    weights = tmp_path / "m" / "model.safetensors"
+    header_bytes = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    assert attack(weights, tmp_path / "m", header_bytes, seed) > NUM_CASES // 2
+    config = tmp_path / "m" / "config.json"
+    attack(config, tmp_path / "m", len(config.read_bytes()), seed)
 
 
 def test_side_files_of_a_folder(tmp_path: Path) -> None:

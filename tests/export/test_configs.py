@@ -79,7 +79,7 @@ class UnreadWeights(Weights):
         rows, columns = self._stacked_shape(sources)
         if isinstance(form, Float32):
             value = self.file.initializer(name, ir.DataType.FLOAT, [rows, columns], 0)
-            return Matrix(rows, columns, form, [value], rows * columns * 4)
+            return Matrix(rows, columns, form, (value,), rows * columns * 4)
         form = form.fit(columns)
         blocks = -(-columns // form.block)
         shapes = {
@@ -89,7 +89,7 @@ class UnreadWeights(Weights):
         }
         parts = [self.file.initializer(f"{name}.{part}", dtype, shape, 0) for part, (dtype, shape) in shapes.items()]
         return Matrix(
-            rows, columns, form, parts, sum(int(part.const_value.nbytes) for part in parts if part.const_value)
+            rows, columns, form, tuple(parts), sum(int(part.const_value.nbytes) for part in parts if part.const_value)
         )
 
     def _count(self, sources: Sequence[str]) -> None:

@@ -1,0 +1,231 @@
+"""GPTQ checkpoints: the integers are kept, and stand for what the reference formula says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from edge.errors import CheckpointError, ExportError
+from export.architectures import architecture_for
+from export.checkpoint import open_checkpoint
+from export.oracle import Decoder
+from export.pipeline import Report, export_bundle
+from export.progress import Silent
+from export.quantize.recipes import RECIPES, Recipe
+from tests.export import packed, tiny
+
+V1: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+V2 = V1 | {"checkpoint_format": "gptq_v2"}
+IDS = np.arange(24) * 7 % 200
+EXACT = replace(RECIPES["quality"], head=None, accuracy_level=0)
+"""Float activations: what remains is the order of sums."""
+
+
+def export(source: Path, output: Path, recipe: Recipe, **options: Any) -> Report:
+    with open_checkpoint(source) as checkpoint:
+        return export_bundle(checkpoint, output, recipe, progress=Silent(), **options)
+
+
+def nodes(bundle: Path, op_type: str) -> list[ir.Node]:
+    return [node for node in ir.load(bundle / "model.onnx").graph if node.op_type == op_type]
+
+
+def reads_as(model: packed.Model) -> None:
+    """Every tensor, in chunks that begin inside of words too, has exactly the reference's values."""
+    with open_checkpoint(model.folder) as checkpoint:
+        assert {name: info.shape for name, info in checkpoint.tensors.items()} == {
+            name: values.shape for name, values in model.values.items()
+        }
+        for name, values in model.values.items():
+            np.testing.assert_array_equal(checkpoint.rows(name), values, err_msg=name)
+            np.testing.assert_array_equal(checkpoint.rows(name, 3, 21), values[3:21], err_msg=name)
+
+
+def computes_as(model: packed.Model, tmp_path: Path) -> Report:
+    """A bundle with the integers computes what one with the reference's values in float32 does."""
+    plain = tiny.write_folder(tmp_path / "plain", _config_of(model))
+    tiny.write_safetensors(plain / "model.safetensors", model.values, "F32")
+    export(plain, tmp_path / "reference", RECIPES["fp32"])
+    export(model.folder, tmp_path / "float", RECIPES["fp32"])
+    data = [(tmp_path / name / "model.onnx.data").read_bytes() for name in ("reference", "float")]
+    assert data[0] == data[1]
+    report = export(model.folder, tmp_path / "integers", replace(EXACT, table=RECIPES["fp32"].table))
+    expected = Decoder(tmp_path / "reference").append(IDS)
+    np.testing.assert_allclose(Decoder(tmp_path / "integers").append(IDS), expected, atol=2e-5 * np.abs(expected).max())
+    return report
+
+
+def _config_of(model: packed.Model) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((model.folder / "config.json").read_text())
+    del config["quantization_config"]
+    return config
+
+
+@pytest.mark.parametrize("make_config", [tiny.qwen2_config, tiny.qwen3_config])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_values_are_those_of_the_formula(
+    tmp_path: Path, make_config: Any, bits: int, version: int, *, symmetric: bool
+) -> None:
+    write, settings = (packed.gptq, V1) if version == 1 else (packed.gptq_v2, V2)
+    settings = settings | {"bits": bits}
+    reads_as(packed.write_folder(tmp_path / "m", make_config(), write, settings, bits=bits, symmetric=symmetric))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_are_kept(tmp_path: Path, bits: int) -> None:
+    model = packed.write_folder(tmp_path / "m", tiny.qwen2_config(), packed.gptq, V1, bits=bits)
+    report = computes_as(model, tmp_path)
+    # Two layers of qkv, o, gate_up and down; the table is float32 here.
+    products = nodes(tmp_path / "integers", "MatMulNBits")
+    assert [(each.attributes["bits"].as_int(), each.attributes["block_size"].as_int()) for each in products] == [
+        (bits, 32)
+    ] * 8
+    assert len(nodes(tmp_path / "integers", "Gather")) == len(nodes(tmp_path / "float", "Gather"))
+    assert report.manifest.recipe["as_stored"] == {"method": "gptq", "matrices": 8, "requantized": 0}
+    assert "8 matrices of the layers keep the integers of gptq" in report.notes[-1]
+
+
+def test_columns_in_order_of_their_inputs(tmp_path: Path) -> None:
+    settings = V1 | {"desc_act": True}
+    model = packed.write_folder(tmp_path / "m", tiny.qwen3_config(), packed.gptq, settings, group=packed.shuffled(32))
+    reads_as(model)
+    report = computes_as(model, tmp_path)
+    assert report.manifest.recipe["as_stored"]["matrices"] == 8
+    assert len(nodes(tmp_path / "integers", "Gather")) == len(nodes(tmp_path / "float", "Gather")) + 8
+
+
+def test_zero_points_of_zero_borrow_from_their_neighbours(tmp_path: Path) -> None:
+    def zero(_: str, grid: packed.Grid) -> packed.Grid:
+        return replace(grid, zeros=np.where(grid.zeros % 3 == 0, 0, grid.zeros))
+
+    reads_as(packed.write_folder(tmp_path / "m", tiny.qwen2_config(), packed.gptq, V1, change=zero))
+
+
+def test_one_group_for_a_whole_row_is_kept_in_blocks(tmp_path: Path) -> None:
+    settings = V1 | {"group_size": -1}
+    group: packed.Group = lambda _, columns: np.zeros(columns, np.int64)  # noqa: E731
+    model = packed.write_folder(tmp_path / "m", tiny.qwen2_config(), packed.gptq, settings, group=group)
+    report = computes_as(model, tmp_path)
+    assert report.manifest.recipe["as_stored"]["matrices"] == 8
+    assert report.manifest.row_multiple == 2
+
+
+def test_what_no_kernel_takes_follows_the_recipe(tmp_path: Path) -> None:
+    def uneven(name: str, columns: int) -> Any:
+        groups = np.arange(columns) // 32
+        groups[31] = 1 if "o_proj" in name else 0
+        return groups
+
+    model = packed.write_folder(tmp_path / "m", tiny.qwen2_config(), packed.gptq, V1, group=uneven)
+    reads_as(model)
+    report = export(model.folder, tmp_path / "out", RECIPES["balanced"])
+    assert report.manifest.recipe["as_stored"] == {"method": "gptq", "matrices": 6, "requantized": 2}
+    assert "2 that no kernel takes" in report.notes[-1]
+
+
+def test_projections_sorted_differently_are_not_stacked(tmp_path: Path) -> None:
+    def group(name: str, columns: int) -> Any:
+        return np.random.default_rng(len(name) if "v_proj" in name else 0).permutation(np.arange(columns) // 32)
+
+    model = packed.write_folder(tmp_path / "m", tiny.qwen2_config(), packed.gptq, V1, group=group)
+    report = export(model.folder, tmp_path / "out", RECIPES["balanced"])
+    assert report.manifest.recipe["as_stored"]["requantized"] == 2
+
+
+def test_biases_of_zeros_are_left_out(tmp_path: Path) -> None:
+    def biased(grid: packed.Grid) -> packed.Parts:
+        return packed.gptq(grid) | {"bias": np.zeros(len(grid.codes), np.float16)}
+
+    model = packed.write_folder(tmp_path / "m", tiny.qwen2_config(), biased, V1)
+    reads_as(model)
+
+
+def test_bundles_repeat_to_the_byte(tmp_path: Path) -> None:
+    model = packed.write_folder(tmp_path / "m", tiny.qwen2_config(), packed.gptq, V1)
+    export(model.folder, tmp_path / "a", RECIPES["balanced"])
+    export(model.folder, tmp_path / "b", RECIPES["balanced"])
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+BASE = "model.layers.0.mlp.down_proj"
+Damage = Callable[[packed.Parts], None]
+
+
+def replaced(part: str, change: Callable[[Any], Any]) -> Damage:
+    def damage(parts: packed.Parts) -> None:
+        parts[f"{BASE}.{part}"] = change(parts[f"{BASE}.{part}"])
+
+    return damage
+
+
+def without(part: str, parts: packed.Parts) -> None:
+    del parts[f"{BASE}.{part}"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (partial(without, "scales"), "has no scales"),
+        (partial(without, "qzeros"), "has no qzeros"),
+        (partial(without, "qweight"), "has dtype 'I32'"),
+        (replaced("qweight", lambda x: x.astype(np.int64)), "has a qweight of I64"),
+        (replaced("qweight", lambda x: x[:, :32]), "parts that do not fit"),
+        (replaced("qweight", lambda x: x[:6]), "a g_idx for 96 of 48 columns"),
+        (replaced("qzeros", lambda x: x[:, :6]), "3 bits"),
+        (replaced("qzeros", lambda x: x[:2]), "parts that do not fit"),
+        (replaced("scales", lambda x: x.astype(np.int32)), "scales of I32"),
+        (replaced("scales", lambda x: x[:2]), "parts that do not fit"),
+        (replaced("g_idx", lambda x: x + 1), "does not number its 3 groups"),
+        (replaced("g_idx", lambda x: x - 1), "does not number its 3 groups"),
+        (replaced("g_idx", lambda x: x.astype(np.float32)), "g_idx of F32"),
+        (replaced("scales", lambda x: x * np.float16(np.nan)), "NaN"),
+    ],
+)
+def test_parts_that_lie(tmp_path: Path, damage: Damage, expected: str) -> None:
+    model = packed.write_folder(tmp_path / "m", tiny.qwen2_config(num_hidden_layers=1), packed.gptq, V1)
+    parts = packed.read_tensors(model.folder / "model.safetensors")
+    damage(parts)
+    packed.write_tensors(model.folder / "model.safetensors", parts)
+    with pytest.raises((CheckpointError, ExportError)) as caught:
+        export(model.folder, tmp_path / "out", RECIPES["balanced"])
+    assert expected in str(caught.value)
+    assert caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"quant_method": "aqlm"}, "quantized with 'aqlm'"),
+        ({"quant_method": 4}, "quantized with 4"),
+        ({"bits": 4}, "quantized with 'unknown'"),
+        ("gptq", "no object"),
+        (V1 | {"checkpoint_format": "marlin"}, "format 'marlin'"),
+        (V1 | {"checkpoint_format": ["gptq"]}, "format ['gptq']"),
+    ],
+)
+def test_methods_that_are_not_supported(tmp_path: Path, settings: Any, expected: str) -> None:
+    model = packed.write_folder(tmp_path / "m", tiny.qwen2_config(num_hidden_layers=1), packed.gptq, V1)
+    tiny.write_json(model.folder / "config.json", tiny.qwen2_config(quantization_config=settings))
+    with pytest.raises(CheckpointError) as caught, open_checkpoint(model.folder):
+        pass
+    assert expected in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_layer_of_integers_without_a_config_that_says_so(tmp_path: Path) -> None:
+    model = packed.write_folder(tmp_path / "m", tiny.qwen2_config(num_hidden_layers=1), packed.gptq, V1)
+    tiny.write_json(model.folder / "config.json", tiny.qwen2_config(num_hidden_layers=1))
+    with pytest.raises(CheckpointError, match="dtype 'I32'"), open_checkpoint(model.folder) as checkpoint:
+        architecture_for(checkpoint.config)
