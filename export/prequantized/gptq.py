@@ -29,8 +29,8 @@ from export.prequantized.grid import (
     unpack,
     whole_vector,
 )
+from export.safetensors_header import FLOATS
 
-FLOATS = ("F16", "BF16", "F32")
 _FORMATS = {"gptq": 1, "gptq_v2": 0}
 """``checkpoint_format`` → what is to be added to stored zero points."""
 

@@ -7,7 +7,7 @@ group, and the graph sorts the inputs alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +111,7 @@ class Parts:
         self.names: list[str] = []
         """Of the tensors that were taken."""
 
-    def take(self, part: str, dtypes: Sequence[str], num_dims: int = 2) -> StoredTensor:
+    def take(self, part: str, dtypes: Collection[str], num_dims: int = 2) -> StoredTensor:
         """A tensor that must be there.
 
         Raises:
@@ -122,7 +122,7 @@ class Parts:
             raise self.error("has no " + part)
         return tensor
 
-    def find(self, part: str, dtypes: Sequence[str], num_dims: int = 2) -> StoredTensor | None:
+    def find(self, part: str, dtypes: Collection[str], num_dims: int = 2) -> StoredTensor | None:
         """A tensor that may be there.
 
         Raises:
@@ -134,7 +134,7 @@ class Parts:
             return None
         if tensor.info.dtype not in dtypes or len(tensor.info.shape) != num_dims:
             what = f"{tensor.info.dtype} {shown(list(tensor.info.shape))}"
-            raise self.error(f"has a {part} of {what}, not {' or '.join(dtypes)} with {num_dims} dimensions")
+            raise self.error(f"has a {part} of {what}, not {' or '.join(sorted(dtypes))} with {num_dims} dimensions")
         self.names.append(name)
         return tensor
 

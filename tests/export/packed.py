@@ -81,7 +81,7 @@ def random_grid(seed: int, shape: tuple[int, ...], bits: int, groups: NDArray[np
 
 
 def pack(codes: Array, bits: int, order: Sequence[int] | None = None) -> NDArray[np.int32]:
-    """Integers [..., n] as words [..., n * bits / 32]; ``order`` says which of each n comes first, from the low bits."""
+    """Integers [..., n] as words [..., n * bits / 32]; ``order`` is that of the integers of a word, from the low bits."""
     per_word = 32 // bits
     words = np.zeros((*codes.shape[:-1], codes.shape[-1] // per_word), np.uint64)
     for place, which in enumerate(order or range(per_word)):
@@ -104,6 +104,15 @@ def gptq(grid: Grid, version: int = 1) -> Parts:
 def gptq_v2(grid: Grid) -> Parts:
     """The same with zero points as they are."""
     return gptq(grid, version=2)
+
+
+def awq(grid: Grid) -> Parts:
+    """qweight, qzeros and scales."""
+    return {
+        "qweight": pack(np.ascontiguousarray(grid.codes.T), 4, AWQ_ORDER),
+        "qzeros": pack(np.ascontiguousarray(grid.zeros.T), 4, AWQ_ORDER),
+        "scales": np.ascontiguousarray(grid.scales.T),
+    }
 
 
 IN_GROUPS_OF_32 = in_groups(32)

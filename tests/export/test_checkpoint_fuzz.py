@@ -100,6 +100,7 @@ def test_gguf_headers_with_linear_attention(tmp_path: Path) -> None:
 
 QUANTIZED: dict[str, tuple[packed.Pack, dict[str, Any]]] = {
     "gptq": (packed.gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32}),
+    "awq": (packed.awq, {"quant_method": "awq", "bits": 4, "version": "gemm"}),
 }
 
 

@@ -2,71 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
-from edge.errors import CheckpointError, ExportError
+from edge.errors import CheckpointError
 from export.architectures import architecture_for
 from export.checkpoint import open_checkpoint
-from export.oracle import Decoder
-from export.pipeline import Report, export_bundle
-from export.progress import Silent
-from export.quantize.recipes import RECIPES, Recipe
+from export.quantize.recipes import RECIPES
 from tests.export import packed, tiny
+from tests.export.packed_checks import Damage, computes_as, export, nodes, reads_as, refusal, replaced, without
 
 V1: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 V2 = V1 | {"checkpoint_format": "gptq_v2"}
-IDS = np.arange(24) * 7 % 200
-EXACT = replace(RECIPES["quality"], head=None, accuracy_level=0)
-"""Float activations: what remains is the order of sums."""
-
-
-def export(source: Path, output: Path, recipe: Recipe, **options: Any) -> Report:
-    with open_checkpoint(source) as checkpoint:
-        return export_bundle(checkpoint, output, recipe, progress=Silent(), **options)
-
-
-def nodes(bundle: Path, op_type: str) -> list[ir.Node]:
-    return [node for node in ir.load(bundle / "model.onnx").graph if node.op_type == op_type]
-
-
-def reads_as(model: packed.Model) -> None:
-    """Every tensor, in chunks that begin inside of words too, has exactly the reference's values."""
-    with open_checkpoint(model.folder) as checkpoint:
-        assert {name: info.shape for name, info in checkpoint.tensors.items()} == {
-            name: values.shape for name, values in model.values.items()
-        }
-        for name, values in model.values.items():
-            np.testing.assert_array_equal(checkpoint.rows(name), values, err_msg=name)
-            np.testing.assert_array_equal(checkpoint.rows(name, 3, 21), values[3:21], err_msg=name)
-
-
-def computes_as(model: packed.Model, tmp_path: Path) -> Report:
-    """A bundle with the integers computes what one with the reference's values in float32 does."""
-    plain = tiny.write_folder(tmp_path / "plain", _config_of(model))
-    tiny.write_safetensors(plain / "model.safetensors", model.values, "F32")
-    export(plain, tmp_path / "reference", RECIPES["fp32"])
-    export(model.folder, tmp_path / "float", RECIPES["fp32"])
-    data = [(tmp_path / name / "model.onnx.data").read_bytes() for name in ("reference", "float")]
-    assert data[0] == data[1]
-    report = export(model.folder, tmp_path / "integers", replace(EXACT, table=RECIPES["fp32"].table))
-    expected = Decoder(tmp_path / "reference").append(IDS)
-    np.testing.assert_allclose(Decoder(tmp_path / "integers").append(IDS), expected, atol=2e-5 * np.abs(expected).max())
-    return report
-
-
-def _config_of(model: packed.Model) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((model.folder / "config.json").read_text())
-    del config["quantization_config"]
-    return config
 
 
 @pytest.mark.parametrize("make_config", [tiny.qwen2_config, tiny.qwen3_config])
@@ -158,27 +109,12 @@ def test_bundles_repeat_to_the_byte(tmp_path: Path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-BASE = "model.layers.0.mlp.down_proj"
-Damage = Callable[[packed.Parts], None]
-
-
-def replaced(part: str, change: Callable[[Any], Any]) -> Damage:
-    def damage(parts: packed.Parts) -> None:
-        parts[f"{BASE}.{part}"] = change(parts[f"{BASE}.{part}"])
-
-    return damage
-
-
-def without(part: str, parts: packed.Parts) -> None:
-    del parts[f"{BASE}.{part}"]
-
-
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (partial(without, "scales"), "has no scales"),
-        (partial(without, "qzeros"), "has no qzeros"),
-        (partial(without, "qweight"), "has dtype 'I32'"),
+        (without("scales"), "has no scales"),
+        (without("qzeros"), "has no qzeros"),
+        (without("qweight"), "has dtype 'I32'"),
         (replaced("qweight", lambda x: x.astype(np.int64)), "has a qweight of I64"),
         (replaced("qweight", lambda x: x[:, :32]), "parts that do not fit"),
         (replaced("qweight", lambda x: x[:6]), "a g_idx for 96 of 48 columns"),
@@ -194,14 +130,7 @@ def without(part: str, parts: packed.Parts) -> None:
 )
 def test_parts_that_lie(tmp_path: Path, damage: Damage, expected: str) -> None:
     model = packed.write_folder(tmp_path / "m", tiny.qwen2_config(num_hidden_layers=1), packed.gptq, V1)
-    parts = packed.read_tensors(model.folder / "model.safetensors")
-    damage(parts)
-    packed.write_tensors(model.folder / "model.safetensors", parts)
-    with pytest.raises((CheckpointError, ExportError)) as caught:
-        export(model.folder, tmp_path / "out", RECIPES["balanced"])
-    assert expected in str(caught.value)
-    assert caught.value.hint
-    assert not (tmp_path / "out").exists()
+    assert expected in refusal(model, damage, tmp_path)
 
 
 @pytest.mark.parametrize(
