@@ -73,6 +73,9 @@ check_device() {
         fail "python$PYTHON_VERSION is not complete" "apt-get install python$PYTHON_VERSION"
     if [ -z "$root" ]; then
         [ -n "$dry" ] || [ "$(id -u)" = 0 ] || fail "only root installs a service" "sudo sh install.sh"
+        case $("$python" -c 'import sys; print(sys.base_prefix)')/ in
+        /root/* | /home/*) fail "$python lies in somebody's home, which the service does not see" "the system's Python" ;;
+        esac
         [ -d /run/systemd/system ] || fail "systemd does not run here" "--root DIR installs the files alone"
     fi
     need_room
@@ -102,6 +105,8 @@ install_program() {
         act "$python" -m venv --without-pip "$program"
         pip install --require-hashes --requirement "$kit/requirements.txt"
         pip install "$kit/wheels/qwedge-$QWEDGE_VERSION-py3-none-any.whl"
+        # By all cores: pip would use one, for as long as all the rest takes.
+        act "$program/bin/python" -m compileall -q -j 0 "$program/lib"
         act "$program/bin/qwedge" --version
         # A power cut leaves what is complete, or what has no mark and is made anew.
         act sync --file-system "$program"
@@ -116,7 +121,7 @@ install_program() {
 # pip out of its wheel: Debian's Python brings none. Settings of this machine's pip do not count.
 pip() {
     act env PIP_CONFIG_FILE=/dev/null "$program/bin/python" "$(echo "$kit"/wheels/pip-*.whl)/pip" --quiet --no-input \
-        --disable-pip-version-check --no-cache-dir "$@" --no-deps --no-index --find-links "$kit/wheels"
+        --disable-pip-version-check --no-cache-dir "$@" --no-compile --no-deps --no-index --find-links "$kit/wheels"
 }
 
 # --- files of the system -------------------------------------------------------------------------------------------------
