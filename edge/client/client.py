@@ -12,6 +12,7 @@ from edge.client.answer import text_of
 from edge.client.driving import Drive
 from edge.client.exchange import OnProgress
 from edge.client.setup import Target, chat_body, make_question
+from edge.errors import QwedgeError
 
 TIMEOUT_S: Final = 300.0
 """How long an answer may take unless the caller says otherwise."""
@@ -112,7 +113,11 @@ class Client(_Asker):
     """
 
     def __enter__(self) -> Self:
-        self._transport.connect()
+        try:
+            self._transport.connect()
+        except QwedgeError:
+            self.close()  # or it would go on trying
+            raise
         return self
 
     def __exit__(
@@ -191,7 +196,11 @@ class AsyncClient(_Asker):
     """
 
     async def __aenter__(self) -> Self:
-        await asyncio.to_thread(self._transport.connect)
+        try:
+            await asyncio.to_thread(self._transport.connect)
+        except QwedgeError:
+            await self.close()  # or it would go on trying
+            raise
         return self
 
     async def __aexit__(

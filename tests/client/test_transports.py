@@ -48,6 +48,7 @@ def test_who_is_not_let_in_hears_why(broker: EmbeddedBroker, treatment: Treatmen
         with pytest.raises(UnavailableError) as refusal, client:
             client.check()
         assert refusal.value.hint.startswith(hint)
+        assert not [thread for thread in threading.enumerate() if thread.name == "mqtt-network"], "it has given up"
 
 
 def test_an_old_broker_is_spoken_to_in_mqtt_3(broker: EmbeddedBroker, make_device: MakeDevice) -> None:

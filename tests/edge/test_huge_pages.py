@@ -36,7 +36,8 @@ def test_resident_memory_is_joined_and_untouched_memory_is_left_alone() -> None:
     if collapse_resident() == 0:
         pytest.skip("this system cannot join pages")
     assert huge_kib(values.ctypes.data + 8 * HUGE_PAGE) >= 8 * HUGE_PAGE // 1024
-    assert psutil.Process().memory_info().rss - before < 4 << 20
+    # Half of what is sparse would be 16 MiB; other threads of the tests take some meanwhile.
+    assert psutil.Process().memory_info().rss - before < 8 << 20
     np.testing.assert_array_equal(values, np.arange(len(values), dtype=np.uint8))
     assert sparse[: mmap.PAGESIZE * 2 : mmap.PAGESIZE * 2] == b"x"
 
