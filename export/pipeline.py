@@ -73,6 +73,8 @@ class Kept:
 
     def note(self) -> str:
         """What the user should know about it."""
+        if not self.matrices + self.requantized:
+            return f"the weights are floats of {self.method}: all follow the recipe"
         others = f"; {self.requantized} that no kernel takes follow the recipe" if self.requantized else ""
         return (
             f"{self.matrices} matrices of the layers keep the integers of {self.method}, "

@@ -47,6 +47,22 @@ def _i64(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
     return raw.view("<i8").astype(np.float32)
 
 
+def _f8_e4m3(raw: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return _E4M3[raw]
+
+
+def _e4m3_values() -> NDArray[np.float32]:
+    """What each byte stands for: sign, 4 bits of exponent, 3 of mantissa; the largest of either sign is NaN [1].
+
+    [1] Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433
+    """
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    size = np.where(exponent > 0, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(mantissa, -9))
+    return np.where(byte & 127 == 127, np.nan, np.where(byte & 128, -size, size)).astype(np.float32)
+
+
+_E4M3 = _e4m3_values()
 FLOATS = frozenset({"BF16", "F16", "F32"})
 """Types of weights as such; all others are parts of quantized ones."""
 _DTYPES: Mapping[str, tuple[int, Callable[[NDArray[np.uint8]], NDArray[np.float32]]]] = {
@@ -55,6 +71,7 @@ _DTYPES: Mapping[str, tuple[int, Callable[[NDArray[np.uint8]], NDArray[np.float3
     "F32": (4, _f32),
     "I32": (4, _i32),
     "I64": (8, _i64),
+    "F8_E4M3": (1, _f8_e4m3),
 }
 """Bytes for one value, and how to decode them."""
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 from tests.export import tiny
 
@@ -81,7 +81,7 @@ def random_grid(seed: int, shape: tuple[int, ...], bits: int, groups: NDArray[np
 
 
 def pack(codes: Array, bits: int, order: Sequence[int] | None = None) -> NDArray[np.int32]:
-    """Integers [..., n] as words [..., n * bits / 32]; ``order`` is that of the integers of a word, from the low bits."""
+    """Integers [..., n] as words [..., n * bits / 32]; ``order`` of the integers of a word, from the low bits."""
     per_word = 32 // bits
     words = np.zeros((*codes.shape[:-1], codes.shape[-1] // per_word), np.uint64)
     for place, which in enumerate(order or range(per_word)):
@@ -157,6 +157,34 @@ def write_folder(
         grid = change(name, grid)
         values[name] = grid.values()
         stored |= {f"{name.removesuffix('.weight')}.{part}": array for part, array in write(grid).items()}
+    return _finish(folder, stored, values, settings)
+
+
+def write_fp8(
+    folder: Path, config: Mapping[str, Any], settings: Mapping[str, Any], *, scales: str = "float32"
+) -> Model:
+    """A folder whose projections are float8_e4m3fn with a factor for each block of ``weight_block_size``."""
+    tiny.write_folder(folder, config)
+    values = tiny.random_tensors(config)
+    stored: Parts = {}
+    rng = np.random.default_rng(0)
+    height, width = settings["weight_block_size"]
+    for name, tensor in list(values.items()):
+        stored[name] = tensor
+        if not name.endswith("_proj.weight") or "visual" in name or "mtp" in name:
+            continue
+        # Every value there is but the two NaN.
+        codes = rng.integers(0, 127, tensor.shape) + 128 * rng.integers(0, 2, tensor.shape)
+        stored[name] = codes.astype(np.uint8)
+        rows, columns = tensor.shape
+        factors = rng.uniform(1e-4, 1e-3, (-(-rows // height), -(-columns // width))).astype(scales)
+        stored[f"{name}_scale_inv"] = factors
+        spread = factors.astype(np.float32).repeat(height, 0)[:rows].repeat(width, 1)[:, :columns]
+        values[name] = stored[name].view(ml_dtypes.float8_e4m3fn).astype(np.float32) * spread
+    return _finish(folder, stored, values, settings)
+
+
+def _finish(folder: Path, stored: Parts, values: tiny.Tensors, settings: Mapping[str, Any]) -> Model:
     write_tensors(folder / "model.safetensors", stored)
     content = json.loads((folder / "config.json").read_text())
     tiny.write_json(folder / "config.json", content | {"quantization_config": dict(settings)})
@@ -177,5 +205,8 @@ def write_tensors(path: Path, tensors: Parts) -> None:
 
 def read_tensors(path: Path) -> Parts:
     """The arrays of a file that :func:`write_tensors` wrote."""
-    tensors: Parts = load_file(path)
-    return tensors
+    types = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "I64": np.int64, "F8_E4M3": np.uint8}
+    entries = safetensors.deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+    return {
+        name: np.frombuffer(entry["data"], types[entry["dtype"]]).reshape(entry["shape"]) for name, entry in entries
+    }

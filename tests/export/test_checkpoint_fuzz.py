@@ -6,6 +6,7 @@ import random
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,19 @@ def test_gguf_headers_with_linear_attention(tmp_path: Path) -> None:
     assert attack(path, path, header_bytes, 6) > NUM_CASES // 4
 
 
-QUANTIZED: dict[str, tuple[packed.Pack, dict[str, Any]]] = {
-    "gptq": (packed.gptq, {"quant_method": "gptq", "bits": 4, "group_size": 32}),
-    "awq": (packed.awq, {"quant_method": "awq", "bits": 4, "version": "gemm"}),
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm"}
+FP8 = {"quant_method": "fp8", "weight_block_size": [32, 48]}
+QUANTIZED: dict[str, Callable[[Path, dict[str, Any]], packed.Model]] = {
+    "gptq": partial(packed.write_folder, write=packed.gptq, settings=GPTQ),
+    "awq": partial(packed.write_folder, write=packed.awq, settings=AWQ),
+    "fp8": partial(packed.write_fp8, settings=FP8),
 }
 
 
 @pytest.mark.parametrize(("method", "seed"), [(method, 7 + seed) for seed, method in enumerate(QUANTIZED)])
 def test_headers_of_quantized_weights(tmp_path: Path, method: str, seed: int) -> None:
-    write, settings = QUANTIZED[method]
-    packed.write_folder(tmp_path / "m", tiny.qwen2_config(num_hidden_layers=1), write, settings)
+    QUANTIZED[method](tmp_path / "m", tiny.qwen2_config(num_hidden_layers=1))
     weights = tmp_path / "m" / "model.safetensors"
     header_bytes = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
     assert attack(weights, tmp_path / "m", header_bytes, seed) > NUM_CASES // 2
