@@ -20,7 +20,7 @@ import socket, sys
 opened = []
 for port in map(int, sys.argv[2:]):
     try:
-        socket.create_connection((sys.argv[1], port), timeout=0.3).close()
+        socket.create_connection((sys.argv[1], port), timeout=0.15).close()
     except OSError:
         continue
     opened.append(port)

@@ -17,6 +17,26 @@ from tests.firmware.test_systemd import UNIT, directives
 from tests.firmware.tools import FIRMWARE, ROOT, attempt, missing, namespace, need, run
 
 BOARD = "x86-n100"
+# A machine of our own to install on: what is written goes to memory, systemd is asked by name and answers nothing.
+REAL_PATHS = """
+mount -t tmpfs none "$1"
+for name in etc opt var usr/local; do
+    mkdir -p "$1/$name/upper" "$1/$name/work"
+    mount -t overlay none -o "lowerdir=/$name,upperdir=$1/$name/upper,workdir=$1/$name/work" "/$name" || exit 99
+done
+mkdir -p /opt/qwedge && mount --bind "$2" /opt/qwedge
+mount -t tmpfs none /run && mkdir -p /run/systemd/system /run/bin
+for tool in systemctl sysctl; do
+    echo '#!/bin/sh' >/run/bin/$tool
+    echo '[ "$1" = --version ] && echo systemd 257 && exit' >>/run/bin/$tool
+    echo "echo $tool \\$* >>/run/calls" >>/run/bin/$tool
+    chmod +x /run/bin/$tool
+done
+PATH=/run/bin:/usr/bin:$PATH sh "$3/install.sh" --no-bundle || exit
+cat /run/calls
+getent passwd qwedge
+stat -c '%n %U %a' /etc/qwedge/credentials /var/lib/qwedge
+"""
 SCRIPTS = [FIRMWARE / "install.sh", FIRMWARE / "common/bin/qwedge", *sorted((ROOT / ".ci").glob("*.sh"))]
 
 
@@ -91,6 +111,31 @@ def test_the_installed_service_starts_without_a_network_and_answers(device: Path
     assert (seen["tokens"], seen["status"]) == (4, 0), seen["log"]
     if tuple(map(int, platform.release().split(".")[:2])) >= (6, 3):
         assert seen["no_executable_memory"]  # so MemoryDenyWriteExecute= holds
+
+
+def test_on_a_machine_with_systemd_users_folders_and_services_are_set_up(
+    kit: Path, device: Path, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root installs a service")
+    done = attempt(*namespace(mounts=True), "sh", "-c", REAL_PATHS, "sh", tmp_path, device / "opt/qwedge", kit)
+    if done.returncode == 99:
+        missing("this test needs overlay file systems")
+    if "lies in somebody's home" in done.stdout:  # a service that ProtectHome= keeps from its Python would not start
+        pytest.skip("this machine has no Python outside of homes")
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("sys")] == [
+        "systemctl daemon-reload",
+        "sysctl --quiet --system",
+        "systemctl try-restart systemd-journald.service",
+        "systemctl enable --now qwedge-power.service",
+        "systemctl enable qwedge.service",
+        "systemctl restart qwedge.service",
+    ], done.stdout
+    assert "install: file /etc/systemd/system/qwedge.service.d/systemd-254.conf" in lines
+    assert any(line.startswith("qwedge:") and line.endswith("/usr/sbin/nologin") for line in lines)
+    assert "/etc/qwedge/credentials root 700" in lines
+    assert "/var/lib/qwedge qwedge 700" in lines
 
 
 def test_the_installed_program_is_the_projects_alone(device: Path) -> None:

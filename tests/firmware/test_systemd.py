@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from edge.config import load_settings
 from edge.settings.server import ServerSettings
 from tests.firmware.tools import COMMON, FIRMWARE, attempt, namespace, need, run
 
@@ -61,6 +62,17 @@ def test_what_newer_systemds_do_better_is_a_drop_in_of_its_own(tmp_path: Path) -
         unknown = set(re.findall(r"notify-reload|Restart\w+", said))
         assert unknown == {"notify-reload", "RestartSteps", "RestartMaxDelaySec"}
         assert len(said.splitlines()) == len(unknown)
+
+
+def test_what_a_drop_in_sets_is_a_setting_and_its_files_are_credentials() -> None:
+    """lan.conf opens the server with TLS; a certificate that systemd does not hand over would be looked for in vain."""
+    text = (COMMON / "systemd" / "qwedge.service.d" / "lan.conf").read_text()
+    env = dict(re.findall(r"^Environment=(\w+)=(.*)$", text, re.MULTILINE))
+    server = load_settings(env={name: value.replace("%H", "edge-7") for name, value in env.items()}).server
+    assert server.host == "0.0.0.0"
+    assert server.allowed_hosts == ("edge-7.local", "edge-7")
+    handed_over = re.findall(r"^LoadCredential=([^:]+):/etc/qwedge/credentials/\1$", text, re.MULTILINE)
+    assert [str(server.tls_cert), str(server.tls_key)] == handed_over
 
 
 def test_an_unknown_key_would_be_found(tmp_path: Path) -> None:
