@@ -13,12 +13,18 @@ from edge.errors import CheckpointError
 from export.checkpoint import StoredTensor, Tensor
 from export.files import shown
 from export.prequantized.awq import read_awq
+from export.prequantized.compressed import read_compressed
 from export.prequantized.fp8 import read_fp8
 from export.prequantized.gptq import read_gptq
 
 Reader = Callable[[Mapping[str, Any], Mapping[str, StoredTensor]], dict[str, Tensor]]
 """From ``quantization_config`` and the tensors of the files to tensors as if nothing were quantized."""
-METHODS: Mapping[str, Reader] = {"gptq": read_gptq, "awq": read_awq, "fp8": read_fp8}
+METHODS: Mapping[str, Reader] = {
+    "gptq": read_gptq,
+    "awq": read_awq,
+    "fp8": read_fp8,
+    "compressed-tensors": read_compressed,
+}
 """By ``quant_method``."""
 _HINT = "use the original BF16 checkpoint, or a GGUF"
 

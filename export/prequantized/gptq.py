@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge.errors import CheckpointError
 from export.checkpoint import StoredTensor, Tensor, TensorInfo
@@ -25,9 +24,9 @@ from export.prequantized.grid import (
     Parts,
     check_bits,
     column_floats,
+    column_groups,
     column_words,
     unpack,
-    whole_vector,
 )
 from export.safetensors_header import FLOATS
 
@@ -60,7 +59,7 @@ def read_gptq(settings: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -
 
 def _matrix(parts: Parts, zero_offset: int) -> GridTensor:
     weights, zeros = parts.take("qweight", ["I32"]), parts.take("qzeros", ["I32"])
-    scales, groups = parts.take("scales", FLOATS), parts.find("g_idx", ["I32"], 1)
+    scales = parts.take("scales", FLOATS)
     num_groups, rows = scales.info.shape
     parts.check(weights.info.shape[1] == rows and zeros.info.shape[0] == num_groups, "has parts that do not fit")
     # GPTQModel can give matrices bits of their own; their shapes say it of each.
@@ -70,7 +69,7 @@ def _matrix(parts: Parts, zero_offset: int) -> GridTensor:
         info=TensorInfo((rows, columns), f"GPTQ_{bits}"),
         file=weights.file,
         bits=bits,
-        groups=_groups(parts, groups, columns, num_groups),
+        groups=column_groups(parts, "g_idx", columns, num_groups),
         read=_Packed(weights, zeros, scales, bits, zero_offset).read,
     )
 
@@ -97,17 +96,6 @@ class _Packed:
         skipped = start - first * per_word
         zero_points = zero_points[:, skipped : skipped + stop - start].T
         return GridRows(codes, column_floats(self.scales, start, stop), zero_points)
-
-
-def _groups(parts: Parts, stored: StoredTensor | None, columns: int, num_groups: int) -> NDArray[np.int64]:
-    if stored is None:
-        parts.check(columns % num_groups == 0, f"has {num_groups} groups for {columns} columns")
-        return np.arange(columns) // (columns // num_groups)
-    parts.check(stored.info.shape == (columns,), f"has a g_idx for {stored.info.shape[0]} of {columns} columns")
-    groups = whole_vector(stored, "<i4")
-    fits = groups.min() >= 0 and groups.max() == num_groups - 1
-    parts.check(bool(fits), f"has a g_idx that does not number its {num_groups} groups")
-    return groups
 
 
 def _is_superfluous(base: str, bias: StoredTensor) -> bool:

@@ -162,6 +162,29 @@ def check_bits(parts: Parts, bits: float) -> int:
     return int(bits)
 
 
+def column_groups(parts: Parts, name: str, columns: int, num_groups: int) -> NDArray[np.int64]:
+    """Group of each column: as the tensor ``name`` says, or in order where there is none.
+
+    Raises:
+        CheckpointError: not every column has a group, or not every group a column.
+    """
+    stored = parts.find(name, ["I32"], 1)
+    if stored is None:
+        parts.check(columns % num_groups == 0, f"has {num_groups} groups for {columns} columns")
+        return np.arange(columns) // (columns // num_groups)
+    parts.check(stored.info.shape == (columns,), f"has a {name} for {stored.info.shape[0]} of {columns} columns")
+    groups = whole_vector(stored, "<i4")
+    fits = groups.min() >= 0 and groups.max() == num_groups - 1
+    parts.check(bool(fits), f"has a {name} that does not number its {num_groups} groups")
+    return groups
+
+
+def row_words(tensor: StoredTensor, start: int, stop: int) -> NDArray[np.uint32]:
+    """Rows [start, stop) of a matrix of 32-bit words [rows, columns]."""
+    raw = tensor.file.read(tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
+    return raw.view("<u4").reshape(stop - start, -1)
+
+
 def column_words(tensor: StoredTensor, start: int, stop: int) -> NDArray[np.uint32]:
     """Columns [start, stop) of a matrix of 32-bit words [rows, columns]."""
     return column_bytes(tensor, start, stop).view("<u4")

@@ -115,6 +115,20 @@ def awq(grid: Grid) -> Parts:
     }
 
 
+def compressed(grid: Grid) -> Parts:
+    """weight_packed, weight_scale, weight_shape, and weight_zero_point and weight_g_idx where they say something."""
+    parts: Parts = {
+        "weight_packed": pack(grid.codes, grid.bits),
+        "weight_scale": grid.scales,
+        "weight_shape": np.array(grid.codes.shape),
+    }
+    if (grid.zeros != 1 << (grid.bits - 1)).any():
+        parts["weight_zero_point"] = pack(grid.zeros.T, grid.bits).T
+    if (np.diff(grid.groups) < 0).any():
+        parts["weight_g_idx"] = grid.groups.astype(np.int32)
+    return parts
+
+
 IN_GROUPS_OF_32 = in_groups(32)
 
 

@@ -102,9 +102,11 @@ def test_gguf_headers_with_linear_attention(tmp_path: Path) -> None:
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm"}
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 48]}
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 QUANTIZED: dict[str, Callable[[Path, dict[str, Any]], packed.Model]] = {
     "gptq": partial(packed.write_folder, write=packed.gptq, settings=GPTQ),
     "awq": partial(packed.write_folder, write=packed.awq, settings=AWQ),
+    "compressed-tensors": partial(packed.write_folder, write=packed.compressed, settings=COMPRESSED),
     "fp8": partial(packed.write_fp8, settings=FP8),
 }
 
