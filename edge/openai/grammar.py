@@ -42,6 +42,12 @@ def usable_grammar(model: Model, request: ChatRequest | CompletionRequest) -> Gr
     return grammar
 
 
+def asks_for_form(request: ChatRequest | CompletionRequest) -> bool:
+    """Whether the answer is to follow a grammar, which may take a while to compile."""
+    offers_tools = isinstance(request, ChatRequest) and bool(request.offered_tools)
+    return offers_tools or any(value is not None for _param, _kind, value in _candidates(request))
+
+
 def _loosest(model: Model, grammar: Grammar) -> Grammar | None:
     source = json.loads(grammar.source)
     source["functions"] = dict.fromkeys(source["functions"], _ANY_OBJECT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Final
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -17,11 +17,16 @@ from edge.http.disconnect import unless_disconnected
 from edge.http.event_stream import EventStream, comment, to_json
 from edge.model import Model
 from edge.openai import Answer, ChatRequest, CompletionRequest, parse_body, parse_chat, parse_completion, prepare
+from edge.openai.grammar import asks_for_form
 from edge.service import Event, Failed, GenerationRequest, Service
 
 log = logging.getLogger(__name__)
 
+SHORT_BODY: Final = 2048
+"""Bytes of a body that is read on the event loop."""
+
 Parse = Callable[[Mapping[str, Any]], ChatRequest | CompletionRequest]
+Read = tuple[ChatRequest | CompletionRequest, Sequence[GenerationRequest]]
 
 
 def openai_routes(service: Service) -> list[Route]:
@@ -42,9 +47,10 @@ def openai_routes(service: Service) -> list[Route]:
 
 
 async def _generate(service: Service, parse: Parse, request: Request) -> Response:
-    payload = await request.body()
-    wanted, generations = await run_in_threadpool(_read, service.model, parse, payload)
-    answer = Answer(service.model, wanted, generations)
+    model, payload = service.model, await request.body()
+    read = _read_at_once(model, parse, payload)
+    wanted, generations = read if read is not None else await run_in_threadpool(_read, model, parse, payload)
+    answer = Answer(model, wanted, generations)
     stream = answer_events(request, service, generations, wanted.model)
     if wanted.stream:
         first = await anext(stream)  # a refusal is raised here, while the status can still say so
@@ -53,9 +59,17 @@ async def _generate(service: Service, parse: Parse, request: Request) -> Respons
     return JSONResponse(body)
 
 
-def _read(
-    model: Model, parse: Parse, payload: bytes
-) -> tuple[ChatRequest | CompletionRequest, Sequence[GenerationRequest]]:
+def _read_at_once(model: Model, parse: Parse, payload: bytes) -> Read | None:
+    """A request that takes less time than handing it to a thread: short, in no form, without an adapter; else None."""
+    if len(payload) > SHORT_BODY:
+        return None
+    request = parse(parse_body(payload))
+    if asks_for_form(request) or request.model not in {None, model.manifest.name}:
+        return None
+    return request, prepare(model, request)
+
+
+def _read(model: Model, parse: Parse, payload: bytes) -> Read:
     request = parse(parse_body(payload))
     return request, prepare(model, request)
 
