@@ -213,7 +213,10 @@ install_bundle() {
 
 as_service() {
     state=STATE_DIRECTORY=$root/var/lib/qwedge
-    if [ -n "$root" ]; then act env "$state" "$@"; else act runuser -u qwedge -- env "$state" "$@"; fi
+    if [ -n "$root" ]; then set -- env "$state" ORT_DISABLE_TELEMETRY=1 "$@"; else
+        set -- runuser -u qwedge -- env "$state" ORT_DISABLE_TELEMETRY=1 "$@"
+    fi
+    act "$@"
 }
 
 start() {

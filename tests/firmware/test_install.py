@@ -66,7 +66,9 @@ def device(kit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def install(kit: Path, root: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return attempt("sh", kit / "install.sh", "--root", root, *options, env={"PIP_INDEX_URL": "http://127.0.0.1:9/"})
+    # With the state as the home, what is left there by the model's trial would be seen.
+    env = {"PIP_INDEX_URL": "http://127.0.0.1:9/", "HOME": f"{root}/var/lib/qwedge"}
+    return attempt("sh", kit / "install.sh", "--root", root, *options, env=env)
 
 
 def files(root: Path) -> dict[str, int]:
@@ -104,10 +106,14 @@ def test_the_installed_service_starts_without_a_network_and_answers(device: Path
     program, *arguments = directives(UNIT)["Service"]["ExecStart"].split()
     command = [f"{device}{program}", *(f"{device}{word}" if word.startswith("/etc") else word for word in arguments)]
     session = Path(__file__).with_name("service_session.py")
-    environment = {"STATE_DIRECTORY": f"{device}/var/lib/qwedge", "PYTHONPATH": ""}
+    home = device / "var/lib/qwedge"
+    environment = {"STATE_DIRECTORY": str(home), "HOME": str(home), "PYTHONPATH": ""}
+    name, value = directives(UNIT)["Service"]["Environment"].split("=", 1)
+    environment[name] = value
     seen = json.loads(run(*namespace(), sys.executable, session, *command, env=environment))
     assert "READY=1" in seen["told"]
     assert "STOPPING=1" in seen["told"]
+    assert not (home / ".cache").exists()  # where onnxruntime would keep what it knows of the device
     assert (seen["tokens"], seen["status"]) == (4, 0), seen["log"]
     if tuple(map(int, platform.release().split(".")[:2])) >= (6, 3):
         assert seen["no_executable_memory"]  # so MemoryDenyWriteExecute= holds
