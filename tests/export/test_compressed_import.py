@@ -68,7 +68,7 @@ def test_columns_in_order_of_their_inputs(tmp_path: Path) -> None:
         (replaced("weight_shape", lambda x: x * 0), "the weight_shape [0, 0]"),
         (replaced("weight_shape", lambda x: -x), "the weight_shape [-64, -96]"),
         (replaced("weight_shape", lambda x: x * 2), "2 bits"),
-        (replaced("weight_shape", lambda x: x + (64, 0)), "parts that do not fit"),
+        (replaced("weight_shape", lambda x: np.add(x, (64, 0))), "parts that do not fit"),
         (replaced("weight_packed", lambda x: x.astype(np.int64)), "a weight_packed of I64"),
         (replaced("weight_packed", lambda x: x[:32]), "parts that do not fit"),
         (replaced("weight_zero_point", lambda x: x[:4]), "parts that do not fit"),

@@ -11,9 +11,10 @@ import pytest
 
 from edge.errors import CheckpointError
 from export.architectures import architecture_for
+from export.calibration import BUILT_IN, CalibrationText
 from export.checkpoint import open_checkpoint
 from export.quantize.recipes import RECIPES
-from tests.export import packed, tiny
+from tests.export import packed, peft, tiny, tiny_qwen3_5
 from tests.export.packed_checks import Damage, computes_as, export, nodes, reads_as, refusal, replaced, without
 
 V1: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
@@ -53,6 +54,17 @@ def test_columns_in_order_of_their_inputs(tmp_path: Path) -> None:
     report = computes_as(model, tmp_path)
     assert report.manifest.recipe["as_stored"]["matrices"] == 8
     assert len(nodes(tmp_path / "integers", "Gather")) == len(nodes(tmp_path / "float", "Gather")) + 8
+
+
+def test_the_text_of_a_model_that_sees(tmp_path: Path) -> None:
+    model = packed.write_folder(tmp_path / "m", tiny_qwen3_5.config(), packed.gptq, V1)
+    with open_checkpoint(model.folder) as checkpoint:
+        for name in checkpoint.tensors:
+            source = name.replace("model.", "model.language_model.")
+            np.testing.assert_array_equal(checkpoint.rows(name), model.values[source], err_msg=name)
+    report = export(model.folder, tmp_path / "out", RECIPES["balanced"])
+    # Three layers of out_proj, gate_up and down, and one of qkv, o, gate_up and down.
+    assert report.manifest.recipe["as_stored"] == {"method": "gptq", "matrices": 13, "requantized": 0}
 
 
 def test_zero_points_of_zero_borrow_from_their_neighbours(tmp_path: Path) -> None:
@@ -99,6 +111,23 @@ def test_biases_of_zeros_are_left_out(tmp_path: Path) -> None:
 
     model = packed.write_folder(tmp_path / "m", tiny.qwen2_config(), biased, V1)
     reads_as(model)
+
+
+def test_the_reference_of_integers_is_their_floats(tmp_path: Path) -> None:
+    model = packed.write_folder(tmp_path / "m", tiny.qwen2_config(), packed.gptq, V1, group=packed.shuffled(32))
+    recipe = replace(RECIPES["balanced"], dequantize=True, table=RECIPES["fp32"].table, head=None)
+    export(model.folder, tmp_path / "dequantized", recipe)
+    export(model.folder, tmp_path / "float", RECIPES["fp32"])
+    data = [(tmp_path / name / "model.onnx.data").read_bytes() for name in ("dequantized", "float")]
+    assert data[0] == data[1]
+
+
+def test_calibration_an_int8_cache_and_adapters_go_with_integers(tmp_path: Path) -> None:
+    model = packed.write_folder(tmp_path / "m", tiny.qwen2_config(), packed.gptq, V1, group=packed.shuffled(32))
+    adapter = peft.write_adapter(tmp_path / "adapter", peft.adapter_tensors(tiny.shapes(tiny.qwen2_config()), rank=4))
+    options = {"calibration": CalibrationText.open(BUILT_IN), "kv": "int8", "adapters": {"one": adapter}}
+    report = export(model.folder, tmp_path / "out", RECIPES["balanced"], **options)
+    assert report.manifest.recipe["as_stored"]["matrices"] == 8
 
 
 def test_bundles_repeat_to_the_byte(tmp_path: Path) -> None:
