@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -129,6 +130,7 @@ def test_the_exporter_knows_only_what_lies_in_a_bundle_and_the_errors(path: Path
 
 IMPORT_EVERYTHING = """
 import importlib, json, logging, os, signal, sys, threading
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # else it would be set, the one thing that imports change
 before = os.environ.copy(), os.getcwd(), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 effects = []
 
@@ -162,6 +164,15 @@ def test_importing_the_runtime_has_no_effect() -> None:
     result = import_in_a_fresh_process(*(module_name(path) for path in sources("edge")))
     assert result["effects"] == []
     assert not {name.split(".")[0] for name in result["modules"]} & WORKSTATION_ONLY
+
+
+@pytest.mark.parametrize("module", ["edge.engine.session", "export.segments", "export.verify", "export.oracle"])
+def test_onnxruntime_tells_nobody_anything(module: str, tmp_path: Path) -> None:
+    """It would write a device id and events below the user's home when it is imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-B", "-c", f"import {module}"], cwd=ROOT, env=environment, check=True, timeout=60)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_line_starts_without_the_heavy_packages() -> None:
