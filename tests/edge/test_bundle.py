@@ -190,7 +190,9 @@ class TestManifest:
         change_manifest(bundle, lambda manifest: manifest.update({field: value}))
         assert f"malformed at {field}" in refusal(bundle)
 
-    @pytest.mark.parametrize("path", ["../outside", "/etc/passwd", "a/b", "a\\b", "..", ".", "", "x\0y", MANIFEST, SIGNATURE])
+    @pytest.mark.parametrize(
+        "path", ["../outside", "/etc/passwd", "a/b", "a\\b", "..", ".", "", "x\0y", MANIFEST, SIGNATURE]
+    )
     def test_a_path_out_of_the_bundle(self, bundle: Path, path: str) -> None:
         change_manifest(bundle, lambda manifest: manifest["files"][-1].update(path=path))
         assert "must be a plain file name" in refusal(bundle)
