@@ -121,6 +121,19 @@ class Management:
         """
         return self._need_store().list()
 
+    def unload(self) -> None:
+        """Let the weights leave the memory as soon as nothing runs; :meth:`load` or the next request brings them back."""
+        self._service.unload()
+
+    def load(self) -> None:
+        """Bring weights that have left the memory back, and see that the model answers.
+
+        Raises:
+            QwedgeError: it does not.
+        """
+        if self._service.stats().asleep:
+            probe(self._service)
+
     def listen(self, on_change: OnChange) -> None:
         """Have ``on_change`` told of every change from now on."""
         self._listeners.append(on_change)

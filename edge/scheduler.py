@@ -75,6 +75,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: deque[Sequence] = deque()  # guarded by _changed
         self._accepting = False  # guarded by _changed
+        self._unload = False  # guarded by _changed: the weights are to leave the memory with the next idleness
         self._stopping = False  # guarded by _changed
         self._running: list[Sequence] = []  # the engine's thread only, like all below
         self._prefilling: Sequence | None = None
@@ -141,6 +142,12 @@ class Scheduler:
         """End a sequence at the next step; harmless when it has ended already."""
         with self._changed:
             sequence.cancelled = True
+            self._changed.notify_all()
+
+    def unload(self) -> None:
+        """Let the weights leave the memory as soon as nothing is left to do; the next sequence brings them back."""
+        with self._changed:
+            self._unload = not self._asleep
             self._changed.notify_all()
 
     def stats(self) -> SchedulerStats:
@@ -247,18 +254,21 @@ class Scheduler:
         if self._called_within(_REST_AFTER_S):
             return
         self._engine.rest()
-        if not self._asleep and self._sleep_after_s is not None:
-            if self._called_within(max(0.0, self._sleep_after_s - _REST_AFTER_S)):
+        if not self._asleep:
+            after_s = self._sleep_after_s
+            if self._called_within(None if after_s is None else max(0.0, after_s - _REST_AFTER_S)):
                 return
-            log.info("idle for %.0f s: the weights leave the memory", self._sleep_after_s)
+            log.info("idle: the weights leave the memory")
             self._engine.sleep()
-            self._asleep = True
+            with self._changed:
+                self._asleep, self._unload = True, False
         self._called_within(None)
 
     def _called_within(self, timeout_s: float | None) -> bool:
-        """Whether work comes, or the scheduler is to stop, within that time; None waits for it."""
+        """Whether work comes, or the scheduler is to stop, within that time (None: for ever) and before an unload."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._stopping or not self._idle(), timeout_s)
+            self._changed.wait_for(lambda: self._stopping or self._unload or not self._idle(), timeout_s)
+            return self._stopping or not self._idle()
 
     def _wake(self) -> None:
         began = time.monotonic()

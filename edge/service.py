@@ -146,6 +146,12 @@ class Service:
         gc.collect()  # the weights go with the last reference to the engine
         trim_heap()
 
+    def unload(self) -> None:
+        """Let the weights leave the memory as soon as nothing runs; the next request brings them back."""
+        loaded = self._loaded
+        if loaded is not None:
+            loaded.scheduler.unload()
+
     def stats(self) -> SchedulerStats:
         """How busy the service is."""
         loaded = self._loaded

@@ -138,6 +138,16 @@ def test_models_are_switched_verified_and_rolled_back_over_http(server: Server) 
     assert model(server) == "first"
 
 
+def test_weights_are_unloaded_and_loaded(server: Server) -> None:
+    assert server.post("/v1/device/unload").status_code == 204
+    deadline = time.monotonic() + TIMEOUT_S
+    while not httpx.get(f"{server.url}/health").json()["asleep"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert server.post("/v1/device/load").status_code == 204
+    assert not httpx.get(f"{server.url}/health").json()["asleep"]
+
+
 def test_what_is_not_there_is_refused(server: Server) -> None:
     missing = server.post("/v1/bundles/third/switch")
     assert missing.status_code == 409

@@ -12,6 +12,7 @@ from edge.bundle import WEIGHTS
 from edge.errors import BundleError, ConfigError, ConflictError, QwedgeError, StoreError
 from edge.management import Management
 from tests.edge.managed import TIMEOUT_S, Device, export_two, managed
+from tests.edge.test_scheduler import until
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,18 @@ def test_a_reload_restarts_where_the_settings_are_sound(device: Device) -> None:
     device.management.close()
     assert device.restarts == 1
     assert device.management.operation == operation  # it is done when the process is back
+
+
+def test_weights_leave_the_memory_and_come_back(device: Device) -> None:
+    device.management.unload()
+    until(lambda: device.service.stats().asleep)
+    device.management.unload()  # twice is no more
+    device.management.load()
+    assert not device.service.stats().asleep
+    assert device.served == "first"
+    device.management.unload()
+    until(lambda: device.service.stats().asleep)
+    assert device.served == "first"
 
 
 def test_without_a_store_there_is_nothing_to_switch_to(device: Device) -> None:

@@ -47,11 +47,23 @@ def management_routes(management: Management) -> list[Route]:
         """Let running requests finish and begin anew: 202."""
         return await _begin(management, "restart")
 
+    async def unload(_request: Request) -> Response:
+        """Let the weights leave the memory as soon as nothing runs; the next request brings them back."""
+        await run_in_threadpool(management.unload)
+        return Response(status_code=204)
+
+    async def load(_request: Request) -> Response:
+        """Bring the weights back into memory, if they have left it."""
+        await run_in_threadpool(management.load)
+        return Response(status_code=204)
+
     return [
         Route("/v1/bundles", bundles),
         Route("/v1/bundles/rollback", rollback, methods=["POST"]),
         Route("/v1/bundles/{name}/switch", switch, methods=["POST"]),
         Route("/v1/bundles/{name}/verify", verify, methods=["POST"]),
+        Route("/v1/device/unload", unload, methods=["POST"]),
+        Route("/v1/device/load", load, methods=["POST"]),
         Route("/v1/device/reload", reload, methods=["POST"]),
         Route("/v1/device/restart", restart, methods=["POST"]),
     ]
