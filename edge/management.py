@@ -122,7 +122,7 @@ class Management:
         return self._need_store().list()
 
     def unload(self) -> None:
-        """Let the weights leave the memory as soon as nothing runs; :meth:`load` or the next request brings them back."""
+        """Let the weights leave the memory as soon as nothing runs; the next request brings them back."""
         self._service.unload()
 
     def load(self) -> None:
