@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import fastjsonschema
@@ -16,4 +19,10 @@ def validate(value: Any, schema: dict[str, Any]) -> None:
     Raises:
         SchemaError: it does not follow the schema.
     """
-    fastjsonschema.compile(schema, use_default=False)(value)
+    _compiled(json.dumps(schema))(value)
+
+
+@cache
+def _compiled(schema: str) -> Callable[[Any], Any]:
+    check: Callable[[Any], Any] = fastjsonschema.compile(json.loads(schema), use_default=False)
+    return check

@@ -31,7 +31,7 @@ def test_a_full_queue_is_alive_and_not_ready(serve: Serve) -> None:
     server = serve(FakeEngine(slots=1), max_queue=1)
     server.engine.gate.clear()
     with server.asking(), server.asking():
-        wait_for(lambda: server.service.stats().num_waiting == 1)
+        wait_for(lambda: (stats := server.service.stats()).num_running == stats.num_waiting == 1)
         assert statuses(server) == (200, 200, 503)
         server.engine.gate.set()
     wait_for(lambda: statuses(server) == (200, 200, 200))

@@ -162,7 +162,7 @@ def test_a_full_queue_is_noticed_before_the_body_is_looked_at(serve: Serve) -> N
     server = serve(FakeEngine(slots=1), max_queue=1)
     server.engine.gate.clear()
     with server.asking(), server.asking():
-        wait_for(lambda: server.service.stats().num_waiting == 1)
+        wait_for(lambda: (stats := server.service.stats()).num_running == stats.num_waiting == 1)
         refused = server.client.post("/v1/chat/completions", content=b"no JSON")
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
