@@ -50,8 +50,8 @@ class Commands:
         self._thread: threading.Thread | None = None
         self._begun: OrderedDict[str, None] = OrderedDict()
         """Topics of commands that this process has begun: what arrives on them is our own."""
-        self._current: tuple[str, Command, float] | None = None
-        """The topic of the running command, what was last told of it, and when."""
+        self._running: dict[str, tuple[Command, float]] = {}
+        """By topic of the commands that run or are about to: what was last told of them, and when."""
         management.listen(self._changed)
 
     def start(self) -> None:
@@ -102,12 +102,15 @@ class Commands:
         self._begun.move_to_end(name)
         while len(self._begun) > _MAX_SEEN:
             self._begun.popitem(last=False)
-        before, self._current = self._current, (name, command, 0.0)
+        if name in self._running:  # a copy of its order
+            self._tell(name, self._running[name][0])
+            return
+        self._running[name] = (Command(status="executing"), 0.0)
         try:
             kind = _kind(topic.type)
-            self._management.begin(kind, command.name, operation_id=topic.id)
+            self._management.begin(kind, command.name, operation_id=f"{topic.type}/{topic.id}")
         except QwedgeError as error:
-            self._current = before
+            del self._running[name]
             self._tell(name, Command(status="failed", name=command.name, error=command_error(error)))
 
     def _left_over(self, topic: CommandTopic, command: Command) -> Command:
@@ -118,11 +121,10 @@ class Commands:
 
     def _changed(self, operation: Operation) -> None:
         """On the operation's thread."""
-        if self._current is None:
+        name = f"{self._layout.commands.removesuffix('+/+')}{operation.id}"
+        if name not in self._running:
             return
-        name, told, told_at = self._current
-        if operation.id != name.rpartition("/")[2]:
-            return
+        told, told_at = self._running[name]
         command = Command(
             status=_STATUS[operation.state],
             name=operation.name,
@@ -133,7 +135,10 @@ class Commands:
         moved_only = command.model_copy(update={"progress": told.progress}) == told
         if moved_only and time.monotonic() - told_at < PROGRESS_S:
             return
-        self._current = (name, command, time.monotonic()) if operation.state == "running" else None
+        if operation.state == "running":
+            self._running[name] = (command, time.monotonic())
+        else:
+            del self._running[name]
         self._tell(name, command)
 
     def _tell(self, topic: str, command: Command) -> None:
