@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import Any
-
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,13 +9,12 @@ from starlette.routing import Route
 
 from edge.http.caller import answer_events
 from edge.http.disconnect import unless_disconnected
-from edge.http.event_stream import EventStream, comment, named_event
+from edge.http.event_stream import EventStream
+from edge.http.named_events import complete, server_sent
 from edge.model import Model
 from edge.openai import parse_body, prepare
 from edge.openai.responses import ResponseRequest, ResponseWriter, own_names, parse_response, to_chat
-from edge.service import Event, Failed, GenerationRequest, Service
-
-log = logging.getLogger(__name__)
+from edge.service import GenerationRequest, Service
 
 
 def response_routes(service: Service) -> list[Route]:
@@ -33,8 +27,8 @@ def response_routes(service: Service) -> list[Route]:
         with own_names():
             if wanted.stream:
                 first = await anext(stream)  # a refusal is raised here, while the status can still say so
-                return EventStream(_server_sent(writer, first, stream))
-            return JSONResponse(await unless_disconnected(request.receive, _complete(writer, stream)))
+                return EventStream(server_sent(writer, first, stream))
+            return JSONResponse(await unless_disconnected(request.receive, complete(writer, stream)))
 
     return [Route("/v1/responses", responses, methods=["POST"])]
 
@@ -45,27 +39,3 @@ def _read(model: Model, payload: bytes) -> tuple[ResponseRequest, GenerationRequ
     with own_names():
         (generation,) = prepare(model, chat)
     return request, generation, ResponseWriter(model, request, chat, generation)
-
-
-async def _complete(writer: ResponseWriter, stream: AsyncGenerator[tuple[int, Event], None]) -> dict[str, Any]:
-    async with aclosing(stream):
-        async for _, event in stream:
-            for _told in writer.events(event):
-                pass  # the response grows with what a stream would tell
-    return writer.body()
-
-
-async def _server_sent(
-    writer: ResponseWriter, first: tuple[int, Event], rest: AsyncGenerator[tuple[int, Event], None]
-) -> AsyncGenerator[bytes, None]:
-    """The events of a response as server-sent events; the last one is the terminal one, whatever happens."""
-    async with aclosing(rest):
-        yield _tell(writer, first[1])
-        async for _, event in rest:
-            yield _tell(writer, event)
-            if isinstance(event, Failed):
-                log.info("%s ended in mid-stream: %s", writer.id, event.error.code)
-
-
-def _tell(writer: ResponseWriter, event: Event) -> bytes:
-    return comment(event) + b"".join(map(named_event, writer.events(event)))
