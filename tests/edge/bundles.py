@@ -26,6 +26,7 @@ FILES = {
     GENERATION: b"{}\n",
     "extra.txt": b"",
 }
+"""The weights are longer than what is read at once."""
 
 
 def write_bundle(folder: Path, files: Mapping[str, bytes] = FILES, *, name: str = "tiny", counter: int = 0) -> Path:

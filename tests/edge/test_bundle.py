@@ -12,13 +12,11 @@ import pytest
 
 from edge import __version__
 from edge.bundle import (
-    GENERATION,
     GRAPH,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     SCHEMA_VERSION,
     SIGNATURE,
-    TOKENIZER,
     WEIGHTS,
     KVLayout,
     Manifest,
@@ -29,15 +27,7 @@ from edge.bundle import (
     verify_bundle,
 )
 from edge.errors import BundleError
-
-FILES = {
-    GRAPH: b"graph" * 9,
-    WEIGHTS: bytes(range(256)) * 8192,
-    TOKENIZER: b"{}",
-    GENERATION: b"{}\n",
-    "extra.txt": b"",
-}
-"""The weights are longer than what is read at once."""
+from tests.edge.bundles import FILES
 
 
 def write_files(folder: Path) -> Manifest:
