@@ -32,7 +32,7 @@ fi
 
 [ $# = 3 ] || fail "three things are needed" "offline-kit.sh BOARD BUNDLE FOLDER"
 board=$1 bundle=$2 kit=$3
-boards=$(find firmware-configs -mindepth 1 -maxdepth 1 -type d ! -name common -printf '%f\n' | sort | paste -sd ' ')
+boards=$(find firmware-configs -mindepth 2 -maxdepth 2 -name edge.toml -printf '%P\n' | xargs dirname | sort | paste -sd ' ')
 [ -f "firmware-configs/$board/edge.toml" ] || fail "there is no board '$board'" "one of: $boards"
 [ "$bundle" = - ] || [ -f "$bundle/manifest.json" ] || fail "$bundle is no bundle" "make model, or qwedge export"
 [ ! -e "$kit" ] || fail "$kit is there already" "remove it, or name another folder"

@@ -13,7 +13,7 @@ import pytest
 ROOT: Final = Path(__file__).parents[2]
 FIRMWARE: Final = ROOT / "firmware-configs"
 COMMON: Final = FIRMWARE / "common"
-BOARDS: Final = tuple(sorted(path.name for path in FIRMWARE.iterdir() if path.is_dir() and path.name != "common"))
+BOARDS: Final = tuple(sorted(path.parent.name for path in FIRMWARE.glob("*/edge.toml")))
 SYSTEM_PATH: Final = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/lib/systemd:/usr/lib/systemd"
 TIMEOUT_S: Final = 60
 
