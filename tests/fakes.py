@@ -107,7 +107,8 @@ class FakeEngine:
         """Cleared, the engine hangs in its next step until it is set again."""
         self.gate.set()
         self._reply = reply
-        self._step_s = step_s
+        self.step_s = step_s
+        """May be changed while it works."""
         self._fail_after = fail_after
         self._prompts: list[list[int]] = [[] for _ in range(slots)]
         self._answers: list[list[int]] = [[] for _ in range(slots)]
@@ -206,8 +207,8 @@ class FakeEngine:
         assert not self.asleep
         self.num_steps += 1
         self.gate.wait()
-        if self._step_s:
-            time.sleep(self._step_s)
+        if self.step_s:
+            time.sleep(self.step_s)
 
 
 def make_model(context_length: int = 4096, *, template: str | None = CHAT_TEMPLATE) -> Model:

@@ -50,7 +50,32 @@ class Served:
         try:
             yield lambda: statuses[0]
         finally:
+            self.engine.gate.set()  # a block that fails must not wait for an engine that hangs
             thread.join()
+
+    @contextmanager
+    def occupied(self) -> Iterator[None]:
+        """One request hangs in the engine's only slot and one waits, until the block ends or opens the gate."""
+        self.engine.gate.clear()
+        with self.asking():
+            # The second only when the first has its slot: a queue of one would refuse it.
+            wait_for(lambda: self.service.stats().num_running == 1)
+            with self.asking():
+                wait_for(lambda: self.service.stats().num_waiting == 1)
+                yield
+
+    @contextmanager
+    def going_on(self, when: Callable[[], bool]) -> Iterator[None]:
+        """Open the engine's gate from a thread as soon as something is so."""
+
+        def watch() -> None:
+            wait_for(when)
+            self.engine.gate.set()
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        yield
+        thread.join()
 
 
 @contextmanager

@@ -260,15 +260,10 @@ class TestErrors:
 
     def test_a_full_queue_is_429_with_retry_after(self, serve: Serve) -> None:
         server = serve(FakeEngine(slots=1), max_queue=1)
-        server.engine.gate.clear()
-        with server.asking():
-            wait_for(lambda: server.service.stats().num_running == 1)
-            with server.asking():
-                wait_for(lambda: server.service.stats().num_waiting == 1)
-                response = server.client.post(PATH, json=BODY)
-                _error(response, 429, "rate_limit_error")
-                assert int(response.headers["retry-after"]) >= 1
-                server.engine.gate.set()
+        with server.occupied():
+            response = server.client.post(PATH, json=BODY)
+            _error(response, 429, "rate_limit_error")
+            assert int(response.headers["retry-after"]) >= 1
 
     def test_a_failure_in_mid_stream_is_the_last_event(self, serve: Serve) -> None:
         server = serve(FakeEngine(fail_after=3))
@@ -315,11 +310,8 @@ def test_a_client_that_goes_away_ends_its_message(serve: Serve, stream: bool) ->
 
 def test_a_waiting_stream_pings(serve: Serve) -> None:
     server = serve(FakeEngine(slots=1, step_s=0.05))
-    with server.asking():
-        wait_for(lambda: server.service.stats().num_running == 1)
-        with server.asking():
-            wait_for(lambda: server.service.stats().num_waiting == 1)
-            kinds = [event["type"] for event in _stream(server, BODY)]
+    with server.occupied(), server.going_on(lambda: server.service.stats().num_waiting == 2):
+        kinds = [event["type"] for event in _stream(server, BODY)]
     assert kinds.count("ping") >= 2
     assert kinds[-1] == "message_stop"
 

@@ -221,24 +221,16 @@ class TestLoad:
 
     def test_a_full_queue_is_429_with_retry_after(self, serve: Serve) -> None:
         server = serve(FakeEngine(slots=1), max_queue=1)
-        server.engine.gate.clear()
-        with server.asking():
-            wait_for(lambda: server.service.stats().num_running == 1)
-            with server.asking():
-                wait_for(lambda: server.service.stats().num_waiting == 1)
-                for stream in (False, True):
-                    response = server.client.post(CHAT, json={"messages": MESSAGES, "stream": stream})
-                    assert _error(response, 429)["type"] == "rate_limit_error"
-                    assert int(response.headers["retry-after"]) >= 1
-                server.engine.gate.set()
+        with server.occupied():
+            for stream in (False, True):
+                response = server.client.post(CHAT, json={"messages": MESSAGES, "stream": stream})
+                assert _error(response, 429)["type"] == "rate_limit_error"
+                assert int(response.headers["retry-after"]) >= 1
 
     def test_a_waiting_stream_tells_its_place(self, serve: Serve) -> None:
         server = serve(FakeEngine(slots=1, step_s=0.05))
-        with server.asking():
-            wait_for(lambda: server.service.stats().num_running == 1)
-            with server.asking():
-                wait_for(lambda: server.service.stats().num_waiting == 1)
-                text = server.client.post(CHAT, json={"messages": MESSAGES, "stream": True}).text
+        with server.occupied(), server.going_on(lambda: server.service.stats().num_waiting == 2):
+            text = server.client.post(CHAT, json={"messages": MESSAGES, "stream": True}).text
         assert text.startswith(": queued position=1 eta_s=")
         assert ": queued position=0 " in text
 

@@ -71,17 +71,12 @@ def test_choices_are_streamed_side_by_side(serve: Serve) -> None:
 
 def test_the_queue_takes_all_or_none(serve: Serve) -> None:
     server = serve(FakeEngine(slots=1), max_queue=3)
-    server.engine.gate.clear()
-    with server.asking():
-        wait_for(lambda: server.service.stats().num_running == 1)
-        with server.asking():
-            wait_for(lambda: server.service.stats().num_waiting == 1)
-            for stream in (False, True):
-                response = server.client.post(CHAT, json={"messages": MESSAGES, "n": 3, "stream": stream})
-                assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
-                assert int(response.headers["retry-after"]) >= 1
-                assert server.service.stats().num_waiting == 1
-            server.engine.gate.set()
+    with server.occupied():
+        for stream in (False, True):
+            response = server.client.post(CHAT, json={"messages": MESSAGES, "n": 3, "stream": stream})
+            assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
+            assert int(response.headers["retry-after"]) >= 1
+            assert server.service.stats().num_waiting == 1
     assert server.client.post(CHAT, json={"messages": MESSAGES, "n": 3}).status_code == 200
 
 

@@ -47,12 +47,13 @@ def test_the_document_tells_what_machine_and_service_do(serve: Serve) -> None:
 
 
 def test_busy_slots_are_told_while_they_work(serve: Serve) -> None:
-    server = serve(FakeEngine(reply=lambda _: "x" * 150, slots=1, step_s=0.01))
+    server = serve(FakeEngine(reply=lambda _: "x" * 3000, slots=1, step_s=0.01))
     with server.asking(), server.asking():
         wait_for(lambda: server.client.get("/v1/device").json()["tokens_per_second"] > 0)
         server.engine.gate.clear()
         wait_for(lambda: server.service.stats().num_waiting == 1)
         busy = server.client.get("/v1/device").json()
+        server.engine.step_s = 0
         server.engine.gate.set()
         (slot,) = busy["slots"]
         assert (slot["slot"], slot["status"]) == (0, "decode")

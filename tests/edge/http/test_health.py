@@ -29,11 +29,8 @@ def test_idle(server: Served) -> None:
 
 def test_a_full_queue_is_alive_and_not_ready(serve: Serve) -> None:
     server = serve(FakeEngine(slots=1), max_queue=1)
-    server.engine.gate.clear()
-    with server.asking(), server.asking():
-        wait_for(lambda: (stats := server.service.stats()).num_running == stats.num_waiting == 1)
+    with server.occupied():
         assert statuses(server) == (200, 200, 503)
-        server.engine.gate.set()
     wait_for(lambda: statuses(server) == (200, 200, 200))
 
 

@@ -303,9 +303,7 @@ def test_a_refusal_shows_its_hint(serve: Serve, browser: Browser) -> None:
 
 def test_the_status_line_and_the_place_in_the_queue(serve: Serve, browser: Browser) -> None:
     server = serve(FakeEngine(slots=1))
-    server.engine.gate.clear()
-    with server.asking(), server.asking():
-        wait_for(lambda: server.service.stats().num_waiting == 1)
+    with server.occupied():
         open_page(browser, server)
         browser.wait("document.querySelector('#status').innerText.includes('1 of 1 running · 1 waiting')")
         browser.type("#prompt", "me too" + ENTER)

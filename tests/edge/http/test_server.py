@@ -160,14 +160,11 @@ def test_a_head_that_is_too_large_is_refused(server: Served, head: bytes, status
 
 def test_a_full_queue_is_noticed_before_the_body_is_looked_at(serve: Serve) -> None:
     server = serve(FakeEngine(slots=1), max_queue=1)
-    server.engine.gate.clear()
-    with server.asking(), server.asking():
-        wait_for(lambda: (stats := server.service.stats()).num_running == stats.num_waiting == 1)
+    with server.occupied():
         refused = server.client.post("/v1/chat/completions", content=b"no JSON")
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
         assert 'outcome="overloaded"' in server.client.get("/metrics").text
-        server.engine.gate.set()
     assert server.client.post("/v1/chat/completions", content=b"no JSON").status_code == 400
 
 
