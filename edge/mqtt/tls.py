@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ssl
-from typing import Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
 
 from edge.pem import load_ca, load_pair
 from edge.settings.mqtt import MqttSettings
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _HOSTNAME_MISMATCH: Final = {62, 64}
 """OpenSSL's verdicts that a certificate is for another name, or another IP address [1].
@@ -19,13 +23,22 @@ _OWN_CERTIFICATE: Final = "set mqtt.tls_cert and mqtt.tls_key to a certificate t
 
 
 class _Socket(ssl.SSLSocket):
-    """Closed where the handshake fails; paho forgets it then."""
+    """Closed where the handshake fails, which paho forgets; and one that says why nothing can be sent any more."""
 
     def do_handshake(self, block: bool = False) -> None:
         try:
             super().do_handshake(block)
         except BaseException:
             self.close()
+            raise
+
+    def send(self, data: ReadableBuffer, flags: int = 0) -> int:
+        """Send; where the other side has closed, its last word is read: with TLS 1.3 that is why it refuses us."""
+        try:
+            return super().send(data, flags)
+        except (ConnectionError, ssl.SSLEOFError):
+            with suppress(ConnectionError, ssl.SSLEOFError, ssl.SSLWantReadError):
+                self.recv(1)
             raise
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import ssl
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from edge.mqtt import MqttBridge
 from edge.mqtt.broker import _free_port
 from edge.mqtt.broker_program import find_mosquitto
 from edge.mqtt.password import read_password
-from edge.mqtt.tls import client_context
+from edge.mqtt.tls import client_context, explain_alert
 from edge.settings.mqtt import BrokerAddress, MqttSettings
 from tests.edge.mqtt.certificates import Authority, Pair
 from tests.edge.mqtt.conftest import accepts, wait_until
@@ -142,6 +145,35 @@ def test_a_refused_handshake_is_told_once_with_what_to_do(
     assert len(lines) == 1, "once for all attempts"
     assert reason in lines[0]
     assert not bridge.connected
+
+
+def test_why_a_broker_has_closed_is_read_before_a_failed_write_is_told(authority: Authority, server: Pair) -> None:
+    """Without this a refusal of TLS 1.3, which follows the handshake, is lost where our first packet comes too late."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=os.fspath(authority.cert))
+    context.load_cert_chain(server.cert, server.key)
+    context.verify_mode = ssl.CERT_REQUIRED
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse() -> None:
+            accepted, _ = listener.accept()
+            with accepted, suppress(ssl.SSLError):
+                context.wrap_socket(accepted, server_side=True)
+
+        broker = threading.Thread(target=refuse)
+        broker.start()
+        plain = socket.create_connection(listener.getsockname(), timeout=10)
+        ours = client_context(MqttSettings(device="x", tls_ca=authority.cert))
+        with ours.wrap_socket(plain, server_hostname=NAME) as link:
+            broker.join()
+            with pytest.raises(ssl.SSLError) as caught:
+                _send_until_it_fails(link)
+    assert "asks for a certificate" in explain_alert(str(caught.value))
+
+
+def _send_until_it_fails(link: ssl.SSLSocket) -> None:
+    for _ in range(500):  # the first may still go out
+        link.send(b"CONNECT")
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
