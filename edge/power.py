@@ -2,13 +2,15 @@
 
 Three kinds of sensors are known, the best one that there is counts:
 
-* RAPL, energy counters of x86 processors [1]; most systems let only root read them;
-* hwmon sensors that measure a whole board: INA3221 and its like on Jetsons (the rail ``VDD_IN``), a board's only
-  power sensor elsewhere [2];
+* RAPL, energy counters of x86 processors [1]: of the whole platform where it is counted, else of processors and memory;
+  most systems let only root read them;
+* hwmon sensors that measure a whole board: the rails that feed a Jetson (INA3221 [2]), a board's only power sensor
+  elsewhere [3];
 * none: then nothing is told, rather than something guessed.
 
 [1] https://docs.kernel.org/power/powercap/powercap.html
-[2] https://docs.kernel.org/hwmon/sysfs-interface.html
+[2] https://docs.kernel.org/hwmon/ina3221.html
+[3] https://docs.kernel.org/hwmon/sysfs-interface.html
 """
 
 from __future__ import annotations
@@ -16,18 +18,33 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-SYS: Final = Path("/sys")
+from edge.cooling import Throttling, throttling
+from edge.sysfs import SYS, read_number, read_text
+
 MIN_PLAUSIBLE_C: Final = -40
 MAX_PLAUSIBLE_C: Final = 150
 MIN_INTERVAL_S: Final = 0.1
 """Shortest time between two looks at a sensor: reading one over I2C takes a millisecond."""
-TOTAL_RAILS: Final = ("VDD_IN", "POM_5V_IN", "VDD_TOTAL", "SYS5V")
-"""Labels of the rails that feed a whole board, on Jetsons."""
+TOTAL_RAILS: Final = (
+    ("VDD_IN",),  # Orin Nano, Orin NX, Xavier NX, TX2
+    ("POM_5V_IN",),  # Nano
+    ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"),  # AGX Orin; VDDQ_VDD2_1V8AO hangs on the last one
+    ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V"),  # AGX Xavier
+)
+"""Labels of the rails that feed a whole module together, on Jetsons [4].
+
+[4] https://docs.nvidia.com/jetson/archives/r36.3/DeveloperGuide/SD/PlatformPowerAndPerformance/JetsonOrinNanoSeriesJetsonOrinNxSeriesAndJetsonAgxOrinSeries.html
+"""
+FOREIGN_CHIPS: Final = ("drivetemp", "nct6", "nct7", "it8", "f718", "f719", "w83")
+"""How the names of hwmon chips begin whose temperatures are none of ours: disks, which reading may keep awake [5], and
+chips of main boards, whose unused inputs tell anything up to 127 degrees.
+
+[5] https://docs.kernel.org/hwmon/drivetemp.html
+"""
 _MICRO = 1e-6
 
 
@@ -53,9 +70,10 @@ class Thermometer:
 
     def _values(self) -> Iterator[float]:
         zones = self._root.glob("class/thermal/thermal_zone*/temp")
-        chips = self._root.glob("class/hwmon/hwmon*/temp*_input")
-        for file in [*zones, *chips]:
-            value = _read(file)
+        chips = self._root.glob("class/hwmon/hwmon*")
+        ours = (chip for chip in chips if not read_text(chip / "name").startswith(FOREIGN_CHIPS))
+        for file in [*zones, *(file for chip in ours for file in chip.glob("temp*_input"))]:
+            value = read_number(file)
             if value is not None and MIN_PLAUSIBLE_C < value / 1000 < MAX_PLAUSIBLE_C:
                 yield float(round(value / 1000))
 
@@ -70,7 +88,7 @@ class _EnergyCounter:
 
     def read_j(self) -> float | None:
         """Joules since the last call; None where the counter cannot be read any more."""
-        now = _read(self.file)
+        now = read_number(self.file)
         if now is None:
             return None
         before, self.last_uj = self.last_uj, now
@@ -141,6 +159,8 @@ class Sensors:
 
     thermometer: Thermometer = field(default_factory=Thermometer)
     energy: EnergyMeter = field(default_factory=EnergyMeter)
+    firmware: Callable[[], Throttling] = throttling
+    """What holds the processor's clock down."""
 
 
 @dataclass
@@ -164,31 +184,53 @@ class _Reading:
 
 
 def _rapl(root: Path) -> Sequence[_EnergyCounter]:
-    """The processors' counters, without those of their parts."""
-    counters = []
-    for domain in sorted(root.glob("class/powercap/intel-rapl:*")):
-        if domain.name.count(":") == 1 and _text(domain / "name").startswith("package"):
-            most = _read(domain / "max_energy_range_uj")
-            if most and _read(domain / "energy_uj") is not None:
-                counters.append(_EnergyCounter(domain / "energy_uj", most + 1))
-    return counters
+    """The counter of the platform, or those of processors and of their memory, which they do not include."""
+    domains = {file.parent: read_text(file) for file in sorted(root.glob("class/powercap/intel-rapl:*/name"))}
+    platform = [_counter(domain) for domain, name in domains.items() if name == "psys"]
+    parts = [_counter(domain) for domain, name in domains.items() if name == "dram" or name.startswith("package")]
+    # Some machines have a counter of the platform that stands still at 0.
+    counted = [counter for counter in platform if counter is not None and read_number(counter.file)]
+    return counted or [counter for counter in parts if counter is not None]
+
+
+def _counter(domain: Path) -> _EnergyCounter | None:
+    """None where it cannot be read."""
+    most = read_number(domain / "max_energy_range_uj")
+    readable = most and read_number(domain / "energy_uj") is not None
+    return _EnergyCounter(domain / "energy_uj", most + 1) if most and readable else None
 
 
 def _board_sensor(root: Path) -> Callable[[], float | None] | None:
     """What reads the power of a whole board, in watts."""
     chips = sorted(root.glob("class/hwmon/hwmon*"))
-    for chip in chips:
-        for label in sorted(chip.glob("in*_label")):
-            if _text(label) in TOTAL_RAILS:
-                number = label.name.removeprefix("in").removesuffix("_label")
-                return _product(chip / f"in{number}_input", chip / f"curr{number}_input")
-    sensors = [file for chip in chips for file in sorted(chip.glob("power*_input")) if _read(file) is not None]
+    rails = {read_text(label): label for chip in chips for label in sorted(chip.glob("in[123]_label"))}
+    for names in TOTAL_RAILS:
+        if set(names) <= rails.keys():
+            return _sum([_product(*_channel(rails[name])) for name in names])
+    sensors = [file for chip in chips for file in sorted(chip.glob("power*_input")) if read_number(file) is not None]
     return _scaled(sensors[0]) if len(sensors) == 1 else None
+
+
+def _channel(label: Path) -> tuple[Path, Path]:
+    """Where a channel of an INA3221 tells millivolts and milliamperes."""
+    number = label.name.removeprefix("in").removesuffix("_label")
+    return label.with_name(f"in{number}_input"), label.with_name(f"curr{number}_input")
+
+
+def _sum(parts: Sequence[Callable[[], float | None]]) -> Callable[[], float | None]:
+    """None while any part tells nothing: half a board is no board."""
+
+    def read() -> float | None:
+        values = [part() for part in parts]
+        known = [value for value in values if value is not None]
+        return sum(known) if len(known) == len(values) else None
+
+    return read
 
 
 def _product(millivolts: Path, milliamperes: Path) -> Callable[[], float | None]:
     def read() -> float | None:
-        volts, amperes = _read(millivolts), _read(milliamperes)
+        volts, amperes = read_number(millivolts), read_number(milliamperes)
         return None if volts is None or amperes is None else volts * amperes * _MICRO
 
     return read
@@ -196,20 +238,7 @@ def _product(millivolts: Path, milliamperes: Path) -> Callable[[], float | None]
 
 def _scaled(microwatts: Path) -> Callable[[], float | None]:
     def read() -> float | None:
-        value = _read(microwatts)
+        value = read_number(microwatts)
         return None if value is None else value * _MICRO
 
     return read
-
-
-def _read(file: Path) -> int | None:
-    """A number; None where a sensor is switched off, refuses, or tells nonsense."""
-    with suppress(OSError, ValueError):
-        return int(file.read_text(encoding="ascii"))
-    return None
-
-
-def _text(file: Path) -> str:
-    with suppress(OSError, ValueError):
-        return file.read_text(encoding="ascii").strip()
-    return ""

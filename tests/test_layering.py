@@ -35,6 +35,7 @@ LAYERS = (
         "edge.background",
         "edge.bundle",
         "edge.config",
+        "edge.cooling",
         "edge.durable",
         "edge.lifecycle",
         "edge.pem",
@@ -45,6 +46,8 @@ LAYERS = (
         "edge.store",
         "edge.trust",
     },
+        "edge.sysfs",
+        "edge.throttle",
     {"edge.engine"},
     {
         "edge.adapters",
