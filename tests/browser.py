@@ -74,7 +74,7 @@ class Browser:
         """The value that a script returns."""
         return self._post("execute/sync", script=script, args=list(arguments))
 
-    def wait(self, script: str, *arguments: Any, seconds: float = 10) -> Any:
+    def wait(self, script: str, *arguments: Any, seconds: float = 60) -> Any:
         """Until an expression is true; its value."""
         deadline = time.monotonic() + seconds
         while not (value := self.run(f"return {script}", *arguments)):
@@ -158,5 +158,5 @@ def _driver() -> Iterator[str]:
         yield f"http://127.0.0.1:{int(started.split()[-1].rstrip('.'))}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
         process.stdout.close()

@@ -34,7 +34,7 @@ class Served:
 
     def connect(self) -> socket.socket:
         """A plain connection to the server."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     @contextmanager
     def asking(self, text: str = "Hi") -> Iterator[Callable[[], int]]:
@@ -43,7 +43,7 @@ class Served:
 
         def ask() -> None:
             body = {"messages": [{"role": "user", "content": text}]}
-            statuses.append(httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=30).status_code)
+            statuses.append(httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60).status_code)
 
         thread = threading.Thread(target=ask)
         thread.start()
@@ -95,14 +95,14 @@ def serving(service: Service, settings: ServerSettings, **app: Any) -> Iterator[
     if not service.stats().accepting:
         service.start()
     thread.start()
-    assert started.wait(10)
+    assert started.wait(60)
     http, loop = ready[0]
     try:
         yield http.address
     finally:
         service.stop()
         loop.call_soon_threadsafe(http.shutdown)
-        thread.join(15)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -117,7 +117,7 @@ def served(
     verify = settings.tls_cert is None
     with (
         serving(service, settings, **app) as (host, port),
-        httpx.Client(base_url=f"{scheme}://{host}:{port}", timeout=20, verify=verify) as client,
+        httpx.Client(base_url=f"{scheme}://{host}:{port}", timeout=60, verify=verify) as client,
     ):
         try:
             yield Served(f"{scheme}://{host}:{port}", port, engine, service, client)
@@ -125,7 +125,7 @@ def served(
             engine.gate.set()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Until something is so; fails when it does not become so."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -102,7 +102,7 @@ def test_the_example_of_the_pool(broker: EmbeddedBroker) -> None:
         wait_until(lambda: bridge.connected and bridge.pool_member)
         example = example.replace("-p 1883", f"-p {broker.address.port}").replace("qwedge/v1", "examples/v1")
         line = ["bash", "-c", example.replace("qwen2.5-coder-0.5b-instruct", MODEL_NAME)]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True)
     finally:
         service.stop()
         bridge.stop()

@@ -49,7 +49,7 @@ def stops_working(server: Served) -> Callable[[], None]:
     before = server.engine.num_steps
 
     def check() -> None:
-        wait_for(lambda: server.service.stats().num_running == 0, 2)
+        wait_for(lambda: server.service.stats().num_running == 0)
         assert server.engine.num_steps - before < 2500
 
     return check

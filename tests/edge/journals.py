@@ -8,7 +8,7 @@ from typing import Any
 
 from edge.errors import QwedgeError
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 
 
 def settled(change: Callable[..., None], *arguments: Any) -> QwedgeError | None:

@@ -66,7 +66,7 @@ def client(bundle: Path, tmp_path: Path) -> Iterator[httpx.Client]:
     service = load_service(bundle, read_manifest(bundle), load_settings(env=environment(tmp_path / "adapters")))
     with (
         serving(service, ServerSettings(port=0)) as (host, port),
-        httpx.Client(base_url=f"http://{host}:{port}", timeout=30) as client,
+        httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as client,
     ):
         yield client
 
@@ -163,7 +163,7 @@ def test_a_sequence_keeps_its_adapter_when_its_slot_is_taken_away() -> None:
     requests = [GenerationRequest((97 + i,), SamplingParams(), adapter=each) for i, each in enumerate(adapters)]
     service.start()
     service.submit_all(requests, on_event)
-    assert all(ended.acquire(timeout=20) for _ in requests)
+    assert all(ended.acquire(timeout=60) for _ in requests)
     service.stop()
     texts = ["".join(event.text for index, event in events if index == i and isinstance(event, Delta)) for i in (0, 1)]
     assert texts == ["one: " + "a" * 100, "b" * 100]

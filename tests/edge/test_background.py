@@ -30,4 +30,4 @@ def test_an_error_reaches_who_waits() -> None:
 
 
 def test_unfinished_work_does_not_keep_the_process() -> None:
-    assert subprocess.run([sys.executable, "-c", ENDLESS], timeout=20, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", ENDLESS], timeout=60, check=False).returncode == 0

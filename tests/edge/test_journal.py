@@ -140,7 +140,7 @@ def test_changes_that_come_together_are_one_commit(open_journal: Open, monkeypat
 
     def counted(file: JournalFile, statements: list[tuple[str, tuple[object, ...]]]) -> None:
         sizes.append(len(statements))
-        gate.wait(20)
+        gate.wait(60)
         commit(file, statements)
 
     monkeypatch.setattr(JournalFile, "commit", counted)
@@ -148,9 +148,9 @@ def test_changes_that_come_together_are_one_commit(open_journal: Open, monkeypat
     journal.accept(entry(0), lambda _error: None)
     wait_for(lambda: sizes == [1])
     for number in range(1, 11):
-        journal.accept(entry(number), (lambda _error: told.wait(20)) if number == 10 else (lambda _error: None))
+        journal.accept(entry(number), (lambda _error: told.wait(60)) if number == 10 else (lambda _error: None))
     gate.set()
-    told.wait(20)
+    told.wait(60)
     assert sizes == [1, 10]
 
 
@@ -360,7 +360,7 @@ def test_while_the_disk_refuses_new_requests_are_refused_and_answers_wait(
     assert not answered.wait(0.3)
     assert journal.find(entry(1).key) == Known(b"fingerprint", None)
     refusing.clear()
-    assert answered.wait(5)
+    assert answered.wait(60)
     assert journal.problem is None
     journal.check()
     answer(journal, 2)
@@ -374,7 +374,7 @@ def test_a_disk_that_does_not_answer_is_a_problem(open_journal: Open, monkeypatc
     journal, commit, gate = open_journal(), JournalFile.commit, threading.Event()
 
     def hang(file: JournalFile, statements: list[tuple[str, tuple[object, ...]]]) -> None:
-        assert gate.wait(20)
+        assert gate.wait(60)
         commit(file, statements)
 
     monkeypatch.setattr(JournalFile, "commit", hang)
@@ -384,7 +384,7 @@ def test_a_disk_that_does_not_answer_is_a_problem(open_journal: Open, monkeypatc
     with pytest.raises(UnavailableError):
         journal.check()
     gate.set()
-    assert told.wait(20)
+    assert told.wait(60)
     wait_for(lambda: journal.problem is None)
     journal.check()
 

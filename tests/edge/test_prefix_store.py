@@ -452,7 +452,7 @@ def test_a_file_that_was_tidied_away_is_a_miss(tmp_path: Path, caplog: pytest.Lo
 def test_a_slow_disk_never_holds_up_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with cached(tmp_path) as (cache, store):
         gate = threading.Event()
-        monkeypatch.setattr(os, "fsync", lambda _: gate.wait(20))
+        monkeypatch.setattr(os, "fsync", lambda _: gate.wait(60))
         begin = time.monotonic()
         for seed in range(MAX_QUEUED + 3):
             cache.put(make(tokens(SYSTEM, seed), EVERYONE))

@@ -29,7 +29,7 @@ from edge.sequence import Sequence, SequenceStatus
 from edge.service import Delta, Event, Failed, Finished, GenerationRequest, Queued, Service, Started, Ticket
 from tests.fakes import FakeEngine, make_service
 
-TIMEOUT_S = 10
+TIMEOUT_S = 60
 
 
 class Client:

@@ -39,7 +39,7 @@ def test_what_runs_may_finish_and_what_comes_meanwhile_is_refused() -> None:
 
     def load_slowly() -> Loaded:
         loading.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return load(FakeEngine())
 
     with running(engine) as service:
@@ -47,7 +47,7 @@ def test_what_runs_may_finish_and_what_comes_meanwhile_is_refused() -> None:
         switching = threading.Thread(target=service.switch, args=(load_slowly, 10.0))
         switching.start()
         assert isinstance(client.end(), Finished)
-        assert loading.wait(10)
+        assert loading.wait(60)
         assert not service.stats().accepting
         assert service.stats().num_running == 0
         with pytest.raises(UnavailableError, match="another model") as refusal:
@@ -115,7 +115,7 @@ def test_a_service_that_stops_does_not_begin_with_another_model() -> None:
 
     def load_slowly() -> Loaded:
         loading.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return load(FakeEngine())
 
     def switch() -> None:
@@ -128,7 +128,7 @@ def test_a_service_that_stops_does_not_begin_with_another_model() -> None:
     service.start()
     switching = threading.Thread(target=switch)
     switching.start()
-    assert loading.wait(10)
+    assert loading.wait(60)
     stopping = threading.Thread(target=service.stop)
     stopping.start()
     go_on.set()

@@ -60,7 +60,7 @@ def num_cached(service: Service, body: dict[str, Any], identity: str = "") -> in
     events: SimpleQueue[Event] = SimpleQueue()
     (generation,) = prepare(service.model, request)
     service.submit(replace(generation, identity=identity), events.put)
-    while not isinstance(event := events.get(timeout=20), Finished | Failed):
+    while not isinstance(event := events.get(timeout=60), Finished | Failed):
         pass
     return event.timings.num_cached_tokens
 

@@ -22,7 +22,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 CA = "/etc/mosquitto/certs/ca.pem"
 REQUEST = "qwedge/v1/dev/edge/req/gateway"
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Session:

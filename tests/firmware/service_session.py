@@ -19,7 +19,7 @@ from pathlib import Path
 
 PR_SET_MDWE = 65
 REFUSE_EXEC_GAIN = 1
-TIMEOUT_S = 40.0
+TIMEOUT_S = 120.0
 BODY = json.dumps({"prompt": "Hi", "max_tokens": 4, "ignore_eos": True}).encode()
 
 

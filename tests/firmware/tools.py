@@ -15,7 +15,7 @@ FIRMWARE: Final = ROOT / "firmware-configs"
 COMMON: Final = FIRMWARE / "common"
 BOARDS: Final = tuple(sorted(path.parent.name for path in FIRMWARE.glob("*/edge.toml")))
 SYSTEM_PATH: Final = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/lib/systemd:/usr/lib/systemd"
-TIMEOUT_S: Final = 60
+TIMEOUT_S: Final = 300
 
 
 def need(tool: str, package: str) -> str:

@@ -32,7 +32,7 @@ def device_with_mqtt(engine: FakeEngine, **sources: Any) -> Iterator[Served]:
             try:
                 wait_for(lambda: bridge.connected)
                 url = f"http://{host}:{port}"
-                with httpx.Client(base_url=url, timeout=20) as client:
+                with httpx.Client(base_url=url, timeout=60) as client:
                     yield Served(url, port, engine, service, client)
             finally:
                 engine.gate.set()

@@ -304,7 +304,7 @@ def test_a_client_that_goes_away_ends_its_message(serve: Serve, stream: bool) ->
             b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
         )
         wait_for(lambda: server.engine.num_steps > 5)
-    wait_for(lambda: server.service.stats().num_running == 0, 1)
+    wait_for(lambda: server.service.stats().num_running == 0)
     assert server.engine.num_steps < 1000
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,23 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def _has_lines(path: Path, number: int) -> bool:
+    return len(lines(path)) == number
+
+
 def test_a_line_for_each_request(serve: Serve, audit: AuditLog, path: Path, tmp_path: Path) -> None:
     key = Key(name="hmi", sha256=hash_key("k"), scopes=frozenset({"generate"}))
     add_key(tmp_path / "keys.json", key)
     headers = {"authorization": "Bearer k", "x-request-id": "one"}
     access = Access(KeyRing(tmp_path / "keys.json"), ServerSettings(), local=True)
     server = serve(FakeEngine(reply=lambda _: SECRET), app={"access": access, "audit": audit})
-    for body in (CHAT, CHAT | {"stream": True}, {"messages": SECRET}):
+    for number, body in enumerate((CHAT, CHAT | {"stream": True}, {"messages": SECRET}), 1):
         server.client.post(f"/v1/chat/completions?q={SECRET}", json=body, headers=headers)
+        # A client may have its answer before the log has its line.
+        wait_for(partial(_has_lines, path, number))
     server.client.post("/v1/chat/completions", json=CHAT)
     server.client.get("/health")
-    wait_for(lambda: len(lines(path)) == 4)
+    wait_for(partial(_has_lines, path, 4))
     answered, streamed, wrong, unknown = lines(path)
     assert answered.pop("time") <= streamed.pop("time")
     assert 0 <= answered.pop("duration_s") < 20
@@ -82,7 +89,7 @@ def test_a_client_that_leaves(serve: Serve, audit: AuditLog, path: Path) -> None
     server = serve(FakeEngine(reply=lambda _: "x" * 3000, step_s=0.01), app={"audit": audit})
     with server.client.stream("POST", "/v1/chat/completions", json=CHAT | {"stream": True, "max_tokens": 3000}) as sent:
         assert next(sent.iter_lines())
-    wait_for(lambda: len(lines(path)) == 1)
+    wait_for(partial(_has_lines, path, 1))
     assert lines(path)[0]["status"] == 200
     wait_for(lambda: server.service.stats().num_running == 0)
 

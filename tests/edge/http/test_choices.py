@@ -113,7 +113,7 @@ def test_going_away_ends_all_choices(serve: Serve, stream: bool) -> None:
         sock.sendall(head + body)
         wait_for(lambda: server.engine.num_steps > 20)
         assert busy(server) == 4
-    wait_for(lambda: busy(server) == 0, 2)
+    wait_for(lambda: busy(server) == 0)
     assert 'outcome="cancelled"} 4.0' in server.client.get("/metrics").text
 
 
@@ -126,9 +126,9 @@ def test_one_failure_ends_all_choices(serve: Serve) -> None:
     server = serve(FakeEngine(reply=reply, step_s=0.001))
     response = server.client.post(TEXT, json={"prompt": ["good", "bad", "good"]})
     assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_failed")
-    wait_for(lambda: busy(server) == 0, 2)
+    wait_for(lambda: busy(server) == 0)
     lines = lines_of(server.client.post(TEXT, json={"prompt": ["good", "bad"], "stream": True}))
     assert lines[-1] == "[DONE]"
     assert json.loads(lines[-2])["error"]["code"] == "engine_failed"
-    wait_for(lambda: busy(server) == 0, 2)
+    wait_for(lambda: busy(server) == 0)
     assert server.engine.num_steps < 3000

@@ -142,7 +142,7 @@ def test_leaving_a_try_cancels_its_request() -> None:
         body = {"messages": [{"role": "user", "content": "x"}]}
         with device.client.stream("POST", "/v1/mqtt/try", json=body) as response:
             next(line for line in response.iter_lines() if '"text"' in line)
-        wait_for(lambda: device.service.stats().num_running == 0, 5)
+        wait_for(lambda: device.service.stats().num_running == 0)
 
 
 def _try(device: Served, body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ def evaluating(folder: Path, engine: FakeEngine) -> Iterator[Served]:
     evaluations = BackgroundEvaluations(service, folder)
     with (
         serving(service, ServerSettings(port=0), evaluations=lambda: evaluations) as (host, port),
-        httpx.Client(base_url=f"http://{host}:{port}", timeout=20) as client,
+        httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as client,
     ):
         try:
             yield Served(f"http://{host}:{port}", port, engine, service, client)
@@ -49,7 +49,7 @@ def start(server: Served, limit: int = 6) -> dict[str, Any]:
 
 
 def ended(server: Served, run_id: str) -> dict[str, Any]:
-    wait_for(lambda: state(server, run_id)["state"] != "running", 20)
+    wait_for(lambda: state(server, run_id)["state"] != "running")
     return state(server, run_id)
 
 

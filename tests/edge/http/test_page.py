@@ -81,7 +81,7 @@ def test_stopping_ends_the_generation(serve: Serve, browser: Browser) -> None:
         browser.wait(f"document.querySelector('{ANSWER}')?.innerText.length > 20")
         stop()
         finished(browser)
-        wait_for(lambda: server.service.stats().num_running == 0, 1)
+        wait_for(lambda: server.service.stats().num_running == 0)
         assert browser.text(".turn.assistant .figures") == "Stopped"
 
 
@@ -123,7 +123,7 @@ def test_a_reload_in_mid_answer_keeps_the_question(serve: Serve, browser: Browse
     open_page(browser, server)
     assert texts(browser, ".bubble") == ["tell me"]
     assert browser.text(".turn.assistant .figures") == "Stopped"
-    wait_for(lambda: server.service.stats().num_running == 0, 2)
+    wait_for(lambda: server.service.stats().num_running == 0)
 
 
 def test_a_question_can_be_edited_and_an_answer_written_anew(serve: Serve, browser: Browser) -> None:

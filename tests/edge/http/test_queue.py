@@ -21,7 +21,7 @@ def asking(server: Served, request_id: str, **extra: Any) -> Iterator[None]:
     """Ask under an id while the block runs."""
     body = {"messages": [{"role": "user", "content": CANARY}]} | extra
     url, headers = f"{server.url}/v1/chat/completions", {"x-request-id": request_id}
-    thread = threading.Thread(target=lambda: httpx.post(url, json=body, headers=headers, timeout=30))
+    thread = threading.Thread(target=lambda: httpx.post(url, json=body, headers=headers, timeout=60))
     thread.start()
     try:
         yield

@@ -59,7 +59,7 @@ def service(bundle: Path, manifest: Manifest) -> Service:
 def client(service: Service) -> Iterator[httpx.Client]:
     with (
         serving(service, ServerSettings(port=0)) as (host, port),
-        httpx.Client(base_url=f"http://{host}:{port}", timeout=30) as client,
+        httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as client,
     ):
         yield client
 

@@ -65,7 +65,7 @@ def canned(*answers: bytes) -> Iterator[tuple[str, list[bytes]]]:
         thread = threading.Thread(target=run_all)
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", asked
-        thread.join(10)
+        thread.join(60)
 
 
 def ask(server: Served, **body: Any) -> Any:

@@ -24,7 +24,7 @@ from edge.mqtt.messages import Accepted, Command, Done, Info, Load, Message, Que
 from edge.settings.mqtt import BrokerAddress
 from tests.json_schema import validate
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 PROTOCOLS = {"5": MQTTProtocolVersion.MQTTv5, "3.1.1": MQTTProtocolVersion.MQTTv311}
 EVENTS: dict[str, type[Message]] = {"accepted": Accepted, "queued": Queued, "started": Started}
 KINDS: dict[str, type[Message]] = {"tok": Tokens, "done": Done, "info": Info, "load": Load}

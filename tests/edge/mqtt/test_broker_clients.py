@@ -42,7 +42,7 @@ def test_passwords_are_hashed_as_mosquittos_own_tool_does(tmp_path: Path, passwo
     if tool is None:
         pytest.skip("needs mosquitto_passwd: apt-get install mosquitto")
     users = tmp_path / "users"
-    subprocess.run([tool, "-b", "-c", str(users), "me", password], check=True, capture_output=True, timeout=30)
+    subprocess.run([tool, "-b", "-c", str(users), "me", password], check=True, capture_output=True, timeout=60)
     theirs = users.read_text().strip().removeprefix("me:")
     _, kind, iterations, salt, _ = theirs.split("$")
     assert kind == "7"

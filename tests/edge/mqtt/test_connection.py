@@ -113,7 +113,7 @@ def test_a_killed_broker_comes_back_and_no_outcome_is_lost(own_broker: EmbeddedB
     wait_until(lambda: device.bridge.stats().num_outcomes == 1)
     wait_until(lambda: own_broker.restarts == 1 and device.bridge.connected)
     client._subscribed.clear()
-    assert client._subscribed.wait(10)
+    assert client._subscribed.wait(60)
     client.send("1", chat("over the gap", attempt=2))
     assert text_of(client.done("1")) == "You said: over the gap"
     client.send("2", chat("again"))

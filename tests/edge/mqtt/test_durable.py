@@ -267,7 +267,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     disk, commit = Disk(), JournalFile.commit
 
     def guarded(file: JournalFile, statements: list[Any]) -> None:
-        assert disk.works.wait(20)
+        assert disk.works.wait(60)
         if disk.error is not None:
             raise disk.error
         commit(file, statements)

@@ -185,7 +185,7 @@ def test_files_that_cannot_be_used_are_told(tmp_path: Path, server: Pair, own: P
     missing, text, locked = tmp_path / "missing.pem", tmp_path / "text.pem", tmp_path / "locked.key"
     text.write_text("no PEM\n")
     encrypt = ["openssl", "pkey", "-in", own.key, "-aes256", "-passout", "pass:x", "-out", locked]
-    subprocess.run(encrypt, check=True, capture_output=True, timeout=30)
+    subprocess.run(encrypt, check=True, capture_output=True, timeout=60)
     for given, message in (
         ({"tls_ca": missing}, "missing.pem cannot be read: No such file"),
         ({"tls_ca": text}, "text.pem holds no certificate in PEM"),
