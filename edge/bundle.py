@@ -41,9 +41,11 @@ MAX_SIGNATURE_BYTES = 1 << 12
 _CHUNK = 16 << 20
 """Bytes hashed at a time: a thread that hashes while another one imports waits milliseconds for Python after each."""
 
-CacheType = Literal["float32", "int8"]
+CacheType = Literal["float32", "float16", "int8"]
 """Number formats of the attention cache."""
-_ITEM_BYTES: dict[CacheType, int] = {"float32": 4, "int8": 1}
+_ITEM_BYTES: dict[CacheType, int] = {"float32": 4, "float16": 2, "int8": 1}
+Target = Literal["cpu", "cuda", "webgpu"]
+"""What a graph is made for: processors, NVIDIA's GPUs, or GPUs with Vulkan (docs/gpu.md)."""
 
 Progress = Callable[[int], None]
 """Called with the number of bytes handled since the last call."""
@@ -147,6 +149,8 @@ class Manifest(_Model):
     """Parameters; tied tables count once."""
     recipe: dict[str, Any]
     """Name and table of the quantization recipe."""
+    target: Target = "cpu"
+    """What the graph was made for: nothing else can run it."""
     context_length: Annotated[int, Field(gt=0)]
     """Tokens; positions the graph has rotary tables for."""
     vocab_size: Annotated[int, Field(gt=0)]
@@ -182,6 +186,12 @@ class Manifest(_Model):
         if missing := REQUIRED_FILES - set(names):
             raise ValueError(f"does not list {', '.join(sorted(missing))}")
         return value
+
+    @model_validator(mode="after")
+    def _target_can_run_it(self) -> Self:
+        if self.target != "cpu" and (self.state or self.adapters or self.kv.dtype == "int8"):
+            raise ValueError(f"no graph for {self.target} has states, adapters or an int8 cache")
+        return self
 
     @model_validator(mode="after")
     def _adapters_are_there(self) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -22,6 +23,7 @@ from edge.engine.heap import trim_heap
 from edge.engine.lora import Places
 from edge.engine.prefix_cache import PrefixCache
 from edge.engine.prefix_store import PrefixStore
+from edge.engine.providers import choose
 from edge.errors import BundleError, ConfigError
 from edge.metrics import Metrics
 from edge.model import Model
@@ -31,6 +33,8 @@ from edge.service import Loaded, Service
 from edge.settings.engine import EngineSettings
 from edge.tokenizer import Tokenizer
 from edge.trust import trust_of
+
+log = logging.getLogger(__name__)
 
 DEFAULT_PREFIX_BYTES = 64 << 20
 DEFAULT_PREFIX_STATES = 4
@@ -77,17 +81,22 @@ def load_bundle(bundle: Path, manifest: Manifest, settings: Settings, *, imports
 
     Raises:
         BundleError: a file is not what its name promises, or onnxruntime refuses the graph.
-        ConfigError: the context is longer than the bundle's, or the cache does not fit.
+        ConfigError: the context is longer than the bundle's, the cache does not fit, or the provider cannot be used.
     """
     options = settings.engine
     context = _context(manifest, options)
+    provider = choose(options.provider, manifest.target)
+    log.info("computing with %s: %s", provider.name, provider.reason)
+    # A GPU verifies guesses one by one: they would gain nothing.
+    draft_tokens = options.draft_tokens if provider.name == "cpu" else 0
     text = in_background(lambda: _import_and_load(imports, bundle, manifest, context))
     engine = Engine(
         bundle,
         manifest,
         slots=options.slots,
         context=context,
-        draft_tokens=options.draft_tokens,
+        draft_tokens=draft_tokens,
+        provider=provider.name,
         threads=options.threads,
         prefill_chunk=options.prefill_chunk,
         spin_us=options.spin_us,
@@ -98,12 +107,12 @@ def load_bundle(bundle: Path, manifest: Manifest, settings: Settings, *, imports
         engine,
         max_queue=settings.scheduler.max_queue,
         prefixes=load_prefixes(manifest, options),
-        draft_tokens=options.draft_tokens,
+        draft_tokens=draft_tokens,
         kv_cache_bytes=None if options.kv_cache_mb is None else options.kv_cache_mb << 20,
         sleep_after_s=options.sleep_after_s,
         energy_j=EnergyMeter().energy_j,
     )
-    return Loaded(model, scheduler, settings.scheduler.default_max_tokens)
+    return Loaded(model, scheduler, settings.scheduler.default_max_tokens, provider)
 
 
 def load_adapters(places: Places, bundle: Path, manifest: Manifest, folder: Path | None) -> Adapters | None:

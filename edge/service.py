@@ -20,6 +20,7 @@ from functools import partial
 
 from edge.assembly import assemble
 from edge.engine.heap import trim_heap
+from edge.engine.providers import MADE_FOR_CPU, Choice
 from edge.errors import QwedgeError, RequestError, UnavailableError
 from edge.generation import (
     Delta,
@@ -82,6 +83,8 @@ class Loaded:
     scheduler: Scheduler
     default_max_tokens: int | None = None
     """For requests that name no limit; None = until the context is full."""
+    provider: Choice = MADE_FOR_CPU
+    """What computes."""
 
 
 class Service:
@@ -95,6 +98,8 @@ class Service:
     def __init__(self, loaded: Loaded, metrics: Metrics) -> None:
         self.model = loaded.model
         """What is served; while models are switched, what was served last."""
+        self.provider = loaded.provider
+        """What computes it."""
         self.metrics = metrics
         self._loaded: Loaded | None = loaded
         self._stats = loaded.scheduler.stats()
@@ -134,7 +139,7 @@ class Service:
             if self._stopped:
                 raise UnavailableError("the server is shutting down", hint="try again when it is back")
             loaded.scheduler.start()
-            self.model, self._loaded = loaded.model, loaded
+            self.model, self.provider, self._loaded = loaded.model, loaded.provider, loaded
 
     def _unload(self, drain_s: float) -> None:
         loaded, self._loaded = self._loaded, None

@@ -111,9 +111,9 @@ def test_the_runtime_needs_nothing_of_the_workstation(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sources("edge"), ids=module_name)
-def test_only_the_session_knows_onnxruntime(path: Path) -> None:
+def test_only_the_sessions_know_onnxruntime(path: Path) -> None:
     uses = any(name.split(".")[0] == "onnxruntime" for name in imports_of(path))
-    assert uses == (module_name(path) == "edge.engine.session")
+    assert uses == (module_name(path) in {"edge.engine.session", "edge.engine.device"})
 
 
 @pytest.mark.parametrize("path", sources("edge"), ids=module_name)

@@ -15,9 +15,11 @@ import psutil
 from numpy.typing import NDArray
 
 from edge.bundle import Manifest, verify_bundle
+from edge.engine.device import Device, DevicePool, DeviceSession, DeviceSteps
 from edge.engine.heap import trim_heap
 from edge.engine.kv_cache import Cache, KVPool
 from edge.engine.lora import ActiveAdapters, Adapter, Places
+from edge.engine.providers import Provider
 from edge.engine.recurrent_steps import RecurrentSteps
 from edge.engine.session import Session
 from edge.engine.state_pool import State, StatePool
@@ -36,6 +38,7 @@ class Engine:
         slots: sequences that can be in prefill or decode at once.
         context: tokens per sequence, at most the manifest's ``context_length``.
         draft_tokens: tokens of a decode step beyond one for each slot.
+        provider: what computes, as :func:`edge.engine.providers.choose` says.
         threads: threads of a step; None = one per physical core this process may use.
         prefill_chunk: most tokens of one prefill step.
         spin_us: microseconds that idle threads spin before they sleep.
@@ -43,7 +46,7 @@ class Engine:
 
     Raises:
         BundleError: onnxruntime refuses the graph.
-        ConfigError: the KV pool cannot be reserved.
+        ConfigError: the KV pool cannot be reserved, or the provider not be used.
     """
 
     score_chunk = 16
@@ -57,6 +60,7 @@ class Engine:
         slots: int,
         context: int,
         draft_tokens: int = 0,
+        provider: Provider = "cpu",
         threads: int | None = None,
         prefill_chunk: int = 256,
         spin_us: int = 1000,
@@ -72,9 +76,8 @@ class Engine:
         self._trust = trust
         self._spin_us = spin_us
         self._sizes = Sizes(prefill_chunk, self.score_chunk, manifest.row_multiple, filler=slots)
-        # One slot more than sequences get, for the rows that only fill a step up; one token more, for the same reason.
-        rows = self._sizes.padded(self.rows)
-        self._pool = KVPool(manifest.kv, slots=slots + 1, context=self.context_length + 1, rows=rows)
+        self._device = None if provider == "cpu" else Device(provider)
+        self._pool = self._new_pool()
         self._states: StatePool | None = None
         if manifest.state is not None:
             self._states = StatePool(manifest.state, slots=slots)
@@ -82,7 +85,7 @@ class Engine:
         self.places = Places(session.input_shapes())
         """Where the graph takes LoRA adapters."""
         self._adapters = ActiveAdapters(self.places, slots + 1)
-        self._loaded: Steps | RecurrentSteps | None = self._bind(session)
+        self._loaded: Steps | RecurrentSteps | DeviceSteps | None = self._bind(session)
 
     def prefill(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
         """Append ``ids`` [n], n <= prefill_chunk, to the ``past`` tokens of a slot.
@@ -199,20 +202,31 @@ class Engine:
             verify_bundle(self._bundle, trust=self._trust)
             self._loaded = self._bind(self._session())
 
+    def _new_pool(self) -> KVPool | DevicePool:
+        if self._device is not None:
+            return DevicePool(self._device, self.manifest.kv, slots=self.slots, context=self.context_length)
+        # One slot more than sequences get, for the rows that only fill a step up; one token more, for the same reason.
+        rows = self._sizes.padded(self.rows)
+        return KVPool(self.manifest.kv, slots=self.slots + 1, context=self.context_length + 1, rows=rows)
+
     def _session(self) -> Session:
+        if self._device is not None:
+            return DeviceSession(self._bundle, self._device, threads=self.threads, spin_us=self._spin_us)
         return Session(self._bundle, threads=self.threads, spin_us=self._spin_us)
 
-    def _bind(self, session: Session) -> Steps | RecurrentSteps:
+    def _bind(self, session: Session) -> Steps | RecurrentSteps | DeviceSteps:
         # One for all steps, as logits are valid until the next step only.
         logits = np.zeros((max(self.rows, self.score_chunk), self.manifest.padded_vocab_size), np.float32)
         hidden = np.zeros((round_up(self.prefill_chunk, 2), self.manifest.hidden_size or 0), np.float32)
+        if isinstance(self._pool, DevicePool):
+            return DeviceSteps(Binder(session, self._pool, self._adapters, logits, hidden), self._sizes)
         binder = Binder(session, self._pool, self._adapters, logits, hidden)
         if self._states is None:
             return Steps(binder, self._sizes)
         return RecurrentSteps(binder, self._sizes, self._states)
 
     @property
-    def _awake(self) -> Steps | RecurrentSteps:
+    def _awake(self) -> Steps | RecurrentSteps | DeviceSteps:
         assert self._loaded is not None, "the engine sleeps"
         return self._loaded
 

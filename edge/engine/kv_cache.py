@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from edge.bundle import KVLayout
 from edge.errors import ConfigError, EngineError
 
-Cache = NDArray[np.float32] | NDArray[np.int8]
+Cache = NDArray[np.float32] | NDArray[np.float16] | NDArray[np.int8]
 """Keys and values, in the type that the bundle keeps them in."""
 
 _MAP_FIXED = 0x10

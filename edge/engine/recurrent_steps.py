@@ -15,6 +15,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from edge.engine.kv_cache import KVPool
 from edge.engine.session import Inputs, Step
 from edge.engine.state_pool import StatePool
 from edge.engine.steps import Append, Binder, Decode, Reads, Sizes
@@ -29,7 +30,7 @@ class RecurrentSteps:
         states: of the slots.
     """
 
-    def __init__(self, binder: Binder, sizes: Sizes, states: StatePool) -> None:
+    def __init__(self, binder: Binder[KVPool], sizes: Sizes, states: StatePool) -> None:
         self._pool = binder.pool
         self._sizes = sizes
         self._states = states
@@ -89,7 +90,7 @@ class RecurrentSteps:
         return self._verify(len(ids)).run(slot, ids, past[0])
 
 
-def _decode(binder: Binder, sizes: Sizes, states: StatePool, num_tokens: int, first: int) -> Decode:
+def _decode(binder: Binder[KVPool], sizes: Sizes, states: StatePool, num_tokens: int, first: int) -> Decode:
     """A step over as many states, in place, from the row ``first`` on."""
     decode = Decode(binder, num_tokens, sizes.padded(num_tokens))
     _bind(decode.step, states, (first, first), num_tokens)
@@ -106,7 +107,7 @@ def _parts(groups: Collection[list[int]]) -> list[list[int]]:
 class _Append:
     """Several tokens for one slot, whose state is changed in place."""
 
-    def __init__(self, binder: Binder, states: StatePool, slot: int, *, most: int, reads: Reads) -> None:
+    def __init__(self, binder: Binder[KVPool], states: StatePool, slot: int, *, most: int, reads: Reads) -> None:
         self._append = Append(binder, slot, most=most, reads=reads, multiple=1)
         self._states = states
         self._slot = slot
@@ -126,7 +127,7 @@ class _Append:
 class _Verify:
     """Several tokens of one slot, each as a row of the window; their state is written beside the one before them."""
 
-    def __init__(self, binder: Binder, states: StatePool, num_tokens: int) -> None:
+    def __init__(self, binder: Binder[KVPool], states: StatePool, num_tokens: int) -> None:
         self._states = states
         self._slots = np.zeros(1, np.int64)
         self._ids = np.zeros((1, num_tokens), np.int64)

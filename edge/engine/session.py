@@ -1,4 +1,4 @@
-"""The onnxruntime session of a bundle; the only file that imports onnxruntime.
+"""The onnxruntime session of a bundle; only this file and ``edge.engine.device`` import onnxruntime.
 
 Steps are bound by pointer to memory that numpy owns: inputs are changed in place, the cache is written in place (past
 and present share their buffers), logits are read in place. A step copies nothing and allocates nothing in Python.
@@ -47,13 +47,8 @@ class Session:
     """
 
     def __init__(self, bundle: Path, *, threads: int, spin_us: int) -> None:
-        size = sum(path.stat().st_size for path in bundle.iterdir())
         self._mapped = MappedPages(bundle / WEIGHTS)
-        with huge_heap(int(size * _PACKED_PER_BYTE)) as huge:
-            self._session = _open(bundle / GRAPH, _options(threads, spin_us))
-        if not huge:
-            joined = collapse_resident()
-            log.debug("%d MiB of weights on huge pages", joined >> 20)
+        self._session = self._load(bundle, _options(threads, spin_us))
         self._mapped.note()
         self.drop_mapped()
 
@@ -65,15 +60,16 @@ class Session:
         """Shapes of the graph's inputs by name; free dimensions are names."""
         return {value.name: list(value.shape) for value in self._session.get_inputs()}
 
-    def step(self, inputs: Inputs, outputs: Outputs, caches: Sequence[tuple[Cache, Cache]]) -> Step:
+    def step(self, inputs: Inputs, outputs: Outputs, caches: Sequence[tuple[Any, Any]]) -> Step:
         """Bind a step to its arrays, which must keep their place as long as it.
 
         Args:
             inputs: what is not the cache.
             outputs: what is not the cache, as far as it is wanted.
-            caches: keys and values of each layer [rows, kv_heads, context, head_dim].
+            caches: keys and values of each layer [rows, kv_heads, context, head_dim], as :meth:`Step.bind_cache` takes
+                them.
         """
-        step = Step(self._session)
+        step = self._new_step()
         for name, array in inputs.items():
             step.bind_input(name, array)
         for layer, (keys, values) in enumerate(caches):
@@ -82,6 +78,18 @@ class Session:
         for name, output in outputs.items():
             step.bind_output(name, output)
         return step
+
+    def _load(self, bundle: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+        size = sum(path.stat().st_size for path in bundle.iterdir())
+        with huge_heap(int(size * _PACKED_PER_BYTE)) as huge:
+            session = _open(bundle / GRAPH, options)
+        if not huge:
+            joined = collapse_resident()
+            log.debug("%d MiB of weights on huge pages", joined >> 20)
+        return session
+
+    def _new_step(self) -> Step:
+        return Step(self._session)
 
 
 def _open(graph: Path, options: ort.SessionOptions) -> ort.InferenceSession:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.engine.kv_cache import Cache, KVPool
+from edge.engine.kv_cache import KVPool
 from edge.engine.lora import ActiveAdapters, StepAdapters
 from edge.engine.session import Inputs, Outputs, Session, Step
 
@@ -21,21 +21,32 @@ Reads = Literal["last", "every", "hidden"]
 """What is wanted of a step: logits of the last position or of every one, or hidden states instead."""
 
 
+class SlotCaches(Protocol):
+    """Keys and values by slot: what an append needs of a pool."""
+
+    layers: int
+
+    def slot(self, layer: int, slot: int) -> tuple[Any, Any]:
+        """Keys and values of one slot [1, kv_heads, context, head_dim] each, in place, as the session binds them."""
+        ...
+
+
+Pool_co = TypeVar("Pool_co", bound=SlotCaches, covariant=True)
+
+
 @dataclass(frozen=True)
-class Binder:
+class Binder(Generic[Pool_co]):
     """What steps are bound to."""
 
     session: Session
-    pool: KVPool
+    pool: Pool_co
     adapters: ActiveAdapters
     logits: NDArray[np.float32]
     """Where every step leaves them [most positions of a step, padded_vocab]."""
     hidden: NDArray[np.float32]
     """Where a step that is asked for them leaves its hidden states [most positions of a step, hidden_size]."""
 
-    def step(
-        self, inputs: Inputs, outputs: Outputs, caches: Sequence[tuple[Cache, Cache]]
-    ) -> tuple[Step, StepAdapters]:
+    def step(self, inputs: Inputs, outputs: Outputs, caches: Sequence[tuple[Any, Any]]) -> tuple[Step, StepAdapters]:
         """A step and its adapters; see :meth:`edge.engine.session.Session.step`."""
         step = self.session.step(inputs, outputs, caches)
         return step, StepAdapters(self.adapters, step, len(inputs["input_ids"]))
@@ -62,7 +73,7 @@ class Sizes:
 class Steps:
     """The steps bound to a session, made when they are first wanted."""
 
-    def __init__(self, binder: Binder, sizes: Sizes) -> None:
+    def __init__(self, binder: Binder[KVPool], sizes: Sizes) -> None:
         self._pool = binder.pool
         self._sizes = sizes
         self._prefill = cache(lambda slot: Append(binder, slot, most=sizes.prefill_chunk, reads="last"))
@@ -103,7 +114,7 @@ class Append:
         multiple: tokens that a step is filled up to a multiple of.
     """
 
-    def __init__(self, binder: Binder, slot: int, *, most: int, reads: Reads, multiple: int = 2) -> None:
+    def __init__(self, binder: Binder[SlotCaches], slot: int, *, most: int, reads: Reads, multiple: int = 2) -> None:
         self._reads = reads
         self._multiple = multiple
         self._slots = np.array([slot])
@@ -159,7 +170,7 @@ class Decode:
             a way of its own.
     """
 
-    def __init__(self, binder: Binder, num_tokens: int, rows: int) -> None:
+    def __init__(self, binder: Binder[KVPool], num_tokens: int, rows: int) -> None:
         self._num_tokens = num_tokens
         self._slots = np.zeros(rows, np.int64)
         self._ids = np.zeros((rows, 1), np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -34,6 +35,11 @@ class ModelSettings(Section):
 class EngineSettings(Section):
     """The engine: threads and memory."""
 
+    provider: Literal["auto", "cpu", "cuda", "tensorrt", "webgpu"] = Field(
+        "auto",
+        description="What computes. `auto`: what the bundle was made for; a bundle for a GPU does not run without one."
+        " See docs/gpu.md.",
+    )
     threads: int | None = Field(
         None, ge=1, le=1024, description="Threads of the engine; without it, one for each physical core."
     )

@@ -68,6 +68,7 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
             "trust": tmp_path / "trusted",
         },
         "engine": {
+            "provider": "cpu",
             "threads": 2,
             "context": 512,
             "slots": 1,

@@ -126,6 +126,7 @@ def _describe(service: Service, sources: DeviceSources, process: psutil.Process)
             "parameter_count": manifest.parameter_count,
             "context_length": service.model.context_length,
         },
+        "provider": asdict(service.provider),
         "host": _host(),
         "process": {"rss_bytes": process.memory_info().rss},
         "temperature_c": sources.temperature_c(),
