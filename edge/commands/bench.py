@@ -15,8 +15,9 @@ import typer
 
 from edge import __version__
 from edge.bundle import WEIGHTS, Manifest
-from edge.commands import machine, options
+from edge.commands import options
 from edge.config import Settings
+from edge.machine import cpu_model
 
 if TYPE_CHECKING:  # these bring onnxruntime, which `qwedge --help` does without
     from edge.service import Service
@@ -156,7 +157,7 @@ def _report(
         "model": manifest.name,
         "recipe": manifest.recipe.get("name"),
         "weights_sha256": next(entry.sha256 for entry in manifest.files if entry.path == WEIGHTS),
-        "cpu": machine.cpu_model(),
+        "cpu": cpu_model(),
         "machine": platform.machine(),
         "threads": threads or physical_cores(),
         "prompt_tokens": prompt_tokens,

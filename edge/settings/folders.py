@@ -35,7 +35,16 @@ def journal_folder(settings: MqttSettings, env: Mapping[str, str]) -> Path | Non
     """
     if settings.journal is not None:
         return None if settings.journal == Path("none") else settings.journal.expanduser()
-    return state_folder(env) / settings.device / "journal"
+    return device_folder(settings, env) / "journal"
+
+
+def device_folder(settings: MqttSettings, env: Mapping[str, str]) -> Path:
+    """What outlives a process and is one device's alone; ``env`` as for :func:`journal_folder`.
+
+    Raises:
+        ConfigError: the user has no home.
+    """
+    return state_folder(env) / settings.device
 
 
 def broker_folder(settings: MqttSettings, env: Mapping[str, str]) -> Path:
@@ -46,7 +55,7 @@ def broker_folder(settings: MqttSettings, env: Mapping[str, str]) -> Path:
     """
     if settings.broker_folder is not None:
         return settings.broker_folder.expanduser()
-    return state_folder(env) / settings.device / "broker"
+    return device_folder(settings, env) / "broker"
 
 
 def keys_file(settings: ServerSettings, env: Mapping[str, str]) -> Path:

@@ -6,12 +6,12 @@ import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from edge.settings.rules import MAX_RULES, RuleSettings
-from edge.settings.section import Port, Section
+from edge.settings.section import NAME, SECRET, Port, Section
 
 DISCOVERY_PREFIX = "homeassistant"
 """Where Home Assistant looks for devices, unless it is told otherwise."""
@@ -33,23 +33,25 @@ class BrokerAddress:
 class MqttSettings(Section):
     """The MQTT side."""
 
-    broker: str = Field(
+    broker: Annotated[str, NAME] = Field(
         "none",
         description="`none`, `embedded` (a mosquitto of our own, on loopback) or a broker's address:"
         " `mqtt://HOST:PORT`, `mqtts://HOST:PORT`.",
     )
     port: Port = Field(1883, description="TCP port of the embedded broker on loopback; 0 picks a free one.")
     root: str = Field("qwedge", max_length=128, description="First level(s) of every topic.")
-    device: str = Field(
+    device: Annotated[str, NAME] = Field(
         default_factory=lambda: sanitize_device(socket.gethostname()),
         max_length=64,
         description="This device's name in topics; without it, the host's name.",
     )
-    client_id: str = Field(
+    client_id: Annotated[str, NAME] = Field(
         "qwedge", min_length=1, max_length=64, description="First part of the MQTT client ids; the device follows."
     )
-    username: str | None = Field(None, min_length=1, max_length=256, description="User name for the broker.")
-    password_file: Path | None = Field(
+    username: Annotated[str | None, NAME] = Field(
+        None, min_length=1, max_length=256, description="User name for the broker."
+    )
+    password_file: Annotated[Path | None, SECRET] = Field(
         None,
         description="File whose first line is the password for the broker. Relative names of this and of the `tls_`"
         " files are systemd's credentials if it gives any (`LoadCredential=`).",
@@ -62,8 +64,10 @@ class MqttSettings(Section):
     tls_cert: Path | None = Field(
         None, description="PEM file of this device's certificate: for the broker, or for the embedded broker's clients."
     )
-    tls_key: Path | None = Field(None, description="PEM file of the certificate's key, without a passphrase.")
-    listen: str = Field(
+    tls_key: Annotated[Path | None, SECRET] = Field(
+        None, description="PEM file of the certificate's key, without a passphrase."
+    )
+    listen: Annotated[str, NAME] = Field(
         "127.0.0.1",
         min_length=1,
         max_length=255,

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from edge.settings.section import PROMPT
+
 MAX_RULES = 64
 MAX_PROMPT_CHARS = 65_536
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -26,7 +28,7 @@ class RuleSettings(BaseModel):
 
     name: str = Field(description="The rule's name in topics, metrics and logs: letters, digits, `.`, `_` and `-`.")
     subscribe: str = Field(max_length=256, description="Topic filter of the messages, with `+` and `#` as in MQTT.")
-    prompt: str = Field(
+    prompt: Annotated[str, PROMPT] = Field(
         min_length=1,
         max_length=MAX_PROMPT_CHARS,
         description="Jinja template of the question, over `payload` (text), `json` (the payload where it is JSON),"
@@ -37,12 +39,14 @@ class RuleSettings(BaseModel):
         description="Topic of the answer; `{1}` to `{9}` are what the wildcards stand for. It must not lead back to the"
         " rule.",
     )
-    system: str | None = Field(None, max_length=MAX_PROMPT_CHARS, description="System message, as it stands.")
-    definition: dict[str, Any] | str | None = Field(
+    system: Annotated[str | None, PROMPT] = Field(
+        None, max_length=MAX_PROMPT_CHARS, description="System message, as it stands."
+    )
+    definition: Annotated[dict[str, Any] | str | None, PROMPT] = Field(
         None, alias="schema", description="JSON schema of the answer, as an inline table or the path of a file."
     )
-    choices: Annotated[tuple[str, ...], Field(min_length=1, max_length=256, strict=False)] | None = Field(
-        None, description="The answer is one of these texts."
+    choices: Annotated[Annotated[tuple[str, ...], Field(min_length=1, max_length=256, strict=False)] | None, PROMPT] = (
+        Field(None, description="The answer is one of these texts.")
     )
     model: str | None = Field(None, max_length=256, description="The served model, or one of its adapters.")
     max_tokens: int = Field(256, ge=1, le=1 << 20, description="Most tokens of an answer.")

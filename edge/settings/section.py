@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+@dataclass(frozen=True)
+class Private:
+    """Marks a setting whose value does not leave the device: no support bundle has it."""
+
+    kind: Literal["secret", "prompt", "name"]
+    """A secret's file (whose name may be the secret itself, by mistake); what is asked; hosts, devices and people."""
+
+
+SECRET: Final = Private("secret")
+PROMPT: Final = Private("prompt")
+NAME: Final = Private("name")
 
 
 class Section(BaseModel):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from edge.settings.section import Port, Section
+from edge.settings.section import NAME, SECRET, Port, Section
 from edge.settings.upstream import MAX_UPSTREAMS, UpstreamSettings
 
 _ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?")
@@ -17,7 +17,7 @@ _ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?")
 class ServerSettings(Section):
     """The HTTP server."""
 
-    host: str = Field(
+    host: Annotated[str, NAME] = Field(
         "127.0.0.1",
         min_length=1,
         max_length=255,
@@ -27,20 +27,20 @@ class ServerSettings(Section):
     max_body_bytes: int = Field(
         1 << 20, ge=1 << 10, le=1 << 26, description="Largest request body in bytes; a larger one is answered with 413."
     )
-    allowed_hosts: tuple[str, ...] = Field(
+    allowed_hosts: Annotated[tuple[str, ...], NAME] = Field(
         ("localhost",),
         min_length=1,
         max_length=64,
         description="Names that requests may use as Host (without port), against DNS rebinding; plain IP addresses and"
         " the name in `host` are always allowed. Name a device on a network here: `edge-7.local`.",
     )
-    cors_origins: tuple[str, ...] = Field(
+    cors_origins: Annotated[tuple[str, ...], NAME] = Field(
         (),
         max_length=64,
         description="Web sites whose pages may use this server from a browser: `https://hmi.plant.example`. Without"
         " it, none but the own page.",
     )
-    keys_file: Path | None = Field(
+    keys_file: Annotated[Path | None, SECRET] = Field(
         None,
         description="File of the keys that clients need (`qwedge http add-key`). Without it, `http/keys.json` in"
         " `$STATE_DIRECTORY`, `$XDG_STATE_HOME/qwedge` or `~/.local/state/qwedge`.",
@@ -54,7 +54,9 @@ class ServerSettings(Section):
         description="PEM file of this device's certificate, which makes the server speak HTTPS; a renewed one is taken"
         " up while serving. Relative names of the `tls_` files are systemd's credentials if it gives any.",
     )
-    tls_key: Path | None = Field(None, description="PEM file of the certificate's key, without a passphrase.")
+    tls_key: Annotated[Path | None, SECRET] = Field(
+        None, description="PEM file of the certificate's key, without a passphrase."
+    )
     tls_client_ca: Path | None = Field(
         None, description="PEM file of the CAs that vouch for clients, who then all need a certificate."
     )

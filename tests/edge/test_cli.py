@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +18,6 @@ import typer
 import edge.cli
 from edge import __version__
 from edge.bundle import REQUIRED_FILES, FileEntry, KVLayout, Manifest, Source, publish_bundle
-from edge.commands.machine import isa_features
 from edge.errors import OverloadedError
 
 ROOT = Path(__file__).parents[2]
@@ -128,34 +126,6 @@ def test_verify_refuses_a_changed_byte_with_status_5(bundle: Path, qwedge: Run) 
     assert json.loads(done.stdout)["error"]["code"] == "bundle_invalid"
     assert done.stderr.startswith(f"error: {weights} was changed")
     assert "hint: " in done.stderr
-
-
-def test_doctor_reports_every_check_and_warns_of_a_taken_port(qwedge: Run) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        done = qwedge("doctor", "--json", QWEDGE_SERVER_PORT=port)
-    report = json.loads(done.stdout)
-    checks = {check["name"]: check for check in report["checks"]}
-    assert (done.status, report["ok"]) == (0, True)
-    assert checks["onnxruntime"]["status"] == "ok"
-    assert checks["http port"]["status"] == "warn"
-    assert port in checks["http port"]["detail"]
-    assert all(check["hint"] for check in report["checks"] if check["status"] != "ok")
-
-
-def test_doctor_fails_where_qwedge_cannot_serve(tmp_path: Path, qwedge: Run) -> None:
-    done = qwedge("doctor", QWEDGE_MODEL_BUNDLE=str(tmp_path))
-    assert done.status == 1
-    assert "fail  bundle" in done.stdout
-    done = qwedge("doctor", QWEDGE_SERVER_PORT="x")
-    assert done.status == 1
-    assert "fail  settings     QWEDGE_SERVER_PORT must be" in done.stdout
-
-
-def test_instruction_sets_are_read_per_machine() -> None:
-    assert isa_features("flags\t\t: fpu avx2 avx512_vnni\n", "x86_64") == ("avx2", "avx512_vnni")
-    assert isa_features("Features\t: fp asimd asimddp i8mm\n", "aarch64") == ("asimd", "asimddp", "i8mm")
-    assert isa_features("", "riscv64") == ()
 
 
 def command_that(action: str) -> typer.Typer:

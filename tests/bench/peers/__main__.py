@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 
 from edge.bundle import WEIGHTS, read_manifest
-from edge.commands.machine import cpu_model, isa_features
+from edge.machine import cpu_model, isa_features
 from edge.errors import QwedgeError
 from tests.bench.peers import models, report, tools
 from tests.bench.peers.contestants import Contestant, Serving, field

@@ -1,0 +1,104 @@
+"""How the service's last starts went, in one small file: what safe mode and `qwedge doctor` go by.
+
+A start is noted before anything is loaded, and taken back once the service has worked for a while or was asked to end.
+What is left in the file are starts in a row that ended by themselves: crashes, kills and power cuts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edge.durable import replace_durably
+from edge.store.disk import locked
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS: Final = 3
+"""Starts in a row that ended by themselves; the next one is in safe mode."""
+
+
+class Starts(BaseModel):
+    """What the file says; changes make new ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    bundle: str = ""
+    """What the last start served."""
+    unproven: Annotated[int, Field(ge=0)] = 0
+    """Starts in a row that neither worked for a while nor were asked to end, the last one included."""
+    ready_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Seconds that the last good start took until it answered."""
+
+
+def read_starts(folder: Path) -> Starts:
+    """What is known of the last starts; nothing where the file is missing, damaged, or cannot be read."""
+    try:
+        return Starts.model_validate_json((folder / "starts.json").read_bytes())
+    except (OSError, ValidationError):
+        return Starts()
+
+
+class StartCounter:
+    """Counts the starts of one process after another in a folder.
+
+    A second process beside the first one counts nothing: its starts would look like crashes of the first. Where the
+    disk refuses, nothing is counted either.
+
+    Args:
+        folder: made where it is missing; of one device alone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known = Starts()
+        self._held = ExitStack()
+
+    def begin(self, bundle: str) -> int:
+        """Note a start, until :meth:`works`, :meth:`stopped` or the end of the process.
+
+        Args:
+            bundle: what is going to be served; those of another one do not count.
+
+        Returns:
+            How many starts in a row before this one ended by themselves.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not self._held.enter_context(locked(self._folder / "starts.lock", wait=False)):
+                return 0
+            self._known = read_starts(self._folder)
+            deaths = self._known.unproven if self._known.bundle == bundle else 0
+            self._write(self._known.model_copy(update={"bundle": bundle, "unproven": deaths + 1}))
+        except OSError as error:
+            log.warning("starts are not counted, %s cannot be written: %s", self._folder, error.strerror)
+            self._known = Starts()
+            return 0
+        return deaths
+
+    def works(self, ready_s: float | None = None) -> None:
+        """The service has worked for a while, or is asked to end: this start and those before are no crashes.
+
+        Args:
+            ready_s: seconds that the start took; None where it never answered.
+        """
+        if self._known.unproven == 0:
+            return
+        try:
+            self._write(self._known.model_copy(update={"unproven": 0} | ({"ready_s": ready_s} if ready_s else {})))
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._folder, error.strerror)
+
+    def close(self) -> None:
+        """Let another process count."""
+        self._held.close()
+
+    def _write(self, starts: Starts) -> None:
+        replace_durably(self._folder / "starts.json", json.dumps(starts.model_dump(), indent=2).encode() + b"\n")
+        self._known = starts
