@@ -21,6 +21,7 @@ from edge.errors import ConfigError
 from edge.settings.engine import EngineSettings, ModelSettings, SchedulerSettings
 from edge.settings.log import LogSettings
 from edge.settings.mqtt import MqttSettings
+from edge.settings.power import PowerSettings
 from edge.settings.rules import RuleSettings
 from edge.settings.section import Section
 from edge.settings.server import ServerSettings
@@ -59,6 +60,7 @@ class Settings(Section):
     model: ModelSettings
     engine: EngineSettings
     scheduler: SchedulerSettings
+    power: PowerSettings
     mqtt: MqttSettings
     log: LogSettings
 
@@ -68,6 +70,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "model": ModelSettings,
     "engine": EngineSettings,
     "scheduler": SchedulerSettings,
+    "power": PowerSettings,
     "mqtt": MqttSettings,
     "log": LogSettings,
 }

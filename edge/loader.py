@@ -27,10 +27,11 @@ from edge.engine.providers import choose
 from edge.errors import BundleError, ConfigError
 from edge.metrics import Metrics
 from edge.model import Model
-from edge.power import EnergyMeter, Sensors
+from edge.power import Sensors
 from edge.scheduler import Scheduler
 from edge.service import Loaded, Service
 from edge.settings.engine import EngineSettings
+from edge.throttle import Limits, Throttle
 from edge.tokenizer import Tokenizer
 from edge.trust import trust_of
 
@@ -103,6 +104,8 @@ def load_bundle(bundle: Path, manifest: Manifest, settings: Settings, *, imports
         trust=trust_of(settings.model),
     )
     model = replace(text.result(), adapters=load_adapters(engine.places, bundle, manifest, settings.model.adapters))
+    sensors, power = Sensors(), settings.power
+    limits = Limits(power.throttle_from_c, power.throttle_until_c, power.max_w)
     scheduler = Scheduler(
         engine,
         max_queue=settings.scheduler.max_queue,
@@ -110,7 +113,8 @@ def load_bundle(bundle: Path, manifest: Manifest, settings: Settings, *, imports
         draft_tokens=draft_tokens,
         kv_cache_bytes=None if options.kv_cache_mb is None else options.kv_cache_mb << 20,
         sleep_after_s=options.sleep_after_s,
-        energy_j=EnergyMeter().energy_j,
+        energy_j=sensors.energy.energy_j,
+        throttle=Throttle(limits, sensors),
     )
     return Loaded(model, scheduler, settings.scheduler.default_max_tokens, provider)
 

@@ -11,6 +11,7 @@ from statistics import median
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from edge.cooling import LIMITS, Throttling
 from edge.errors import QwedgeError
 from edge.power import Sensors
 from edge.scheduler import SchedulerStats
@@ -93,6 +94,17 @@ class Metrics:
             "qwedge_energy_joules", "What the machine has used since the start; NaN where nothing measures it",
             registry=self._registry,
         )  # fmt: skip
+        self._throttle_level = Gauge(
+            "qwedge_throttle_level", "How far the engine is slowed down: 0 = not at all, 12 = to a quarter",
+            registry=self._registry,
+        )  # fmt: skip
+        self._speed = Gauge(
+            "qwedge_speed_ratio", "The part of its full speed that the engine works at", registry=self._registry
+        )
+        self._firmware = Gauge(
+            "qwedge_firmware_throttling", "1 while this holds the processor's clock down", ["limit"],
+            registry=self._registry,
+        )  # fmt: skip
         self._preemptions = Counter(
             "qwedge_preemptions", "Requests that gave their slot back for a while", registry=self._registry
         )
@@ -161,6 +173,10 @@ class Metrics:
         """What the machine has used since the start; None where nothing measures it."""
         return None if self.sensors is None else self.sensors.energy.energy_j()
 
+    def firmware(self) -> Throttling:
+        """What holds the processor's clock down; nothing where nobody tells."""
+        return Throttling() if self.sensors is None else self.sensors.firmware()
+
     def render(self, stats: SchedulerStats) -> bytes:
         """The text exposition, with the gauges set from ``stats``."""
         self._waiting.set(stats.num_waiting)
@@ -171,6 +187,11 @@ class Metrics:
         self._temperature.set(_or_nan(self.temperature_c()))
         self._power.set(_or_nan(self.power_w()))
         self._energy.set(_or_nan(self.energy_j()))
+        self._throttle_level.set(stats.throttle.level)
+        self._speed.set(stats.throttle.speed)
+        limits = self.firmware().now
+        for limit in LIMITS:
+            self._firmware.labels(limit).set(limit in limits)
         with self._rendering:
             self._count_since(self._rendered, stats)
             self._rendered = stats

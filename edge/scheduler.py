@@ -1,9 +1,9 @@
 """Which sequence the engine works on next: admission, chunked prefill, batched decode, deadlines and cancellation.
 
 One thread owns the engine. Each turn of its loop decodes at least one token for every running sequence, then prefills
-one chunk of one waiting sequence, so that a long prompt delays running streams by one chunk at most. A sequence keeps
-its slot of the KV pool from prefill to its end, unless the pool's budget is used up: then the youngest gives its slot
-back and waits at the head of the queue.
+one chunk of one waiting sequence, so that a long prompt delays running streams by one chunk at most; where the machine
+must be spared, it pauses after that (``edge.throttle``). A sequence keeps its slot of the KV pool from prefill to its
+end, unless the pool's budget is used up: then the youngest gives its slot back and waits at the head of the queue.
 
 The scheduler sees token ids only. What a token means (text, stop strings) is the consumer's business, see
 ``edge.sequence.Consumer``; the service is the one that implements it.
@@ -27,9 +27,11 @@ from edge.energy_shares import EnergyShares
 from edge.engine.interface import Engine
 from edge.engine.prefix_cache import PrefixCache
 from edge.errors import CancelledError, DeadlineError, EngineError, OverloadedError, QwedgeError, UnavailableError
+from edge.prefill_step import Prefilling
 from edge.scheduler_stats import Place, SchedulerStats, SlotStats
 from edge.sequence import FinishReason, Sequence, SequenceStatus
 from edge.slots import Slots
+from edge.throttle import Throttle
 
 __all__ = ["Place", "Scheduler", "SchedulerStats", "SlotStats"]
 
@@ -53,6 +55,7 @@ class Scheduler:
             slots hold.
         sleep_after_s: seconds without work after which the weights leave the memory; None = never.
         energy_j: joules that the machine has used since some beginning; None where nothing measures them.
+        throttle: slows the engine down; started and stopped by the scheduler. None never does.
     """
 
     def __init__(
@@ -65,11 +68,14 @@ class Scheduler:
         kv_cache_bytes: int | None = None,
         sleep_after_s: float | None = None,
         energy_j: Callable[[], float | None] = lambda: None,
+        throttle: Throttle | None = None,
     ) -> None:
         self._engine = engine
+        self._throttle = throttle or Throttle()
         self._energy = EnergyShares(energy_j)  # the engine's thread only
         self._decoding = Decoding(engine, draft_tokens)  # the engine's thread only
         self._slots = Slots(engine, prefixes or PrefixCache(0), kv_cache_bytes)  # the engine's thread only
+        self._prefilling_step = Prefilling(engine, self._slots, self._throttle)  # the engine's thread only
         self._sleep_after_s = sleep_after_s
         self._max_queue = max_queue
         self._changed = threading.Condition()
@@ -89,6 +95,7 @@ class Scheduler:
         """Start the engine's thread and accept sequences."""
         with self._changed:
             self._accepting = True
+        self._throttle.start()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -100,6 +107,7 @@ class Scheduler:
             self._changed.wait_for(self._idle, timeout=drain_s)
             self._stopping = True
             self._changed.notify_all()
+        self._throttle.stop()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -167,6 +175,7 @@ class Scheduler:
                 num_preempted=self._num_preempted,
                 num_drafted=self._decoding.num_drafted,
                 num_accepted=self._decoding.num_accepted,
+                throttle=self._throttle.state,
             )
 
     def busy_slots(self) -> list[SlotStats]:
@@ -240,7 +249,9 @@ class Scheduler:
             self._changed.notify_all()  # stop() waits for idleness
             is_idle = self._idle()
         if is_idle:
+            self._throttle.end()
             self._wait_idle()
+            self._throttle.begin()
             self._progress_at = time.monotonic()
             self._energy.begin()
         with self._changed:
@@ -277,8 +288,9 @@ class Scheduler:
         log.info("the weights are back after %.2f s", time.monotonic() - began)
 
     def _step(self) -> None:
-        """One turn: drop what must end, decode all running sequences, prefill one chunk."""
-        self._reap()
+        """One turn: drop what must end, decode all running sequences, prefill one chunk, pause where that is due."""
+        began = time.monotonic()
+        self._reap(began)
         self._admit()
         self._make_room()
         if self._running:
@@ -286,10 +298,10 @@ class Scheduler:
         if self._prefilling is not None:
             self._guarded(self._prefill, [self._prefilling])
         self._progress_at = time.monotonic()
+        self._throttle.rest(self._progress_at - began)
 
-    def _reap(self) -> None:
+    def _reap(self, now: float) -> None:
         """End cancelled and late sequences, wherever they are."""
-        now = time.monotonic()
         with self._changed:
             ended = [sequence for sequence in self._waiting if _verdict(sequence, now)]
             for sequence in ended:
@@ -344,22 +356,8 @@ class Scheduler:
         """Prefill one chunk; after the last one the first token is there."""
         sequence = self._prefilling
         assert sequence is not None
-        past = sequence.num_computed_tokens
-        reader = sequence.prompt_reader
-        scores = reader is not None and reader.reads == "logits"
-        most = self._engine.score_chunk if scores else self._engine.prefill_chunk
-        if self._running:
-            most = max(1, most // 2)
-        chunk = sequence.prompt_ids[past : self._slots.chunk_end(sequence, most)]
-        if reader is None:
-            last = self._engine.prefill(sequence.slot, chunk, past)
-        else:
-            read = self._engine.score if scores else self._engine.embed
-            rows = read(sequence.slot, chunk, past)
-            reader(past, rows)
-            last = rows[-1]
+        last = self._prefilling_step.run(sequence, shares=bool(self._running))
         self._energy.charge([sequence])
-        sequence.num_computed_tokens = past + len(chunk)
         self._slots.keep_snapshot(sequence)
         if sequence.num_computed_tokens == len(sequence.prompt_ids):
             sequence.prompt_reader = None

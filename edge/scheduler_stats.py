@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from edge.throttle import FULL_SPEED, ThrottleState
+
 STALLED_AFTER_S = 30.0
 """Seconds without a finished engine step, while there is work, after which the engine counts as stalled."""
 
@@ -31,6 +33,8 @@ class SchedulerStats:
     """Guessed tokens that were verified, since the start."""
     num_accepted: int = 0
     """Guessed tokens that were right, since the start."""
+    throttle: ThrottleState = FULL_SPEED
+    """How much slower the engine works than it could, and why."""
 
     @property
     def stalled(self) -> bool:

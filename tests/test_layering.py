@@ -57,6 +57,7 @@ LAYERS = (
         "edge.scheduler_stats",
         "edge.decode_step",
         "edge.energy_shares",
+        "edge.prefill_step",
         "edge.slots",
         "edge.snapshots",
         "edge.sequence",

@@ -177,6 +177,8 @@ class Info(Message):
     """Name in the device's store of what is served, where it takes commands and has a store."""
     bundles: tuple[str, ...] | None = None
     """What it can be switched to."""
+    problem: str | None = None
+    """Why it does less than it should: it is in safe mode."""
 
 
 class Load(Message):
@@ -192,6 +194,10 @@ class Load(Message):
     """Decode speed of the latest answer over MQTT: what one stream can expect; 0 before the first."""
     temperature_c: float | None = None
     """Of the machine's hottest sensor, where it has one; told anew when it moved by 2 °C."""
+    speed: float | None = None
+    """The part of its full speed that the device works at, while it is slowed down."""
+    slowed_by: Literal["heat", "power"] | None = None
+    """Why it is slowed down."""
 
 
 CommandStatus = Literal["init", "executing", "successful", "failed"]

@@ -24,8 +24,15 @@ def status_message(layout: Layout, status: Status) -> Outgoing:
     return Outgoing(layout.status, status.encode(), qos=1, retain=True, content_type="text/plain")
 
 
-def make_info(service: Service, device: str, mqtt_version: str, management: Management | None = None) -> Info:
-    """What the device is; with ``management``, what it can become too."""
+def make_info(
+    service: Service,
+    device: str,
+    mqtt_version: str,
+    management: Management | None = None,
+    *,
+    problem: str | None = None,
+) -> Info:
+    """What the device is; with ``management``, what it can become too; with a ``problem``, why it does less."""
     manifest, stats = service.model.manifest, service.stats()
     store = management if management is not None and management.has_store else None
     return Info(
@@ -38,6 +45,7 @@ def make_info(service: Service, device: str, mqtt_version: str, management: Mana
         ),
         limits=Limits(slots=stats.slots, max_queue=stats.max_queue, max_payload_bytes=MAX_PAYLOAD_BYTES),
         versions=Versions(qwedge=__version__, protocol=PROTOCOL_VERSION, mqtt=mqtt_version),
+        problem=problem,
     )
 
 
@@ -51,6 +59,8 @@ def make_load(service: Service, tokens_per_s: float, temperature_c: float | None
         accepting=stats.accepting,
         tokens_per_s=tokens_per_s,
         temperature_c=temperature_c,
+        speed=stats.throttle.speed if stats.throttle.level else None,
+        slowed_by=stats.throttle.reason,
     )
 
 

@@ -82,6 +82,7 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
             "sleep_after_s": 60.0,
         },
         "scheduler": {"max_queue": 3, "default_max_tokens": 9},
+        "power": {"throttle_from_c": 70.0, "throttle_until_c": 80.0, "max_w": 7.5},
         "mqtt": {
             "broker": "embedded",
             "port": 1884,

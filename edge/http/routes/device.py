@@ -132,6 +132,8 @@ def _describe(service: Service, sources: DeviceSources, process: psutil.Process)
         "temperature_c": sources.temperature_c(),
         "power_w": sources.power_w(),
         "energy_j": sources.energy_j(),
+        "throttle": {**asdict(stats.throttle), "speed": stats.throttle.speed},
+        "firmware_throttling": asdict(service.metrics.firmware()),
         "tokens_per_second": round(sum(slot.tokens_per_s for slot in slots), 2),
         "output_tokens": num_output,
         "recent": {

@@ -2,7 +2,7 @@
 
 import { getJson } from "../api.js";
 import { byId, element, problem, setText } from "../dom.js";
-import { bytes, duration, number, onLanguageChange, t } from "../i18n.js";
+import { bytes, duration, number, onLanguageChange, t, tKnown } from "../i18n.js";
 import { Charts } from "./charts.js";
 import { LogPanel } from "./logs.js";
 import { ModelPanel } from "./models.js";
@@ -75,7 +75,7 @@ class Device {
 }
 
 function facts(device) {
-  const { host, process, queue, model } = device;
+  const { host, process, queue, model, throttle, firmware_throttling: { now: limits } } = device;
   return [
     ["model", [model.id, model.version, model.recipe].filter(Boolean).join(" · ")],
     ["version", `qwedge ${device.version}`],
@@ -89,6 +89,8 @@ function facts(device) {
     ...(device.temperature_c === null ? [] : [["temperature", `${number(device.temperature_c)} °C`]]),
     ...(device.power_w === null ? [] : [["power", `${number(device.power_w, 1)} W`]]),
     ...(device.energy_j === null ? [] : [["energyTotal", `${number(device.energy_j / 3600, 2)} Wh`]]),
+    ...(throttle.level ? [["throttle", t(`throttle_${throttle.reason}`, { percent: number(100 * throttle.speed) })]] : []),
+    ...(limits.length ? [["firmware", limits.map((limit) => tKnown("limit_", limit)).join(", ")]] : []),
   ];
 }
 
