@@ -26,6 +26,7 @@ from edge.commands import (
     http,
     keys,
     mqtt,
+    plan,
     sbom,
     serve,
     store,
@@ -53,7 +54,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     )
     app.callback()(_root)
-    for command in (serve, chat, generate, bench, eval, verify, doctor, mqtt, http, tls, store, keys, sbom):
+    for command in (serve, chat, generate, bench, plan, eval, verify, doctor, mqtt, http, tls, store, keys, sbom):
         command.register(app)
     for entry in sorted(entry_points(group=COMMAND_GROUP), key=lambda entry: entry.name):
         _register_extension(app, entry)

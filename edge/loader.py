@@ -25,8 +25,14 @@ from edge.engine.prefix_cache import PrefixCache
 from edge.engine.prefix_store import PrefixStore
 from edge.engine.providers import choose
 from edge.errors import BundleError, ConfigError
+from edge.machine import isa_features
 from edge.metrics import Metrics
 from edge.model import Model
+from edge.planning.available import read_available
+from edge.planning.check import check_memory
+from edge.planning.graph_file import read_shape
+from edge.planning.machine import has_int8_kernels
+from edge.planning.memory import DEFAULT_CONTEXT, Serving, prefix_budget
 from edge.power import Sensors
 from edge.scheduler import Scheduler
 from edge.service import Loaded, Service
@@ -36,12 +42,6 @@ from edge.tokenizer import Tokenizer
 from edge.trust import trust_of
 
 log = logging.getLogger(__name__)
-
-DEFAULT_PREFIX_BYTES = 64 << 20
-DEFAULT_PREFIX_STATES = 4
-"""What past prompts may take where the settings do not say it."""
-DEFAULT_CONTEXT = 4096
-"""Tokens of one conversation where neither settings nor bundle ask for less; it bounds what the cache can take."""
 
 
 class GenerationDefaults(BaseModel):
@@ -82,11 +82,14 @@ def load_bundle(bundle: Path, manifest: Manifest, settings: Settings, *, imports
 
     Raises:
         BundleError: a file is not what its name promises, or onnxruntime refuses the graph.
-        ConfigError: the context is longer than the bundle's, the cache does not fit, or the provider cannot be used.
+        ConfigError: the context is longer than the bundle's, the cache does not fit, the memory does not suffice, or
+            the provider cannot be used.
     """
     options = settings.engine
     context = _context(manifest, options)
     provider = choose(options.provider, manifest.target)
+    if provider.name == "cpu" and options.memory_check == "on":
+        _check_memory(bundle, manifest, options, context)
     log.info("computing with %s: %s", provider.name, provider.reason)
     # A GPU verifies guesses one by one: they would gain nothing.
     draft_tokens = options.draft_tokens if provider.name == "cpu" else 0
@@ -135,19 +138,11 @@ def load_prefixes(manifest: Manifest, options: EngineSettings) -> PrefixCache:
         manifest: of the served bundle.
         options: budgets and folder.
     """
-    budget = _prefix_bytes(manifest, options)
+    budget = prefix_budget(options, manifest.state)
     store = None
     if options.prefix_store is not None and budget:
         store = PrefixStore.open(options.prefix_store, options.prefix_store_mb << 20, _computed_by(manifest))
     return PrefixCache(budget, store)
-
-
-def _prefix_bytes(manifest: Manifest, options: EngineSettings) -> int:
-    if options.prefix_cache_mb is not None:
-        return options.prefix_cache_mb << 20
-    # A state is as large as the keys and values of hundreds of tokens, and each entry has one.
-    states = 0 if manifest.state is None else DEFAULT_PREFIX_STATES * manifest.state.bytes_per_slot
-    return DEFAULT_PREFIX_BYTES + states
 
 
 def load_model(bundle: Path, manifest: Manifest, context_length: int) -> Model:
@@ -174,6 +169,20 @@ def _import_and_load(imports: Sequence[str], bundle: Path, manifest: Manifest, c
     model = load_model(bundle, manifest, context_length)
     trim_heap()  # reading a vocabulary leaves 40 MB of crumbs
     return model
+
+
+def _check_memory(bundle: Path, manifest: Manifest, options: EngineSettings, context: int) -> None:
+    """Refuse what the kernel would end for its memory; see :func:`edge.planning.check.check_memory`."""
+    available = read_available()
+    if available is None:
+        return
+    try:
+        shape = read_shape(bundle, manifest)
+    except BundleError as error:
+        log.debug("the memory is not checked: %s", error)  # what is wrong with the graph, onnxruntime knows better
+        return
+    serving = Serving.of(options.model_copy(update={"context": context}), manifest)
+    check_memory(shape, serving, available, int8=has_int8_kernels(isa_features()))
 
 
 def _computed_by(manifest: Manifest) -> bytes:

@@ -88,6 +88,11 @@ class EngineSettings(Section):
     prefix_store_mb: int = Field(
         512, ge=1, le=1 << 20, description="MiB of files in `prefix_store`; the least recently used are removed."
     )
+    memory_check: Literal["on", "off"] = Field(
+        "on",
+        description="`on` refuses to load a model for which the memory does not suffice, and says what would fit"
+        " (docs/planning.md); `off` loads it all the same.",
+    )
     spin_us: int = Field(
         1000,
         ge=0,
