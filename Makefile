@@ -65,6 +65,9 @@ test: $(STAMP) ## set everything up and run the tests
 	@.ci/need-package.sh shellcheck shellcheck "the tests of firmware-configs" || true
 	@.ci/need-package.sh logrotate logrotate "the tests of firmware-configs" || true
 	@.ci/need-package.sh iproute2 ip "the tests of firmware-configs" || true
+	@.ci/need-package.sh python3 /usr/bin/python3 "the test of the Debian package" || true
+	@.ci/need-package.sh lintian lintian "the test of the Debian package" || true
+	@.ci/need-package.sh man-db man "the test of the Debian package" || true
 	@.ci/need-package.sh rauc rauc "the tests of firmware-configs" || true
 	@.ci/need-package.sh squashfs-tools mksquashfs "the tests of firmware-configs" || true
 	@.ci/need-package.sh dbus-daemon dbus-daemon "the tests of firmware-configs" || true
@@ -109,6 +112,11 @@ $(CLIENTS_STAMP): .locks/clients.txt pyproject.toml .ci/make-venv.sh
 offline-kit: $(STAMP) ## all that a device needs in one folder: BOARD=raspberry-pi-5 BUNDLE=models/... (docs/firmware.md)
 	@mkdir -p dist
 	@.ci/offline-kit.sh "$(BOARD)" "$(BUNDLE)" "$(or $(KIT),dist/qwedge-kit-$(BOARD))"
+
+.PHONY: deb
+deb: $(STAMP) ## the Debian package, in dist/: ARCH=arm64 (or amd64) PYTHON_VERSION=3.11
+	@.ci/need-package.sh dpkg dpkg-deb "building a Debian package"
+	@.ci/make-deb.sh "$(or $(ARCH),arm64)" dist
 
 rauc-bundle: ## a signed update for RAUC: FROM=kit or bundle CERT=signer.pem KEY=signer.key (firmware-configs/rauc)
 	@.ci/need-package.sh rauc rauc "RAUC's bundles"
