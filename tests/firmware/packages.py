@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -47,4 +46,4 @@ def judge(package: Package, arch: str) -> int:
 
 if __name__ == "__main__":
     os.nice(19)
-    sys.exit(main())
+    main()
