@@ -52,10 +52,10 @@ class StartCounter:
     disk refuses, nothing is counted either.
 
     Args:
-        folder: made where it is missing; of one device alone.
+        folder: made where it is missing; of one device alone. None counts nothing.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._known = Starts()
         self._held = ExitStack()
@@ -69,13 +69,15 @@ class StartCounter:
         Returns:
             How many starts in a row before this one ended by themselves.
         """
+        if self._folder is None:
+            return 0
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not self._held.enter_context(locked(self._folder / "starts.lock", wait=False)):
                 return 0
             self._known = read_starts(self._folder)
             deaths = self._known.unproven if self._known.bundle == bundle else 0
-            self._write(self._known.model_copy(update={"bundle": bundle, "unproven": deaths + 1}))
+            self._write(self._folder, self._known.model_copy(update={"bundle": bundle, "unproven": deaths + 1}))
         except OSError as error:
             log.warning("starts are not counted, %s cannot be written: %s", self._folder, error.strerror)
             self._known = Starts()
@@ -88,10 +90,12 @@ class StartCounter:
         Args:
             ready_s: seconds that the start took; None where it never answered.
         """
-        if self._known.unproven == 0:
+        if self._folder is None or self._known.unproven == 0:
             return
         try:
-            self._write(self._known.model_copy(update={"unproven": 0} | ({"ready_s": ready_s} if ready_s else {})))
+            self._write(
+                self._folder, self._known.model_copy(update={"unproven": 0} | ({"ready_s": ready_s} if ready_s else {}))
+            )
         except OSError as error:
             log.warning("%s cannot be written: %s", self._folder, error.strerror)
 
@@ -99,6 +103,6 @@ class StartCounter:
         """Let another process count."""
         self._held.close()
 
-    def _write(self, starts: Starts) -> None:
-        replace_durably(self._folder / "starts.json", json.dumps(starts.model_dump(), indent=2).encode() + b"\n")
+    def _write(self, folder: Path, starts: Starts) -> None:
+        replace_durably(folder / "starts.json", json.dumps(starts.model_dump(), indent=2).encode() + b"\n")
         self._known = starts

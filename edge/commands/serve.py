@@ -120,6 +120,8 @@ def run_server(
         # The port first: that it is taken should show before seconds go into the model.
         door = FrontDoor.open(settings, stack)
         logs = stack.enter_context(_kept_log())
+        served.begin()
+        settings, start = served.settings, _starter(None) if served.problem else start
         notifier = stack.enter_context(closing(Notifier(os.environ)))
         notifier.status("loading the model")
         service = served.load(imports=("edge.http.app", "edge.http.server"))
@@ -134,12 +136,12 @@ def run_server(
         stack.callback(journal.close)
         management = _make_management(settings, served, service, leaving, read_settings)
         stack.callback(management.close)
-        panel = _start_mqtt(settings.mqtt, service, journal, management, stack)
+        panel = _start_mqtt(settings.mqtt, service, journal, management, stack, problem=served.problem)
         audit, metrics = door.audit(stack), service.metrics
         app = create_app(
             service,
             door.server,
-            problem=lambda: journal.problem or (audit.problem if audit is not None else None),
+            problem=lambda: journal.problem or (audit.problem if audit is not None else None) or served.problem,
             device=DeviceSources(logs, panel, metrics.temperature_c, metrics.power_w, metrics.energy_j),
             evaluations=lambda: _evaluations(service),
             access=door.access(),
@@ -155,13 +157,16 @@ def run_server(
 
         def greet() -> None:
             print(ready_text(settings, endpoints, service), flush=True)
+            served.ready()
             notifier.ready(f"{service.model.manifest.name} at {endpoints.http}")
+
+        def leave() -> None:
+            (notifier.reloading if leaving.begins_anew else notifier.stopping)()
+            served.leaving()
 
         leaving.on_hangup = partial(_reload, management)
         asyncio.run(
-            _serve_http(
-                server, service, leaving=leaving, greet=greet, notifier=notifier, drain_s=settings.server.drain_s
-            )
+            _serve_http(server, service, leaving=leaving, greet=greet, leave=leave, drain_s=settings.server.drain_s)
         )
     log.info("stopped")
 
@@ -243,7 +248,13 @@ def _reload(management: Management) -> None:
 
 
 def _start_mqtt(
-    settings: MqttSettings, service: Service, journal: Journal, management: Management, stack: ExitStack
+    settings: MqttSettings,
+    service: Service,
+    journal: Journal,
+    management: Management,
+    stack: ExitStack,
+    *,
+    problem: str | None,
 ) -> BridgePanel | None:
     """Start broker and bridge as configured and have ``stack`` stop them; None where there is no MQTT."""
     if settings.broker == "none":
@@ -263,7 +274,7 @@ def _start_mqtt(
             return None
         stack.callback(broker.stop)
         address, settings = broker.address, as_owner(settings, broker)
-    bridge = MqttBridge(service, settings, address, journal, management)
+    bridge = MqttBridge(service, settings, address, journal, management, problem=problem)
     bridge.start()
     stack.callback(bridge.stop)
     return BridgePanel(bridge, settings, address)
@@ -275,7 +286,7 @@ async def _serve_http(
     *,
     leaving: Leaving,
     greet: Callable[[], None],
-    notifier: Notifier,
+    leave: Callable[[], None],
     drain_s: float,
 ) -> None:
     """Answer HTTP until it is time to leave, then drain."""
@@ -283,7 +294,7 @@ async def _serve_http(
     serving = asyncio.create_task(server.serve())
     greet()  # who reads it may send a signal at once
     await asyncio.wait({serving, asyncio.create_task(asked.wait())}, return_when=asyncio.FIRST_COMPLETED)
-    (notifier.reloading if leaving.begins_anew else notifier.stopping)()
+    leave()
     log.info("stopping; running requests have %g s (Ctrl-C again: at once)", drain_s)
     await asyncio.to_thread(service.stop, drain_s)
     server.shutdown()

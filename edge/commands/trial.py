@@ -1,4 +1,8 @@
-"""Serving the store's active bundle: one that was just switched to must show that it works, or is left."""
+"""One start of a server: whether it works, and what becomes of one that does not.
+
+A bundle that was just switched to must show that it works, or is left. Starts that end by themselves are counted, until
+one is in safe mode.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge.bundle import read_manifest
 from edge.commands.loading import bundle_of, load, store_of
+from edge.commands.safe_mode import explain, safe_settings
 from edge.config import Settings
 from edge.errors import BundleError, ConfigError, UnavailableError
+from edge.settings.folders import device_folder
+from edge.starts import MAX_DEATHS, StartCounter
 from edge.store import Installed, Store
 
 if TYPE_CHECKING:  # this brings onnxruntime
@@ -21,7 +30,7 @@ if TYPE_CHECKING:  # this brings onnxruntime
 log = logging.getLogger(__name__)
 
 WORKS_AFTER_S = 60.0
-"""Seconds of serving after which a bundle counts as one that works."""
+"""Seconds of serving after which a bundle counts as one that works, and a start as one that did."""
 CHECK_EVERY_S = 1.0
 EXIT_STALLED = 6
 
@@ -30,13 +39,36 @@ class Start:
     """One start of a server, of the configured folder or of the store's active bundle; made by :func:`starting`."""
 
     def __init__(self, settings: Settings, store: Store | None) -> None:
+        self.settings = settings
+        """What to serve with: what is configured, or less from :meth:`begin` on."""
+        self.problem: str | None = None
+        """Why it is less; None where it is not."""
         self.store = store
         """None where a folder is served."""
         self.installed: Installed | None = None
         """What was loaded from the store."""
-        self._settings = settings
+        self._counter = StartCounter(_counter_folder(settings))
+        self._begun = time.monotonic()
+        self._ready_s: float | None = None
         self._ended = threading.Event()
         self._watcher: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Choose what to load, and count the start; after too many that ended by themselves, it is in safe mode.
+
+        Raises:
+            BundleError: the active bundle's manifest cannot be read, and there is none before it.
+        """
+        try:
+            self.installed = None if self.store is None else self.store.starting()
+        except BundleError as error:
+            self.installed = self._instead_of_active(error)
+        path = bundle_of(self.settings) if self.installed is None else self.installed.path
+        deaths = self._counter.begin(path.name)
+        if deaths >= MAX_DEATHS:
+            self.problem = explain(deaths)
+            self.settings = safe_settings(self.settings, read_manifest(path).context_length)
+            log.error("%s", self.problem)
 
     def load(self, imports: Sequence[str]) -> Service:
         """Load what is served; where the active bundle is damaged, the one before.
@@ -45,27 +77,24 @@ class Start:
             BundleError: it is damaged, and so is the one before, if there is one.
             QwedgeError: as :func:`edge.commands.loading.load`.
         """
-        if self.store is None:
-            return load(self._settings, imports=imports)
         try:
-            self.installed = self.store.starting()
             return self._load(imports)
         except BundleError as error:
-            path = self.store.active_path()
-            instead = self.store.failed(path.name) if path is not None else None
-            if instead is None:
-                raise
-            log.error("%s", error)  # noqa: TRY400 - the user's error, not a fault of ours
-            self.installed = instead
+            self.installed = self._instead_of_active(error)
             return self._load(imports)
 
     def watch(self, service: Service) -> None:
-        """From now on see whether the bundle works; where the engine stalls, leave it and end the process."""
-        if self.store is not None and self.installed is not None:
-            self._watcher = threading.Thread(
-                target=self._watch, args=(self.store, self.installed.name, service), name="trial", daemon=True
-            )
-            self._watcher.start()
+        """From now on see whether it works; where the engine stalls on a bundle of the store, leave that and end."""
+        self._watcher = threading.Thread(target=self._watch, args=(service,), name="trial", daemon=True)
+        self._watcher.start()
+
+    def ready(self) -> None:
+        """It answers from now on."""
+        self._ready_s = time.monotonic() - self._begun
+
+    def leaving(self) -> None:
+        """It was asked to end: what happens now is no crash."""
+        self._counter.works(self._ready_s)
 
     def switched(self, installed: Installed) -> None:
         """Another bundle is served, which has been put to the test already: no more need to watch."""
@@ -77,25 +106,47 @@ class Start:
         self._ended.set()
         if self._watcher is not None:
             self._watcher.join()
-        if wanted and self.store is not None and self.installed is not None:
-            self.store.stopped(self.installed.name)
+        if wanted:
+            self._counter.works(self._ready_s)
+            if self.store is not None and self.installed is not None:
+                self.store.stopped(self.installed.name)
+        self._counter.close()
+
+    def _instead_of_active(self, error: BundleError) -> Installed:
+        """What the store has in place of its active bundle, which does not load."""
+        path = None if self.store is None else self.store.active_path()
+        instead = None if self.store is None or path is None else self.store.failed(path.name)
+        if instead is None:
+            raise error
+        log.error("%s", error)
+        return instead
 
     def _load(self, imports: Sequence[str]) -> Service:
         if self.installed is None:
-            return load(self._settings, imports=imports)
-        return load(self._settings, bundle=self.installed.path, imports=imports)
+            return load(self.settings, imports=imports)
+        return load(self.settings, bundle=self.installed.path, imports=imports)
 
-    def _watch(self, store: Store, name: str, service: Service) -> None:
+    def _watch(self, service: Service) -> None:
+        store, name = self.store, "" if self.installed is None else self.installed.name
         works_at = time.monotonic() + WORKS_AFTER_S
         while not self._ended.wait(CHECK_EVERY_S):
             if service.stats().stalled:
-                if store.failed(name) is not None:
+                if store is not None and store.failed(name) is not None:
                     log.critical("the engine makes no progress: the next start serves the bundle before")
                     os._exit(EXIT_STALLED)
                 return
             if time.monotonic() >= works_at:
-                store.healthy(name)
+                self._counter.works(self._ready_s)
+                if store is not None:
+                    store.healthy(name)
                 return
+
+
+def _counter_folder(settings: Settings) -> Path | None:
+    try:
+        return device_folder(settings.mqtt, os.environ)
+    except ConfigError:  # there is no place to count in; a service needs none
+        return None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from edge.mqtt.messages import MAX_PAYLOAD_BYTES
 from edge.mqtt.password import read_password
 from edge.mqtt.pool import Pool
 from edge.mqtt.presence import TEMPERATURE_STEP_C, LoadReporter, make_info, make_load, status_message
+from edge.mqtt.resume import MAX_STARTS
 from edge.mqtt.rules import check_with, load_rules
 from edge.mqtt.rules_runner import RuleRunner
 from edge.mqtt.rules_topics import disjoint, match
@@ -65,6 +66,8 @@ class MqttBridge:
         address: the broker.
         journal: makes requests durable; opened and closed with the bridge. None: one in memory.
         management: carries commands out, where the settings allow for them; None takes none.
+        problem: why the device does less than it should (safe mode); requests that were there when the process ended
+            are not run again then. None: it does all.
 
     Raises:
         ConfigError: the root or the device cannot stand in a topic, a file of a password, certificate or key cannot be
@@ -78,8 +81,11 @@ class MqttBridge:
         address: BrokerAddress,
         journal: Journal | None = None,
         management: Management | None = None,
+        *,
+        problem: str | None = None,
     ) -> None:
         self._service = service
+        self._problem = problem
         self._settings = settings
         self._management = management if settings.management == "on" else None
         self._thermometer = Thermometer(step_c=TEMPERATURE_STEP_C)
@@ -113,7 +119,8 @@ class MqttBridge:
         self._journal = journal or Journal()
         self._ledger = Ledger(self._journal)
         self._answers = Answers(self._connection, self._ledger, self._journal, settings.device)
-        self._intake = Intake(service, self.layout, self._journal, self._ledger, self._answers)
+        max_starts = MAX_STARTS if problem is None else 1
+        self._intake = Intake(service, self.layout, self._journal, self._ledger, self._answers, max_starts=max_starts)
         self._rules = RuleRunner(service, self.layout, rules, self._connection.publish)
         self._pool = (
             Pool(
@@ -221,7 +228,8 @@ class MqttBridge:
 
     def _announce(self) -> None:
         """Say who we are, whenever a connection is made, on the network thread; and when that has changed."""
-        info = make_info(self._service, self.layout.device, self._connection.protocol, self._management)
+        protocol, device = self._connection.protocol, self.layout.device
+        info = make_info(self._service, device, protocol, self._management, problem=self._problem)
         self._connection.publish(Outgoing(self.layout.info, info.encode(), qos=1, retain=True))
         self._connection.publish(status_message(self.layout, "online"))
         model, has_temperature = self._service.model.manifest.name, self._thermometer.read() is not None

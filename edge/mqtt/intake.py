@@ -35,7 +35,7 @@ from edge.mqtt.connection import Incoming
 from edge.mqtt.inbox import Inbox
 from edge.mqtt.ledger import Job, Ledger, Reply
 from edge.mqtt.messages import MAX_PAYLOAD_BYTES, Done, parse_request
-from edge.mqtt.resume import Resumer
+from edge.mqtt.resume import MAX_STARTS, Resumer
 from edge.mqtt.stored import pack, pack_reply
 from edge.mqtt.topics import CancelTopic, Layout, RequestId, RequestTopic
 from edge.openai import Answer, parse_chat, parse_completion, prepare
@@ -86,15 +86,33 @@ class Intake:
         journal: makes requests durable; it is opened and closed by others.
         ledger: knows the jobs.
         answers: publishes what becomes of them.
+        max_starts: runs of one request that may end with the process.
     """
 
-    def __init__(self, service: Service, layout: Layout, journal: Journal, ledger: Ledger, answers: Answers) -> None:
+    def __init__(
+        self,
+        service: Service,
+        layout: Layout,
+        journal: Journal,
+        ledger: Ledger,
+        answers: Answers,
+        *,
+        max_starts: int = MAX_STARTS,
+    ) -> None:
         self._service = service
         self._layout = layout
         self._journal = journal
         self._ledger = ledger
         self._answers = answers
-        self._resumer = Resumer(layout, journal, ledger, answers, run=self._run_again, has_room=self._has_room)
+        self._resumer = Resumer(
+            layout,
+            journal,
+            ledger,
+            answers,
+            run=self._run_again,
+            has_room=self._has_room,
+            max_starts=max_starts,
+        )
         self._inbox = Inbox()
         self._thread: threading.Thread | None = None
         self.num_requests = 0

@@ -54,6 +54,7 @@ class Resumer:
         answers: publishes what becomes of them.
         run: submits a job.
         has_room: whether it may be submitted now.
+        max_starts: runs of one request that may end with the process.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Resumer:
         *,
         run: Run,
         has_room: Callable[[], bool],
+        max_starts: int = MAX_STARTS,
     ) -> None:
         self._layout = layout
         self._journal = journal
@@ -72,6 +74,7 @@ class Resumer:
         self._answers = answers
         self._run = run
         self._has_room = has_room
+        self._max_starts = max_starts
         self._waiting: deque[_Waiting] = deque()
         self._taken_up = False
         self._stopping = threading.Event()
@@ -148,7 +151,7 @@ class Resumer:
         """Run a request or end it; returns False where it has to wait, here or for the next start."""
         job = waiting.job
         try:
-            _check(waiting)
+            self._check(waiting)
             if not (self._has_room() and self._count(waiting)):
                 return self._pause()
             self._run(job, waiting.message)
@@ -176,16 +179,15 @@ class Resumer:
         self._journal.start(waiting.job.key, waiting.starts + 1, then)
         return self._await(counted.is_set)
 
+    def _check(self, waiting: _Waiting) -> None:
+        """Whether a request should run.
 
-def _check(waiting: _Waiting) -> None:
-    """Whether a request should run.
-
-    Raises:
-        CrashedError: it has ended the process before, or was there when it ended, too often.
-        CancelledError: the client does not want the answer any more.
-    """
-    if waiting.starts >= MAX_STARTS:
-        hint = "if it was not this request's fault, send it under a new id"
-        raise CrashedError("the process ended each time this request ran", hint=hint)
-    if waiting.job.cancelled:
-        raise CancelledError("the request was cancelled")
+        Raises:
+            CrashedError: it has ended the process before, or was there when it ended, too often.
+            CancelledError: the client does not want the answer any more.
+        """
+        if waiting.starts >= self._max_starts:
+            hint = "if it was not this request's fault, send it under a new id"
+            raise CrashedError("the process ended each time this request ran", hint=hint)
+        if waiting.job.cancelled:
+            raise CancelledError("the request was cancelled")

@@ -56,11 +56,11 @@ def start(broker: EmbeddedBroker, folder: Path, client: Client) -> Iterator[Star
     """Start the device; its journal is always the same. Everything ends with the test."""
     with ExitStack() as stack:
 
-        def make(engine: FakeEngine | None = None) -> Device:
+        def make(engine: FakeEngine | None = None, *, problem: str | None = None) -> Device:
             engine = engine or FakeEngine()
             service = make_service(engine)
             settings = MqttSettings(device=NAME, keepalive_s=5, pool="off")
-            bridge = MqttBridge(service, settings, broker.address, Journal(folder))
+            bridge = MqttBridge(service, settings, broker.address, Journal(folder), problem=problem)
             service.start()
             bridge.start()
             device = Device(engine, service, bridge, NAME, lambda: client)
@@ -231,6 +231,22 @@ def test_a_request_whose_runs_have_all_ended_in_a_crash_is_not_run(
     start()
     assert client.done("1").body["error"]["code"] == "crashed"
     assert text_of(client.done("2")) == "You said: y"
+
+
+def test_safe_mode_runs_nothing_again_and_takes_what_is_new(start: StartDevice, leave: Leave, client: Client) -> None:
+    leave(stored("1", "there when the process ended"))
+    start(problem="safe mode")
+    assert client.done("1").body["error"]["code"] == "crashed"
+    client.send("2", chat("new"))
+    assert text_of(client.done("2")) == "You said: new"
+
+
+def test_safe_mode_is_told_in_the_info(broker: EmbeddedBroker, start: StartDevice) -> None:
+    with Client(broker.address, "watcher", NAME, extra=(f"qwedge/v1/dev/{NAME}/info",)) as watcher:
+        start(problem="safe mode: why")
+        watcher.wait(
+            lambda: "safe mode: why" in [m.value.problem for m in watcher.received if m.topic.endswith("/info")]
+        )
 
 
 def test_a_stored_request_that_cannot_be_read_is_forgotten(start: StartDevice, leave: Leave, client: Client) -> None:

@@ -1,0 +1,227 @@
+"""A service that ends by itself again and again: counted, and in the end without what may have ended it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import httpx
+import pytest
+
+from edge.commands import trial
+from edge.commands.safe_mode import SAFE_CONTEXT, safe_settings
+from edge.commands.trial import Start, starting
+from edge.config import load_settings
+from edge.settings.rules import RuleSettings
+from edge.starts import MAX_DEATHS, StartCounter, Starts, read_starts
+from export.checkpoint import open_checkpoint
+from export.pipeline import export_bundle
+from export.progress import Silent
+from export.quantize.recipes import RECIPES
+from tests.edge.bundles import write_bundle
+from tests.export import tiny
+from tests.serving import wait_for
+
+if TYPE_CHECKING:
+    from edge.service import Service
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 60
+CONFIG = """
+[model]
+bundle = "{folder}/bundle"
+adapters = "{folder}/adapters"
+
+[engine]
+threads = 1
+slots = 4
+prefix_store = "{folder}/prefixes"
+
+[mqtt]
+device = "edge-7"
+"""
+
+
+def die(folder: Path, bundle: str = "tiny") -> int:
+    """A start that ends by itself."""
+    counter = StartCounter(folder)
+    deaths = counter.begin(bundle)
+    counter.close()
+    return deaths
+
+
+class TestCounter:
+    def test_starts_that_end_by_themselves_are_counted_in_a_row(self, tmp_path: Path) -> None:
+        assert [die(tmp_path) for _ in range(4)] == [0, 1, 2, 3]
+        counter = StartCounter(tmp_path)
+        assert counter.begin("tiny") == 4
+        counter.works(1.5)
+        counter.close()
+        assert read_starts(tmp_path) == Starts(bundle="tiny", ready_s=1.5)
+        assert die(tmp_path) == 0
+
+    def test_another_bundle_begins_anew(self, tmp_path: Path) -> None:
+        assert [die(tmp_path, name) for name in ("one", "one", "two", "two", "one")] == [0, 1, 0, 1, 0]
+
+    def test_a_second_process_counts_nothing(self, tmp_path: Path) -> None:
+        first, second = StartCounter(tmp_path), StartCounter(tmp_path)
+        assert first.begin("tiny") == 0
+        assert second.begin("tiny") == 0
+        second.works()  # nor does it take the first one's start back
+        second.close()
+        assert read_starts(tmp_path).unproven == 1
+        first.close()
+
+    @pytest.mark.parametrize("content", ["", "{", '{"unproven": -1}', '{"unproven": 9, "schema_version": 2}'])
+    def test_a_file_that_says_nothing_sensible_counts_as_none(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "starts.json").write_text(content)
+        assert die(tmp_path) == 0
+
+    def test_a_disk_that_refuses_keeps_nobody_from_starting(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_args: Any) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        for _ in range(5):
+            die(tmp_path)
+        monkeypatch.setattr(os, "fsync", refuse)
+        assert die(tmp_path) == 0
+        counter = StartCounter(None)
+        assert counter.begin("tiny") == 0
+        counter.works()
+
+
+def test_what_safe_mode_leaves_out() -> None:
+    rule = RuleSettings(name="meter", subscribe="a", prompt="p", publish="b")
+    flags = {"model.adapters": "adapters", "engine.prefix_store": "prefixes", "engine.slots": 8, "mqtt.rule": (rule,)}
+    safe = safe_settings(load_settings(flags=flags), 4096)
+    assert (safe.engine.slots, safe.engine.context, safe.engine.draft_tokens) == (1, SAFE_CONTEXT, 0)
+    assert (safe.engine.prefix_cache_mb, safe.engine.prefix_store) == (0, None)
+    assert (safe.model.adapters, safe.mqtt.rule) == (None, ())
+    assert safe.server == load_settings(flags=flags).server  # who reaches it, and with what key, stays
+    assert safe_settings(load_settings(flags={"engine.context": 300}), 256).engine.context == 256
+
+
+class Idle:
+    """A service that never stalls."""
+
+    stalled = False
+
+    def stats(self) -> Idle:
+        return self
+
+
+def crash(start: Any, before: Callable[[Start], object], kind: type[BaseException] = RuntimeError) -> None:
+    """A start that ends with an exception."""
+    with suppress(kind), start() as served:
+        served.begin()
+        before(served)
+        raise kind
+
+
+class TestStart:
+    @pytest.fixture
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        write_bundle(tmp_path / "bundle")
+        monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
+        return tmp_path / "state" / "edge-7"
+
+    @pytest.fixture
+    def start(self, folder: Path) -> Any:
+        flags = {"model.bundle": folder.parents[1] / "bundle", "mqtt.device": "edge-7"}
+        return lambda: starting(load_settings(flags=flags))
+
+    def test_the_fourth_start_is_safe_and_the_one_after_a_wanted_end_is_not(self, start: Any, folder: Path) -> None:
+        problems: list[str | None] = []
+        for _ in range(MAX_DEATHS):
+            crash(start, lambda served: problems.append(served.problem))
+        assert problems == [None] * MAX_DEATHS
+        with start() as served:
+            served.begin()
+            assert served.problem is not None
+            assert served.settings.engine.slots == 1
+        assert read_starts(folder).unproven == 0
+        with start() as served:
+            served.begin()
+            assert served.problem is None
+
+    def test_an_operator_who_interrupts_it_is_no_crash(self, start: Any, folder: Path) -> None:
+        crash(start, lambda _served: None, KeyboardInterrupt)
+        assert read_starts(folder).unproven == 0
+
+    def test_a_start_that_has_served_for_a_while_is_none_either(
+        self, start: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(trial, "CHECK_EVERY_S", 0.01)
+        monkeypatch.setattr(trial, "WORKS_AFTER_S", 0.05)
+
+        def serve_for_a_while(served: Start) -> None:
+            served.ready()
+            served.watch(cast("Service", Idle()))
+            wait_for(lambda: read_starts(folder).unproven == 0)
+
+        die(folder, "bundle")
+        crash(start, serve_for_a_while)
+        assert read_starts(folder).unproven == 0
+        assert read_starts(folder).ready_s is not None
+
+
+# --- a real process, killed -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("QWEDGE_")}
+    line = [sys.executable, "-m", "edge.cli", "serve", "--port", "0", "--config", str(folder / "qwedge.toml")]
+    with (
+        (folder / "log").open("a") as log,
+        subprocess.Popen(
+            line,
+            cwd=ROOT,
+            env=environment | {"STATE_DIRECTORY": str(folder / "state")},
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_service_that_is_killed_three_times_starts_in_safe_mode(tmp_path: Path) -> None:
+    """Its folder of adapters does not go with the bundle: as it is configured, it never starts."""
+    with open_checkpoint(tiny.write_folder(tmp_path / "checkpoint", tiny.qwen2_config())) as source:
+        export_bundle(source, tmp_path / "bundle", RECIPES["fp32"], name="tiny", progress=Silent())
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "qwedge.toml").write_text(CONFIG.format(folder=tmp_path))
+    state = tmp_path / "state" / "edge-7"
+    for number in range(1, MAX_DEATHS + 1):
+        with serve(tmp_path) as process:
+            wait_for(lambda number=number: read_starts(state).unproven == number, TIMEOUT_S)
+            process.send_signal(signal.SIGKILL)
+    with serve(tmp_path) as process:
+        assert process.stdout is not None
+        ready = process.stdout.readline()
+        assert ready.startswith("ready: tiny at "), (tmp_path / "log").read_text()
+        url = ready.split()[-1]
+        health = httpx.get(f"{url}/health", timeout=TIMEOUT_S)
+        assert (health.status_code, health.json()["status"]) == (200, "degraded")
+        assert "safe mode" in health.json()["problem"]
+        asked = httpx.post(f"{url}/v1/completions", json={"prompt": "hello", "max_tokens": 2}, timeout=TIMEOUT_S)
+        assert asked.status_code == 200
+        assert not (tmp_path / "prefixes").exists()
+        assert json.loads((state / "starts.json").read_text())["unproven"] == MAX_DEATHS + 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 0
+    assert read_starts(state).unproven == 0
