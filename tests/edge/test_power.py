@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from edge.metrics import Metrics
 from edge.power import EnergyMeter, Sensors, Thermometer
 from edge.scheduler import SchedulerStats
+from tests.edge import sysfs_trees as boards
 
 
 class Clock:
@@ -122,6 +124,62 @@ def test_a_sensor_that_fails_adds_nothing(tmp_path: Path) -> None:
     clock.now += 1
     (tmp_path / "class/hwmon/hwmon0/power1_input").unlink()
     assert meter.energy_j() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("tree", "celsius", "watts"),
+    [
+        (boards.RASPBERRY_PI_4, 82.0, None),
+        (boards.RASPBERRY_PI_5, 57.0, None),
+        (boards.JETSON_ORIN_NANO, 52.0, 4.984 * 1.856),
+        (boards.JETSON_AGX_ORIN, 77.0, 3.14 + 14.3 + 4.968),
+        (boards.JETSON_AGX_XAVIER, None, 6 * 1.9),
+        (boards.RK3588, 86.0, None),
+    ],
+)
+def test_boards_tell_what_their_sensors_are_for(
+    tree: Mapping[str, str], celsius: float | None, watts: float | None, tmp_path: Path
+) -> None:
+    boards.plant(tmp_path, tree)
+    assert Thermometer(tmp_path).read() == celsius
+    power = EnergyMeter(tmp_path, Clock()).power_w()
+    assert power == (None if watts is None else pytest.approx(watts))
+
+
+def test_half_a_board_is_no_board(tmp_path: Path) -> None:
+    boards.plant(tmp_path, boards.JETSON_AGX_ORIN)
+    clock = Clock()
+    meter = EnergyMeter(tmp_path, clock)
+    clock.now += 1
+    (tmp_path / "class/hwmon/hwmon3/curr2_input").unlink()
+    assert meter.energy_j() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("before", "changes", "joules"),
+    [
+        ({}, {"intel-rapl:0": 9_000_000, "intel-rapl:0:0": 6_000_000, "intel-rapl:0:1": 1_500_000}, 2.5),
+        ({"intel-rapl:1": 3_000_000}, {"intel-rapl:0": 9_000_000, "intel-rapl:1": 8_000_000}, 5.0),
+    ],
+    ids=["processor and memory", "the platform"],
+)
+def test_a_pc_counts_the_platform_or_else_processor_and_memory(
+    before: dict[str, int], changes: dict[str, int], joules: float, tmp_path: Path
+) -> None:
+    def count(domains: dict[str, int]) -> None:
+        boards.plant(tmp_path, {f"class/powercap/{name}/energy_uj": str(value) for name, value in domains.items()})
+
+    boards.plant(tmp_path, boards.X86_N100)
+    count(before)
+    clock = Clock()
+    meter = EnergyMeter(tmp_path, clock)
+    clock.now += 1
+    count(changes)
+    assert meter.energy_j() == pytest.approx(joules)
+
+
+def test_disks_and_inputs_that_nothing_hangs_on_are_not_read(tmp_path: Path) -> None:
+    assert Thermometer(boards.plant(tmp_path, boards.X86_N100)).read() == 64.0
 
 
 def test_the_metrics_show_what_is_measured(tmp_path: Path) -> None:
