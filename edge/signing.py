@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -121,12 +122,7 @@ class PrivateKey:
         Raises:
             ConfigError: it cannot be read, others may read it, or it is no Ed25519 key.
         """
-        try:
-            raw = _read_small(path, refuse=_readable_by_others)
-            key = load_pem_private_key(raw, password=None)
-        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-            hint = "a private key is the .key file that `qwedge keys init` makes"
-            raise ConfigError(f"{path} is no private key: {_reason(error)}", hint=hint) from None
+        key = load_private_pem(path, hint="a private key is the .key file that `qwedge keys init` makes")
         if not isinstance(key, Ed25519PrivateKey):
             raise ConfigError(f"{path} is no Ed25519 key", hint="qwedge keys init makes one")
         return cls(key)
@@ -186,6 +182,18 @@ class Trust:
             hint = "manifest or signature were changed: take the bundle from its source again"
             raise SignatureError(f"the signature of {what} does not fit its manifest", hint=hint) from None
         return key
+
+
+def load_private_pem(path: Path, *, hint: str) -> PrivateKeyTypes:
+    """Read a private key in PEM that has no passphrase and that nobody but its owner may read.
+
+    Raises:
+        ConfigError: it cannot be read, others may read it, or it is no such key.
+    """
+    try:
+        return load_pem_private_key(_read_small(path, refuse=_readable_by_others), password=None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{path} is no private key: {_reason(error)}", hint=hint) from None
 
 
 def parse_signature(raw: bytes, what: str) -> Signature:

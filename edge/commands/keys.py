@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from edge.bundle import SIGNATURE, read_manifest, sign_bundle
+from edge.bundle import SIGNATURE, Progress, read_manifest, sign_bundle
 from edge.commands import options
 from edge.errors import ConfigError
 from edge.settings.mqtt import sanitize_device
@@ -74,19 +75,39 @@ def sign(
     key: Annotated[
         Path, typer.Option("--key", metavar="FILE", help="The private key: NAME.key of `qwedge keys init`.")
     ],
+    oms: Annotated[
+        Path | None,
+        typer.Option(
+            "--oms",
+            metavar="FILE",
+            help="Write an OpenSSF model signature to this file instead, for tools other than qwedge; the key is then"
+            " one of the curves P-256, P-384 or P-521, in PEM.",
+        ),
+    ] = None,
 ) -> None:
     """Sign a bundle, in place of a signature that it may have; its files are verified first."""
-    from edge.signing import PrivateKey
-
-    private = PrivateKey.load(key)
+    write, key_id = _signing(bundle, key, oms)
     total = sum(entry.size for entry in read_manifest(bundle).files)
+    target = oms or bundle / SIGNATURE
     try:
         with options.byte_progress("verifying", total) as progress:
-            sign_bundle(bundle, private, progress=progress)
+            write(progress)
     except OSError as error:
-        hint = "copy the bundle to a folder that you may write to"
-        raise ConfigError(f"{bundle / SIGNATURE} cannot be written: {error.strerror}", hint=hint) from None
-    print(f"{bundle / SIGNATURE}: key {private.key_id}")
+        hint = "choose a folder that you may write to"
+        raise ConfigError(f"{target} cannot be written: {error.strerror}", hint=hint) from None
+    print(f"{target}: key {key_id}")
+
+
+def _signing(bundle: Path, key: Path, oms: Path | None) -> tuple[Callable[[Progress | None], object], str]:
+    """What signs, and the name of its key."""
+    from edge.oms import EcKey, write_oms_signature
+    from edge.signing import PrivateKey
+
+    if oms is None:
+        private = PrivateKey.load(key)
+        return lambda progress: sign_bundle(bundle, private, progress=progress), private.key_id
+    curve = EcKey.load(key)
+    return lambda progress: write_oms_signature(bundle, curve, oms, progress=progress), curve.hint
 
 
 def default_folder() -> Path:
