@@ -23,7 +23,7 @@ ORACLE_STAMP := $(ORACLE_VENV)/.installed
 CLIENTS_VENV := .venv-clients
 CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 
-.PHONY: help setup model run test bench-peers check docs lock oracle clients offline-kit rauc-bundle check-wheels clean
+.PHONY: help setup model run test bench-peers check docs lock oracle clients offline-kit rauc-bundle swupdate-image check-wheels clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -71,6 +71,8 @@ test: $(STAMP) ## set everything up and run the tests
 	@.ci/need-package.sh rauc rauc "the tests of firmware-configs" || true
 	@.ci/need-package.sh squashfs-tools mksquashfs "the tests of firmware-configs" || true
 	@.ci/need-package.sh dbus-daemon dbus-daemon "the tests of firmware-configs" || true
+	@.ci/need-package.sh swupdate swupdate "the tests of firmware-configs" || true
+	@.ci/need-package.sh cpio cpio "the tests of firmware-configs" || true
 	@$(VENV)/bin/python -m pytest $(ARGS)
 	@$(if $(ARGS),,.ci/test-oracle.sh)
 	@$(if $(ARGS),,.ci/test-clients.sh)
@@ -123,6 +125,12 @@ rauc-bundle: ## a signed update for RAUC: FROM=kit or bundle CERT=signer.pem KEY
 	@.ci/need-package.sh squashfs-tools mksquashfs "RAUC's bundles"
 	@mkdir -p dist
 	@firmware-configs/rauc/make-bundle.sh "$(FROM)" "$(or $(OUT),dist/$(notdir $(patsubst %/,%,$(FROM))).raucb)" --cert "$(CERT)" --key "$(KEY)"
+
+swupdate-image: ## a signed update for SWUpdate: FROM=kit or bundle CERT=signer.pem KEY=signer.key (firmware-configs/swupdate)
+	@.ci/need-package.sh squashfs-tools mksquashfs "SWUpdate's images"
+	@.ci/need-package.sh cpio cpio "SWUpdate's images"
+	@mkdir -p dist
+	@firmware-configs/swupdate/make-image.sh "$(FROM)" "$(or $(OUT),dist/$(notdir $(patsubst %/,%,$(FROM))).swu)" --cert "$(CERT)" --key "$(KEY)"
 
 check-wheels: $(STAMP) ## check that every locked package of the runtime has a wheel for ARM64
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; .ci/offline-kit.sh wheels aarch64 "$$folder"
