@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # loaded when an export runs: every `qwedge --help` would wai
     from export.catalog import CatalogEntry
     from export.pipeline import Report
 
-RecipeName = Literal["balanced", "small", "quality", "int8", "fp32"]
+RecipeName = Literal["balanced", "fast", "small", "nodot", "quality", "int8", "fp32"]
 OracleName = Literal["transformers", "optimum"]
 assert set(get_args(RecipeName)) == RECIPES.keys()
 

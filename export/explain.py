@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 from export.quantize.recipes import MEASURED_ON, RECIPES, Blockwise, Format, Measured, Recipe
 
@@ -13,6 +13,8 @@ _LABELS = {
     "gate_up": "gate and up",
     "down": "down",
     "gates": "decay and update",
+    "value": "value alone",
+    "calibrated_down": "some down, calibrated",
 }
 
 _AS_STORED = "Where a checkpoint is quantized already, layers keep its integers; only fp32 makes floats of them."
@@ -22,7 +24,7 @@ def recipes_as_text() -> str:
     """All recipes, for people."""
     parts = []
     for recipe in RECIPES.values():
-        lines = [f"  {label:<19} {text}" for label, text in _lines(recipe)]
+        lines = [f"  {label:<21} {text}" for label, text in _lines(recipe)]
         parts.append("\n".join([f"{recipe.name}: {recipe.purpose}", *lines]))
     return "\n\n".join([*parts, _AS_STORED, f"Measured with {MEASURED_ON}."])
 
@@ -33,7 +35,7 @@ def recipes_as_json() -> str:
 
 
 def _lines(recipe: Recipe) -> list[tuple[str, str]]:
-    layer = {_LABELS[part.name]: _format(getattr(recipe.layer, part.name)) for part in fields(recipe.layer)}
+    layer = {_LABELS[name]: _format(form) for name, form in recipe.layer_formats().items()}
     lines = [*layer.items(), ("embedding and head", _format(recipe.table)), ("logits", _logits(recipe))]
     for rounding, measured in recipe.measured.items():
         lines.append((rounding, _measured(measured)))
@@ -43,13 +45,13 @@ def _lines(recipe: Recipe) -> list[tuple[str, str]]:
 def _format(form: Format) -> str:
     if not isinstance(form, Blockwise):
         return "float32"
-    return f"{form.bits} bits, asymmetric, blocks of {form.block}"
+    return f"{form.bits} bits, {'symmetric' if form.symmetric else 'asymmetric'}, blocks of {form.block}"
 
 
 def _logits(recipe: Recipe) -> str:
     if recipe.head is None:
         return "from that table"
-    return f"{recipe.head.candidates} candidates by a copy in {_format(recipe.head.coarse)}; theirs from that table"
+    return f"{recipe.head.candidates} candidates by the upper 4 bits of that table; theirs by all 8"
 
 
 def _measured(measured: Measured) -> str:

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from export.quantize.blockwise import quantize_rows
 from export.quantize.recipes import Blockwise, Format
-from export.weights import Change, Matrix, Rounding, Weights
+from export.weights import Change, Halves, Matrix, Rounding, Weights
 
 OPSET = 23
 """The first with RMSNormalization."""
@@ -82,10 +82,14 @@ class GraphBuilder:
         self.weights = weights
         self._adapt = adapt
         self._observe = observe
+        self.is_calibrated = observe is not None
+        """Whether weights are rounded for the inputs they will see."""
         self.matrix_bytes = 0
         """Bytes of the matrices added by :meth:`linear`."""
         self._file = weights.file
         self._graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, _CONTRIB: 1})
+        self._cast: dict[str, ir.Value] = {}
+        """Scales that are stored in float16, by name, as the kernels want them."""
         self.cuts: list[ir.Value] = []
         """Values made by :meth:`cut` so far."""
         self.input_ids = self.input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
@@ -181,10 +185,9 @@ class GraphBuilder:
         if not isinstance(matrix.form, Blockwise):
             product = self.op("FusedMatMul", [x, self._register(matrix.parts[0])], contrib=True, transB=1)
             return product if bias is None else self.op("Add", [product, bias])
-        codes, scales, zero_points = (self._register(part) for part in matrix.parts)
         return self.op(
             "MatMulNBits",
-            [x, codes, scales, zero_points, None, bias],
+            [x, self._register(matrix.parts[0]), *self._grid(matrix), None, bias],
             contrib=True,
             K=matrix.columns,
             N=matrix.rows,
@@ -193,18 +196,32 @@ class GraphBuilder:
             accuracy_level=self.weights.recipe.accuracy_level,
         )
 
-    def rows(self, ids: ir.Value, matrix: Matrix) -> ir.Value:
+    def rows(self, ids: ir.Value, matrix: Matrix | Halves) -> ir.Value:
         """Rows of a matrix by their numbers: ``ids`` [a, b] -> [a, b, columns]."""
+        if isinstance(matrix, Halves):
+            # A sixteenth of a float is exact, and so is the sum.
+            rest = self.op(
+                "Mul", [self.rows(ids, matrix.lower), self.floats("sixteenth", np.array(1 / 16, np.float32))]
+            )
+            return self.op("Add", [self.rows(ids, matrix.upper), rest])
         if not isinstance(matrix.form, Blockwise):
             return self.op("Gather", [self._register(matrix.parts[0]), ids], axis=0)
-        codes, scales, zero_points = matrix.parts
+        codes = matrix.parts[0]
         # GatherBlockQuantized wants [rows, bytes]: the same bytes under a second name and shape, one copy on disk.
         flat = self._alias(codes, f"{codes.name}.rows", [matrix.rows, matrix.columns * matrix.form.bits // 8])
-        inputs = [self._register(flat), ids, self._register(scales), self._register(zero_points)]
+        inputs = [self._register(flat), ids, *self._grid(matrix)]
         attributes = {"bits": matrix.form.bits, "block_size": matrix.form.block}
         return self.op("GatherBlockQuantized", inputs, contrib=True, gather_axis=0, quantize_axis=1, **attributes)
 
-    def rescored(self, coarse: ir.Value, x: ir.Value, matrix: Matrix, candidates: int) -> ir.Value:
+    def _grid(self, matrix: Matrix) -> tuple[ir.Value, Tensor]:
+        """Scales and zero points of a matrix as the kernels want them; onnxruntime converts scales when it loads."""
+        scales, *zero_points = (self._register(part) for part in matrix.parts[1:])
+        name = str(scales.name)
+        if scales.dtype == ir.DataType.FLOAT16 and name not in self._cast:
+            self._cast[name] = self.op("Cast", [scales], to=ir.DataType.FLOAT)
+        return self._cast.get(name, scales), zero_points[0] if zero_points else None
+
+    def rescored(self, coarse: ir.Value, x: ir.Value, matrix: Matrix | Halves, candidates: int) -> ir.Value:
         """Logits whose largest few are exact.
 
         Only the candidates' rows of the matrix are read, straight from the data file: of the matrix itself there is no

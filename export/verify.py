@@ -135,12 +135,26 @@ def _product(node: ir.Node, x: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _form(node: ir.Node) -> Blockwise:
-    return Blockwise(bits=node.attributes["bits"].as_int(), block=node.attributes["block_size"].as_int())
+    return Blockwise(
+        bits=node.attributes["bits"].as_int(),
+        block=node.attributes["block_size"].as_int(),
+        symmetric=node.inputs[3] is None,
+    )
 
 
 def _quantized_rows(node: ir.Node, start: int, stop: int) -> QuantizedRows:
-    codes, scales, zero_points = (_rows(value, start, stop) for value in node.inputs[1:4])
-    return QuantizedRows(codes, scales, zero_points)
+    codes, scales, zero_points = node.inputs[1:4]
+    return QuantizedRows(
+        codes=_rows(codes, start, stop),
+        scales=_rows(_stored(scales), start, stop).astype(np.float32),
+        zero_points=None if zero_points is None else _rows(zero_points, start, stop),
+    )
+
+
+def _stored(scales: ir.Value | None) -> ir.Value | None:
+    """The initializer of scales that the graph converts."""
+    cast = None if scales is None else scales.producer()
+    return scales if cast is None else cast.inputs[0]
 
 
 def _rows(value: ir.Value | None, start: int, stop: int) -> NDArray[Any]:
@@ -157,7 +171,9 @@ def _run_kernel(
 ) -> NDArray[np.float32]:
     """``x @ W.T`` by MatMulNBits, in a model of one node."""
     count, columns = len(rows.codes), x.shape[1]
-    arrays: Arrays = {"x": x, "codes": rows.codes, "scales": rows.scales, "zero_points": rows.zero_points}
+    arrays: Arrays = {"x": x, "codes": rows.codes, "scales": rows.scales}
+    if rows.zero_points is not None:
+        arrays["zero_points"] = rows.zero_points
     inputs = [
         ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)))
         for name, array in arrays.items()

@@ -7,8 +7,10 @@ most :data:`CHUNK_ELEMENTS` values, so the peak does not grow with the model.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,7 +23,7 @@ from edge.bundle import WEIGHTS
 from edge.errors import ExportError
 from export.checkpoint import Checkpoint
 from export.prequantized.grid import GridLayout, GridTensor, common_layout
-from export.quantize.blockwise import QuantizedRows, dequantize_rows, quantize_rows
+from export.quantize.blockwise import QuantizedRows, dequantize_rows, quantize_halves, quantize_rows
 from export.quantize.recipes import Blockwise, Float32, Format, Recipe
 
 CHUNK_ELEMENTS = 4 << 20
@@ -32,11 +34,11 @@ Rounding = Callable[[NDArray[np.float32], Blockwise], QuantizedRows]
 """Quantizes some rows of a matrix, each by itself."""
 Change = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Turns what a checkpoint stores into what a kernel wants, element by element."""
-_DTYPES = {"float32": ir.DataType.FLOAT, "uint8": ir.DataType.UINT8}
+_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "uint8": ir.DataType.UINT8}
 
 
 class DataFile:
-    """The external data file: tensors are appended and never touched again."""
+    """The external data file: tensors follow each other, and each is written once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -62,6 +64,20 @@ class DataFile:
     def append(self, array: NDArray[np.generic]) -> None:
         """Write an array's bytes at the end."""
         self._file.write(np.ascontiguousarray(array).data)
+
+    def reserve(self, size: int) -> int:
+        """Room of ``size`` bytes for one tensor, which :meth:`put` fills; returns its offset."""
+        offset = self.begin()
+        self._file.seek(offset + size)
+        self._file.truncate()
+        return offset
+
+    def put(self, offset: int, array: NDArray[np.generic]) -> int:
+        """Write an array's bytes into reserved room; returns the offset behind them."""
+        self._file.seek(offset)
+        self.append(array)
+        self._file.seek(0, os.SEEK_END)
+        return offset + array.nbytes
 
     def initializer(self, name: str, dtype: ir.DataType, shape: Sequence[int], offset: int) -> ir.Value:
         """An initializer over bytes of this file; two may share the same bytes."""
@@ -89,11 +105,92 @@ class Matrix:
     form: Format
     """Its format; block size fitted to the columns."""
     parts: tuple[ir.Value, ...]
-    """One initializer (float32: [rows, columns]) or three (codes, scales, zero points)."""
+    """One initializer (float32: [rows, columns]); codes and scales, and zero points where the format has them."""
     num_bytes: int
     """In the data file."""
     order: NDArray[np.int64] | None = None
     """Input feature at each column; None = in order."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """An 8-bit matrix whose codes are stored in two halves: its values are ``upper + lower / 16``.
+
+    The upper half is a coarse copy, to be multiplied with; the lower one is for rows that are looked up.
+    """
+
+    upper: Matrix
+    lower: Matrix
+
+    @property
+    def rows(self) -> int:
+        """Out features."""
+        return self.upper.rows
+
+    @property
+    def num_bytes(self) -> int:
+        """In the data file."""
+        return self.upper.num_bytes + self.lower.num_bytes
+
+
+class _Writer:
+    """A quantized matrix on its way into the data file, some rows at a time; others may be written meanwhile."""
+
+    def __init__(
+        self, file: DataFile, name: str, shape: tuple[int, int], form: Blockwise, *, half_scales: bool
+    ) -> None:
+        self._file, self._name, self._shape, self._form = file, name, shape, form
+        self._half_scales = half_scales
+        self._offset = self._next = file.reserve(self._size())
+        self._scales: list[NDArray[np.float32]] = []
+        self._zero_points: list[NDArray[np.uint8]] = []
+
+    def add(self, chunk: QuantizedRows) -> None:
+        """Write the rows that come next."""
+        self._next = self._file.put(self._next, chunk.codes)
+        self._scales.append(chunk.scales)
+        if chunk.zero_points is not None:
+            self._zero_points.append(chunk.zero_points)
+
+    def finish(self, scales: tuple[ir.Value, ...] = ()) -> Matrix:
+        """The matrix, once all rows are there; with ``scales`` of another one, where it shares them."""
+        codes = self._file.initializer(f"{self._name}.codes", ir.DataType.UINT8, self._codes_shape(), self._offset)
+        own = [] if scales else [self._file.add(f"{self._name}.scales", self._stored_scales())]
+        if self._zero_points:
+            own.append(self._file.add(f"{self._name}.zero_points", np.concatenate(self._zero_points)))
+        num_bytes = self._size() + sum(part.const_value.nbytes for part in own if part.const_value is not None)
+        return Matrix(*self._shape, self._form, (codes, *scales, *own), num_bytes)
+
+    def _stored_scales(self) -> NDArray[np.float16] | NDArray[np.float32]:
+        """In float16, where that changes none: a checkpoint's own may have more digits."""
+        scales = np.concatenate(self._scales)
+        with np.errstate(over="ignore"):
+            halves = scales.astype(np.float16)
+        return halves if self._half_scales and np.array_equal(halves, scales) else scales
+
+    def _codes_shape(self) -> list[int]:
+        rows, columns = self._shape
+        return [rows, -(-columns // self._form.block), self._form.block * self._form.bits // 8]
+
+    def _size(self) -> int:
+        return math.prod(self._codes_shape())
+
+
+class _DequantizedWriter(_Writer):
+    """Writes the values that the codes stand for."""
+
+    def add(self, chunk: QuantizedRows) -> None:
+        """Write the rows that come next."""
+        self._next = self._file.put(self._next, dequantize_rows(chunk, self._form, self._shape[1]))
+
+    def finish(self, scales: tuple[ir.Value, ...] = ()) -> Matrix:
+        """The matrix, once all rows are there."""
+        del scales
+        value = self._file.initializer(self._name, ir.DataType.FLOAT, self._shape, self._offset)
+        return Matrix(*self._shape, Float32(), (value,), self._size())
+
+    def _size(self) -> int:
+        return math.prod(self._shape) * 4
 
 
 class Weights:
@@ -134,12 +231,26 @@ class Weights:
         """One matrix out of one or more 2-D tensors of the same width, stacked by rows."""
         if isinstance(form, Blockwise):
             form = form.fit(self.shape(sources[0])[1])
-        if isinstance(form, Float32) or self.recipe.dequantize:
-            matrix = self._float_matrix(name, sources, form, rounding)
+        if isinstance(form, Float32):
+            matrix = self._float_matrix(name, sources)
         else:
-            matrix = self._quantized_matrix(name, sources, form, rounding)
+            chunks = (rounding(chunk, form) for chunk in self._chunks(sources))
+            matrix = self._write(name, self._stacked_shape(sources), form, chunks)
         self._counted.update(sources)
         return matrix
+
+    def halves(self, name: str, source: str, form: Blockwise) -> Halves:
+        """A tensor as an 8-bit matrix in two halves, to nearest."""
+        shape = self._stacked_shape([source])
+        block = form.fit(shape[1]).block
+        upper = self._writer(f"{name}.upper", shape, Blockwise(4, block))
+        lower = self._writer(f"{name}.lower", shape, Blockwise(4, block, symmetric=True))
+        for chunk in self._chunks([source]):
+            for writer, rows in zip((upper, lower), quantize_halves(chunk, block), strict=True):
+                writer.add(rows)
+        self._counted.add(source)
+        coarse = upper.finish()
+        return Halves(coarse, lower.finish(scales=coarse.parts[1:2]))
 
     def stored_matrix(self, name: str, sources: Sequence[str]) -> Matrix | None:
         """The matrix with the integers that the checkpoint has; None where it has none, or none that kernels take."""
@@ -164,20 +275,13 @@ class Weights:
         self._check(source, start, rows.scales, (stop - start) * tensor.info.shape[1])
         return rows
 
-    def _float_matrix(self, name: str, sources: Sequence[str], form: Format, rounding: Rounding) -> Matrix:
+    def _float_matrix(self, name: str, sources: Sequence[str]) -> Matrix:
         rows, columns = self._stacked_shape(sources)
         offset = self.file.begin()
         for chunk in self._chunks(sources):
-            values = chunk
-            if isinstance(form, Blockwise):
-                values = dequantize_rows(rounding(chunk, form), form, columns)
-            self.file.append(values)
+            self.file.append(chunk)
         value = self.file.initializer(name, ir.DataType.FLOAT, [rows, columns], offset)
         return Matrix(rows, columns, Float32(), (value,), rows * columns * 4)
-
-    def _quantized_matrix(self, name: str, sources: Sequence[str], form: Blockwise, rounding: Rounding) -> Matrix:
-        chunks = (rounding(chunk, form) for chunk in self._chunks(sources))
-        return self._write(name, self._stacked_shape(sources), form, chunks)
 
     def _write(
         self,
@@ -187,23 +291,14 @@ class Weights:
         chunks: Iterable[QuantizedRows],
         order: NDArray[np.int64] | None = None,
     ) -> Matrix:
-        rows, columns = shape
-        scales, zero_points = [], []
-        blocks = -(-columns // form.block)
-        block_bytes = form.block * form.bits // 8
-        offset = self.file.begin()
+        writer = self._writer(name, shape, form)
         for chunk in chunks:
-            self.file.append(chunk.codes)
-            scales.append(chunk.scales)
-            zero_points.append(chunk.zero_points)
-        codes = self.file.initializer(f"{name}.codes", ir.DataType.UINT8, [rows, blocks, block_bytes], offset)
-        parts = (
-            codes,
-            self.file.add(f"{name}.scales", np.concatenate(scales)),
-            self.file.add(f"{name}.zero_points", np.concatenate(zero_points)),
-        )
-        num_bytes = rows * blocks * block_bytes + sum(part.const_value.nbytes for part in parts[1:] if part.const_value)
-        return Matrix(rows, columns, form, parts, num_bytes, order)
+            writer.add(chunk)
+        return replace(writer.finish(), order=order)
+
+    def _writer(self, name: str, shape: tuple[int, int], form: Blockwise) -> _Writer:
+        kind = _DequantizedWriter if self.recipe.dequantize else _Writer
+        return kind(self.file, name, shape, form, half_scales=self.recipe.scales == "float16")
 
     def _stacked_shape(self, sources: Sequence[str]) -> tuple[int, int]:
         shapes = [self.shape(source) for source in sources]

@@ -15,7 +15,8 @@ import onnx_ir as ir
 from edge.bundle import KVLayout, StateLayout
 from edge.errors import CheckpointError
 from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, HIDDEN_STATES, MIDDLE, GraphBuilder
-from export.weights import Matrix
+from export.quantize.recipes import Blockwise
+from export.weights import Halves, Matrix
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor names and shapes, as the checkpoint stores them."""
@@ -85,6 +86,16 @@ class Decoder(ABC):
         normed = self.norm(graph, split, weight)
         return graph.op("Reshape", [normed, graph.constant(f"width_{size}", [0, 0, size])])
 
+    def qkv(self, graph: GraphBuilder, prefix: str, x: ir.Value, *, has_bias: bool = False) -> ir.Value:
+        """Query, key and value of ``x``, end to end: one product, or two where values have a format of their own."""
+        formats = graph.weights.recipe.layer
+        groups = {"qkv": formats.qkv} if formats.value is None else {"qk": formats.qkv, "v": formats.value}
+        products = []
+        for parts, form in groups.items():
+            weights, biases = ([f"{prefix}{part}_proj.{kind}" for part in parts] for kind in ("weight", "bias"))
+            products.append(graph.linear(x, f"{prefix}{parts}_proj", form, weights, biases if has_bias else ()))
+        return graph.op("Concat", products, axis=-1) if len(products) > 1 else products[0]
+
     def tensors(self) -> Shapes:
         """Every tensor the checkpoint must hold, and no other."""
         table = (self.padded_vocab_size, self.hidden_size)
@@ -136,7 +147,7 @@ class Decoder(ABC):
         Returns:
             Bytes of weights that one decode step reads: all matrices but the embedding, of which it reads one row.
         """
-        table = graph.weights.matrix("embed", [_EMBEDDING], graph.weights.recipe.table)
+        table = self._table(graph, "embed", _EMBEDDING, is_head=self.tied)
         # One position more, for the token that fills a step up; and GroupQueryAttention wants a multiple of 8.
         rotary = graph.rotary_tables(self.rotary_dim, self.rope_theta, -(-(context_length + 1) // 8) * 8)
         shape: list[int | str] = ["batch", "sequence", self.hidden_size]
@@ -151,23 +162,30 @@ class Decoder(ABC):
         x = graph.op("Add", [x, self.attention(graph, layer, normed, rotary)])
         x = graph.cut(x, f"{MIDDLE}.{layer}", ["batch", "sequence", self.hidden_size])
         normed = self.norm(graph, x, f"{prefix}post_attention_layernorm.weight")
-        return graph.op("Add", [x, self._mlp(graph, f"{prefix}mlp.", normed)])
+        return graph.op("Add", [x, self._mlp(graph, layer, normed)])
 
-    def _mlp(self, graph: GraphBuilder, prefix: str, x: ir.Value) -> ir.Value:
+    def _mlp(self, graph: GraphBuilder, layer: int, x: ir.Value) -> ir.Value:
         """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)), gate and up in one product."""
+        prefix, recipe = f"{layer_prefix(layer)}mlp.", graph.weights.recipe
         both = graph.linear(
             x,
             f"{prefix}gate_up_proj",
-            graph.weights.recipe.layer.gate_up,
+            recipe.layer.gate_up,
             [f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"],
         )
         gate, up = graph.ops("Split", [both], 2, axis=-1, num_outputs=2)
         active = graph.op("Mul", [graph.silu(gate), up])
-        return graph.linear(
-            active, f"{prefix}down_proj", graph.weights.recipe.layer.down, [f"{prefix}down_proj.weight"]
-        )
+        form = recipe.down(layer, self.num_layers, is_calibrated=graph.is_calibrated)
+        return graph.linear(active, f"{prefix}down_proj", form, [f"{prefix}down_proj.weight"])
 
-    def _head(self, graph: GraphBuilder, x: ir.Value, embedding: Matrix) -> int:
+    def _table(self, graph: GraphBuilder, name: str, source: str, *, is_head: bool) -> Matrix | Halves:
+        """Embedding or head: in two halves, where logits come in two stages."""
+        weights, form = graph.weights, graph.weights.recipe.table
+        if is_head and weights.recipe.head is not None and isinstance(form, Blockwise):
+            return weights.halves(name, source, form)
+        return weights.matrix(name, [source], form)
+
+    def _head(self, graph: GraphBuilder, x: ir.Value, embedding: Matrix | Halves) -> int:
         """Logits of the positions asked for: the head is a quarter of a small model's work.
 
         Returns:
@@ -178,20 +196,19 @@ class Decoder(ABC):
         rows = graph.op("Reshape", [x, graph.constant("flat_shape", [-1, self.hidden_size])])
         rows = graph.op("Gather", [rows, graph.logits_indices], axis=0)
         rows = graph.cut(rows, FINAL_HIDDEN, ["positions", self.hidden_size])
-        logits, num_bytes = self._logits(graph, rows, embedding)
+        table = embedding if self.tied else self._table(graph, "lm_head", _HEAD, is_head=True)
+        logits, num_bytes = self._logits(graph, rows, table)
         graph.output(logits, "logits", ir.DataType.FLOAT, ["positions", self.padded_vocab_size])
         return num_bytes
 
-    def _logits(self, graph: GraphBuilder, x: ir.Value, embedding: Matrix) -> tuple[ir.Value, int]:
-        weights, source = graph.weights, _EMBEDDING if self.tied else _HEAD
-        table = embedding if self.tied else weights.matrix("lm_head", [source], weights.recipe.table)
-        head = weights.recipe.head
-        if head is None:
+    def _logits(self, graph: GraphBuilder, x: ir.Value, table: Matrix | Halves) -> tuple[ir.Value, int]:
+        head = graph.weights.recipe.head
+        if head is None or isinstance(table, Matrix):
+            assert isinstance(table, Matrix)
             return graph.matmul(x, table), table.num_bytes
-        copy = weights.matrix("coarse_head", [source], head.coarse)
-        coarse = graph.cut(graph.matmul(x, copy), COARSE_LOGITS, ["positions", self.padded_vocab_size])
+        coarse = graph.cut(graph.matmul(x, table.upper), COARSE_LOGITS, ["positions", self.padded_vocab_size])
         candidate_bytes = table.num_bytes * head.candidates // table.rows
-        return graph.rescored(coarse, x, table, head.candidates), copy.num_bytes + candidate_bytes
+        return graph.rescored(coarse, x, table, head.candidates), table.upper.num_bytes + candidate_bytes
 
     def _check_sizes(self) -> None:
         reason = ""

@@ -27,14 +27,7 @@ class Qwen2(Decoder):
     def attention(self, graph: GraphBuilder, layer: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]) -> ir.Value:
         """Attention with query, key and value from one product."""
         prefix = f"{layer_prefix(layer)}self_attn."
-        parts = [f"{prefix}{part}_proj" for part in "qkv"]
-        qkv = graph.linear(
-            x,
-            f"{prefix}qkv_proj",
-            graph.weights.recipe.layer.qkv,
-            [f"{part}.weight" for part in parts],
-            [f"{part}.bias" for part in parts],
-        )
+        qkv = self.qkv(graph, prefix, x, has_bias=True)
         heads = {"num_heads": self.num_heads, "kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
         attended = graph.attention(layer, (qkv, None, None), rotary, **heads)
         return graph.linear(attended, f"{prefix}o_proj", graph.weights.recipe.layer.out, [f"{prefix}o_proj.weight"])

@@ -26,9 +26,7 @@ class Qwen3(Decoder):
     def attention(self, graph: GraphBuilder, layer: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]) -> ir.Value:
         """Attention with query, key and value from one product."""
         prefix = f"{layer_prefix(layer)}self_attn."
-        packed = graph.linear(
-            x, f"{prefix}qkv_proj", graph.weights.recipe.layer.qkv, [f"{prefix}{part}_proj.weight" for part in "qkv"]
-        )
+        packed = self.qkv(graph, prefix, x)
         sizes = graph.constant("qkv_sizes", [self.q_size, self.kv_size, self.kv_size])
         query, key, value = graph.ops("Split", [packed, sizes], 3, axis=-1)
         # GroupQueryAttention takes the norms itself on CUDA only; on CPU they stand before it.

@@ -125,9 +125,7 @@ class Qwen3_5(Decoder):  # noqa: N801 - the makers' name, whose dot is a version
     def _full_attention(
         self, graph: GraphBuilder, prefix: str, index: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]
     ) -> ir.Value:
-        packed = graph.linear(
-            x, f"{prefix}qkv_proj", graph.weights.recipe.layer.qkv, [f"{prefix}{part}_proj.weight" for part in "qkv"]
-        )
+        packed = self.qkv(graph, prefix, x)
         sizes = graph.constant("qkv_sizes", [2 * self.q_size, self.kv_size, self.kv_size])
         both, key, value = graph.ops("Split", [packed, sizes], 3, axis=-1)
         query, gate = self._query_and_gate(graph, both, f"{prefix}q_norm.weight")

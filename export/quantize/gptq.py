@@ -125,7 +125,7 @@ class _Rounding:
     def _choose_scale(self, start: int, stop: int) -> None:
         current = self._weights[start:stop] + self._carried[start:stop] / self._diagonal[start:stop, None]
         place = start // self._form.block
-        self.scales[place], self.zero_points[place] = block_grid(current.T, self._form.bits)
+        self.scales[place], self.zero_points[place] = block_grid(current.T, self._form)
 
     def _round(self, column: int, start: int) -> None:
         """Round one column and carry its error to those from ``start`` on."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from edge.errors import ConfigError
 
@@ -19,12 +19,14 @@ _EXACT_BLOCKS = {4: 32, 8: 64}
 
 @dataclass(frozen=True)
 class Blockwise:
-    """Asymmetric integers in blocks along the input dimension: ``w = (code - zero_point) * scale``."""
+    """Integers in blocks along the input dimension: ``w = (code - zero_point) * scale``."""
 
     bits: int
     """4 or 8."""
     block: int
     """Weights that share one scale and zero point."""
+    symmetric: bool = False
+    """Whether every zero point is half of the codes, and none is stored."""
 
     def fit(self, columns: int) -> Blockwise:
         """This format with the largest block that divides ``columns``, or padded blocks of 32 where none does."""
@@ -44,12 +46,11 @@ Format = Blockwise | Float32
 
 @dataclass(frozen=True)
 class TwoStage:
-    """A head that reads a coarse copy of its table whole, and of the table itself the rows of the best tokens only.
+    """A head that reads the upper halves of the table's 8-bit codes, and the rest for the rows of the best tokens only.
 
     The logits of the candidates are exact products with the table; all others stay coarse.
     """
 
-    coarse: Blockwise
     candidates: int
     """Tokens per position whose logits are exact."""
 
@@ -59,11 +60,14 @@ class Projections:
     """Formats of the matrices of a layer: products that share an input share a matrix."""
 
     qkv: Format
+    """Queries, keys and values."""
     out: Format
     gate_up: Format
     down: Format
     gates: Format = Blockwise(bits=8, block=32)
     """Decays and update rates of linear attention: a hundredth of a layer, and errors in them add up over tokens."""
+    value: Format | None = None
+    """Values of full attention, where theirs is another format than that of queries and keys."""
 
     @classmethod
     def all(cls, form: Format) -> Projections:
@@ -82,7 +86,7 @@ class Measured:
     perplexity_change: float
     """Relative to float32."""
     megabytes: int
-    """Of weights on disk."""
+    """Of weights and rotary tables on disk."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,10 @@ class Recipe:
     table: Format
     head: TwoStage | None = None
     """None: every logit comes out of the table itself."""
+    calibrated_down: Format | None = None
+    """Where weights are calibrated, the format of ``down`` in the layers of :func:`is_sensitive`; None = no other."""
+    scales: Literal["float16", "float32"] = "float16"
+    """How scales are stored. In float16 they take half of the disk, but as float32 memory: nothing maps them."""
     accuracy_level: int = 4
     """MatMulNBits: 4 = int8 activations (fast), 0 = float32 activations (for verification)."""
     dequantize: bool = False
@@ -106,17 +114,45 @@ class Recipe:
     @property
     def row_multiple(self) -> int:
         """:func:`row_multiple` of its formats."""
-        return row_multiple([self.layer.qkv, self.layer.out, self.layer.gate_up, self.layer.down])
+        layer = self.layer
+        forms = [layer.qkv, layer.value, layer.out, layer.gate_up, layer.down, self.calibrated_down]
+        return row_multiple(form for form in forms if form is not None)
+
+    def down(self, layer: int, num_layers: int, *, is_calibrated: bool) -> Format:
+        """Format of ``down`` in one of so many layers."""
+        if self.calibrated_down is not None and is_calibrated and is_sensitive(layer, num_layers):
+            return self.calibrated_down
+        return self.layer.down
+
+    def layer_formats(self) -> dict[str, Format]:
+        """Formats of a layer's matrices by name, those first that every recipe has."""
+        forms = {part.name: getattr(self.layer, part.name) for part in fields(self.layer)}
+        forms["calibrated_down"] = self.calibrated_down
+        return {name: form for name, form in forms.items() if form is not None}
 
     def describe(self) -> dict[str, Any]:
         """The table as it stands in the manifest."""
         return {
             "name": self.name,
-            "layer": {part.name: _describe(getattr(self.layer, part.name)) for part in fields(self.layer)},
+            "layer": {name: _describe(form) for name, form in self.layer_formats().items()},
             "table": _describe(self.table),
-            "head": _describe_head(self.head),
+            "head": self._describe_head(),
+            "scales": self.scales,
             "accuracy_level": self.accuracy_level,
         }
+
+    def _describe_head(self) -> dict[str, Any]:
+        if self.head is None:
+            return {"format": "table"}
+        assert isinstance(self.table, Blockwise)
+        coarse = _describe(Blockwise(4, self.table.block))
+        return {"format": "two-stage", "coarse": coarse, "candidates": self.head.candidates}
+
+
+def is_sensitive(layer: int, num_layers: int) -> bool:
+    """Whether a layer is one of the first or last eighth, or every third between: as in llama.cpp's mixes."""
+    edge = num_layers // 8
+    return layer < edge or layer >= 7 * num_layers // 8 or (layer - edge) % 3 == 2
 
 
 def row_multiple(forms: Iterable[Format]) -> int:
@@ -130,20 +166,31 @@ def row_multiple(forms: Iterable[Format]) -> int:
 
 MEASURED_ON = "Qwen2.5-Coder-0.5B-Instruct on wikitext-2 and HumanEval (tests/bench/divergence.py)"
 _NEAREST, _CALIBRATED = "to nearest", "calibrated"
+_FOUR = Blockwise(bits=4, block=32)
+_EIGHT = Blockwise(bits=8, block=64, symmetric=True)
 _TABLE = Blockwise(bits=8, block=128)
 """The 8-bit table costs nothing visible with blocks of 128 and reads 15% less per token than with blocks of 32."""
-_COARSE = TwoStage(Blockwise(bits=4, block=128), candidates=128)
-"""In two stages the head reads half as much. A coarse copy in 2 bits would be smaller still, but tokens outside the
-candidates are sampled too, and diverge twenty times as much with it."""
+_TWO_STAGE = TwoStage(candidates=128)
+"""In two stages the head reads half as much."""
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        # The MLP is nine tenths of a layer and the least sensitive for its size: large blocks, which compute faster and
-        # read less. The small attention matrices get the bits that this saves.
+        # As few bytes as Q4_K_M of llama.cpp. The MLP is nine tenths of a layer and the least sensitive for its size.
         Recipe(
             "balanced",
-            purpose="for devices: fast, small, close to the original",
+            purpose="close to the original for its size; calibrate it",
+            layer=Projections(qkv=_EIGHT, out=_EIGHT, gate_up=_FOUR, down=_FOUR),
+            table=_TABLE,
+            head=_TWO_STAGE,
+            # What calibration leaves of the error is largest here.
+            calibrated_down=_EIGHT,
+            measured={_NEAREST: Measured(kl=0.0316, top1=0.909, perplexity_change=0.055, megabytes=375)},
+        ),
+        # Large blocks compute faster and read less. The small attention matrices get the bits that this saves.
+        Recipe(
+            "fast",
+            purpose="for devices: prefill a third faster than balanced, and less memory",
             layer=Projections(
                 qkv=Blockwise(bits=8, block=64),
                 out=Blockwise(bits=8, block=64),
@@ -151,41 +198,34 @@ RECIPES = {
                 down=Blockwise(bits=4, block=128),
             ),
             table=_TABLE,
-            head=_COARSE,
-            measured={
-                _NEAREST: Measured(kl=0.0554, top1=0.885, perplexity_change=0.043, megabytes=439),
-                _CALIBRATED: Measured(kl=0.0421, top1=0.899, perplexity_change=0.042, megabytes=439),
-            },
+            head=_TWO_STAGE,
+            scales="float32",
         ),
         Recipe(
             "small",
             purpose="where every megabyte counts; calibrate it",
-            layer=Projections(
-                qkv=Blockwise(bits=8, block=64),
-                out=Blockwise(bits=4, block=32),
-                gate_up=Blockwise(bits=4, block=128),
-                down=Blockwise(bits=4, block=128),
-            ),
-            table=Blockwise(bits=4, block=128),
-            measured={
-                _NEAREST: Measured(kl=0.0840, top1=0.839, perplexity_change=0.072, megabytes=289),
-                _CALIBRATED: Measured(kl=0.0681, top1=0.843, perplexity_change=0.077, megabytes=289),
-            },
+            layer=replace(Projections.all(_FOUR), gates=Blockwise(bits=8, block=32), value=_EIGHT),
+            table=_FOUR,
+        ),
+        Recipe(
+            "nodot",
+            purpose="for ARM cores without dot products, where 8 bits are slow: Cortex-A53, A72 (Raspberry Pi 3, 4)",
+            layer=replace(Projections.all(_FOUR), gates=Float32()),
+            table=_TABLE,
+            head=_TWO_STAGE,
         ),
         Recipe(
             "quality",
-            purpose="nearly the original, reads twice as much per token as balanced",
-            layer=Projections.all(Blockwise(bits=8, block=32)),
-            table=_TABLE,
-            measured={_NEAREST: Measured(kl=0.0011, top1=0.980, perplexity_change=0.000, megabytes=564)},
+            purpose="nearly the original, reads twice as much per token as fast",
+            layer=Projections.all(Blockwise(bits=8, block=32, symmetric=True)),
+            table=Blockwise(bits=8, block=128, symmetric=True),
         ),
         Recipe(
             "int8",
             purpose="8 bits in large blocks: less to read than quality",
             layer=Projections.all(Blockwise(bits=8, block=128)),
             table=_TABLE,
-            head=_COARSE,
-            measured={_NEAREST: Measured(kl=0.0058, top1=0.980, perplexity_change=0.012, megabytes=595)},
+            head=_TWO_STAGE,
         ),
         Recipe("fp32", purpose="the reference for comparisons", layer=Projections.all(Float32()), table=Float32()),
     )
@@ -207,10 +247,4 @@ def recipe_named(name: str) -> Recipe:
 def _describe(what: Format) -> dict[str, Any]:
     if isinstance(what, Float32):
         return {"format": "float32"}
-    return {"format": "blockwise", **asdict(what), "symmetric": False}
-
-
-def _describe_head(head: TwoStage | None) -> dict[str, Any]:
-    if head is None:
-        return {"format": "table"}
-    return {"format": "two-stage", "coarse": _describe(head.coarse), "candidates": head.candidates}
+    return {"format": "blockwise", **asdict(what)}

@@ -6,10 +6,11 @@ A GGUF holds weights that lie on a grid of llama.cpp's own; a recipe would be bl
 a *dithered* checkpoint: uniform noise of half a step either way on every weight, from a seed, which no grid favours.
 Recipes are exported from that same checkpoint. Checkpoints in floats get no noise.
 
-A recipe may be changed: ``NAME:qkv=8x64,out=8x64`` gives ``qkv``, ``out``, ``gate_up``, ``down``, ``table`` or ``head``
-(of ``BITSxBLOCK``) another format, and ``head=none`` takes the second stage away. The text is cut into windows, spread
-evenly over each file; the second half of each is scored. Reference logits are kept in ``--cache``. Prints a line per
-result, or a JSON object with ``--json``.
+A recipe may be changed: ``NAME:qkv=8x64s,out=8x64`` gives ``qkv``, ``value``, ``out``, ``gate_up``, ``down``,
+``calibrated_down`` or ``table`` another format (bits, block, and ``s`` for a symmetric one), ``head=256`` another
+number of candidates, and ``head=none`` takes the second stage away. The text is cut into windows, spread evenly over
+each file; the second half of each is scored. Reference logits are kept in ``--cache``. Prints a line per result, or a
+JSON object with ``--json``.
 """
 
 from __future__ import annotations
@@ -147,12 +148,14 @@ def changed(spec: str) -> Recipe:
 def _change(recipe: Recipe, key: str, value: str) -> Recipe:
     if value == "none":
         return replace(recipe, head=None)
-    bits, _, block = value.partition("x")
-    form = Blockwise(bits=int(bits), block=int(block))
+    if key == "head":
+        return replace(recipe, head=TwoStage(candidates=int(value)))
+    bits, _, block = value.removesuffix("s").partition("x")
+    form = Blockwise(bits=int(bits), block=int(block), symmetric=value.endswith("s"))
     if key == "table":
         return replace(recipe, table=form)
-    if key == "head":
-        return replace(recipe, head=TwoStage(form, candidates=128))
+    if key == "calibrated_down":
+        return replace(recipe, calibrated_down=form)
     return replace(recipe, layer=replace(recipe.layer, **{key: form}))
 
 

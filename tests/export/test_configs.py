@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from export.architectures import architecture_for
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.graph import GraphBuilder
 from export.quantize.blockwise import quantize_rows
-from export.quantize.recipes import RECIPES, Float32, Format
-from export.weights import Change, DataFile, Matrix, Rounding, Weights
+from export.quantize.recipes import RECIPES, Blockwise, Float32, Format
+from export.weights import Change, DataFile, Halves, Matrix, Rounding, Weights
 from tests.export import tiny
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -84,13 +85,20 @@ class UnreadWeights(Weights):
         blocks = -(-columns // form.block)
         shapes = {
             "codes": (ir.DataType.UINT8, [rows, blocks, form.block * form.bits // 8]),
-            "scales": (ir.DataType.FLOAT, [rows, blocks]),
+            "scales": (ir.DataType.FLOAT16, [rows, blocks]),
             "zero_points": (ir.DataType.UINT8, [rows, -(-blocks * form.bits // 8)]),
         }
+        if form.symmetric:
+            del shapes["zero_points"]
         parts = [self.file.initializer(f"{name}.{part}", dtype, shape, 0) for part, (dtype, shape) in shapes.items()]
         return Matrix(
             rows, columns, form, tuple(parts), sum(int(part.const_value.nbytes) for part in parts if part.const_value)
         )
+
+    def halves(self, name: str, source: str, form: Blockwise) -> Halves:
+        upper = self.matrix(f"{name}.upper", [source], Blockwise(4, form.block))
+        lower = self.matrix(f"{name}.lower", [source], Blockwise(4, form.block, symmetric=True))
+        return Halves(upper, replace(lower, parts=(lower.parts[0], upper.parts[1])))
 
     def _count(self, sources: Sequence[str]) -> None:
         self.parameter_count += sum(math.prod(self.shape(each)) for each in set(sources) - self._counted)

@@ -96,9 +96,10 @@ def test_the_reference_has_no_divergence_and_eight_bits_have_less_than_four(tmp_
 
 
 def test_recipes_can_be_changed() -> None:
-    recipe = changed("balanced:down=4x32,table=4x64,head=8x32")
+    recipe = changed("balanced:down=4x32,qkv=8x32s,table=4x64,head=32")
     assert recipe.layer.down == Blockwise(4, 32)
     assert recipe.layer.gate_up == RECIPES["balanced"].layer.gate_up
-    assert (recipe.table, recipe.head) == (Blockwise(4, 64), TwoStage(Blockwise(8, 32), 128))
+    assert recipe.layer.qkv == Blockwise(8, 32, symmetric=True)
+    assert (recipe.table, recipe.head) == (Blockwise(4, 64), TwoStage(32))
     assert changed("balanced:head=none").head is None
     assert changed("small") is RECIPES["small"]

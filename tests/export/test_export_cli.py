@@ -120,11 +120,13 @@ def test_the_recipes_explain_themselves(run: Run) -> None:
     done = run("--explain")
     assert done.status == 0
     assert [line.partition(":")[0] for line in done.stdout.splitlines() if line[:1].islower()] == list(RECIPES)
-    assert "  gate and up         4 bits, asymmetric, blocks of 128" in done.stdout
+    assert "  gate and up           4 bits, asymmetric, blocks of 128" in done.stdout
+    assert "  some down, calibrated 8 bits, symmetric, blocks of 64" in done.stdout
     assert all(len(line) <= 120 for line in done.stdout.splitlines())
     listed = json.loads(run("--explain", "--json").stdout)
     assert [recipe["name"] for recipe in listed] == list(RECIPES)
-    assert all(recipe["purpose"] and recipe["measured"] for recipe in listed if recipe["name"] != "fp32")
+    assert all(recipe["purpose"] for recipe in listed)
+    assert listed[0]["measured"]
 
 
 def test_a_gguf_is_a_source_and_says_what_it_left_out(run: Run, output: Path, tmp_path: Path) -> None:
@@ -152,7 +154,7 @@ def test_the_catalog(run: Run) -> None:
     [
         ((), 2, "SOURCE and --output are needed"),
         (("{source}",), 2, "SOURCE and --output are needed"),
-        (("{source}", "-o", "{output}", "--recipe", "int3"), 2, "'int3' is not one of 'balanced', 'small',"),
+        (("{source}", "-o", "{output}", "--recipe", "int3"), 2, "'int3' is not one of 'balanced', 'fast',"),
         (("{source}", "-o", "{output}", "--calibrate", "nothing.txt"), 2, "cannot calibrate with nothing.txt: No such"),
         (("{source}", "-o", "{output}", "--kv", "int4"), 2, "'int4' is not one of 'float32', 'int8'"),
         (("{source}", "-o", "{output}", "--name", "My Model"), 2, "'My Model' cannot be a model name"),

@@ -161,7 +161,7 @@ class TestGraph:
             ids = [int(expected.argmax())]
         assert same >= NUM_DECODED - 2
         assert 0 < tested.kl < 0.01
-        assert tested.top1 > 0.9
+        assert tested.top1 > 0.85
         assert 0.001 < tested.error < 0.02
 
     def test_a_wrong_scale_shows_in_the_test(self, tmp_path: Path) -> None:
