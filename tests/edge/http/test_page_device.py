@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from edge.cooling import Throttling
 from edge.http.routes.device import DeviceSources
 from edge.log_buffer import LogBuffer
+from edge.power import Sensors
 from edge.settings.server import ServerSettings
+from edge.throttle import ThrottleState
 from tests.browser import ENTER, Browser
 from tests.edge.http.page import MARKS, Serve, count, fits, open_page, stubbed, texts
 from tests.edge.http.panel import device_with_mqtt
@@ -51,6 +54,20 @@ def test_live_figures_and_charts(serve: Serve, browser: Browser) -> None:
         "Memory of qwedge: "
     )
     browser.wait("document.querySelectorAll('#slots tr.busy').length === 0")
+    assert all(NO_STORE in line for line in browser.console())
+
+
+def test_it_says_what_slows_the_device_down(serve: Serve, browser: Browser) -> None:
+    server = serve()
+    server.service.metrics.sensors = Sensors(firmware=lambda: Throttling(("under_voltage", "hot")))
+    assert server.service._loaded is not None
+    server.service._loaded.scheduler._throttle.state = ThrottleState(4, "heat")
+    open_page(browser, server, "device")
+    browser.wait("document.querySelector('#device-name').innerText !== ''")
+    facts = dict(zip(texts(browser, "#device-facts dt"), texts(browser, "#device-facts dd"), strict=True))
+    assert facts["Slowed down"] == "to 75 %, as it is hot"
+    assert facts["Clock held down by"] == "low voltage, heat"
+    browser.wait("document.querySelectorAll('.chart:not([hidden])').length > 0")
     assert all(NO_STORE in line for line in browser.console())
 
 

@@ -20,7 +20,7 @@ LANGUAGES = ("en", "de", "zh")
 MAX_BYTES = 400_000
 TEXT, LARGE = 4.5, 3.0
 """Contrasts that WCAG 2.2 wants for text (1.4.3) and for what controls are recognised by (1.4.11)."""
-COMPUTED = re.compile(r"(status|chart|fact|slot|bundle|confirm|state|step|mqtt)_\w+")
+COMPUTED = re.compile(r"(status|chart|fact|slot|bundle|confirm|state|step|mqtt|limit|throttle)_\w+")
 """Keys that are put together: `t(`fact_${name}`)`."""
 
 
