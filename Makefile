@@ -65,6 +65,7 @@ test: $(STAMP) ## set everything up and run the tests
 	@.ci/need-package.sh shellcheck shellcheck "the tests of firmware-configs" || true
 	@.ci/need-package.sh logrotate logrotate "the tests of firmware-configs" || true
 	@.ci/need-package.sh iproute2 ip "the tests of firmware-configs" || true
+	@.ci/need-package.sh tcc tcc "the test of clock jumps" || true
 	@.ci/need-package.sh python3 /usr/bin/python3 "the test of the Debian package" || true
 	@.ci/need-package.sh lintian lintian "the test of the Debian package" || true
 	@.ci/need-package.sh man-db man "the test of the Debian package" || true

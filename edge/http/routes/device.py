@@ -76,12 +76,12 @@ def device_routes(service: Service, sources: DeviceSources) -> list[Route]:
         service: what is served.
         sources: the rest.
     """
-    process = psutil.Process()
+    process, begun = psutil.Process(), time.monotonic()
     trying = asyncio.Lock()
 
     async def device(_request: Request) -> Response:
         """How the machine and the service are doing, in one document."""
-        return JSONResponse(await run_in_threadpool(_describe, service, sources, process))
+        return JSONResponse(await run_in_threadpool(_describe, service, sources, process, time.monotonic() - begun))
 
     async def logs(request: Request) -> Response:
         """The newest lines of the log: those after number ``after`` and of at least the level ``level``."""
@@ -111,14 +111,14 @@ def device_routes(service: Service, sources: DeviceSources) -> list[Route]:
     ]
 
 
-def _describe(service: Service, sources: DeviceSources, process: psutil.Process) -> dict[str, Any]:
+def _describe(service: Service, sources: DeviceSources, process: psutil.Process, uptime_s: float) -> dict[str, Any]:
     stats, recent, manifest = service.stats(), service.metrics.recent(), service.model.manifest
     slots, mqtt = service.busy_slots(), None if sources.mqtt is None else sources.mqtt.state()
     num_output = service.metrics.num_output_tokens + sum(slot.num_output_tokens for slot in slots)
     return {
         "name": os.uname().nodename if mqtt is None else mqtt["device"],
         "version": __version__,
-        "uptime_s": round(time.time() - process.create_time(), 1),
+        "uptime_s": round(uptime_s, 1),
         "model": {
             "id": manifest.name,
             "version": manifest.version,
