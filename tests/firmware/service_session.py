@@ -29,6 +29,11 @@ def ask() -> int:
         return int(json.load(answer)["usage"]["completion_tokens"])
 
 
+def health() -> object:
+    with urllib.request.urlopen("http://127.0.0.1:8080/health", timeout=TIMEOUT_S) as answer:
+        return json.load(answer)
+
+
 def hear(systemd: socket.socket, word: str) -> list[str]:
     """What the service tells until it tells this."""
     told: list[str] = []
@@ -53,7 +58,7 @@ def main(*command: str) -> None:
             try:
                 told = hear(systemd, "READY=1")
                 subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-                tokens = ask()
+                tokens, healthy = ask(), health()
                 hear(systemd, "WATCHDOG=1")
             except (AssertionError, OSError):
                 sys.exit(log.read_text())
@@ -61,7 +66,7 @@ def main(*command: str) -> None:
                 service.send_signal(signal.SIGTERM)
                 status = service.wait(TIMEOUT_S)
             told += hear(systemd, "STOPPING=1")
-        outcome = {"told": told, "tokens": tokens, "status": status, "log": log.read_text()}
+        outcome = {"told": told, "tokens": tokens, "health": healthy, "status": status, "log": log.read_text()}
         print(json.dumps(outcome | {"no_executable_memory": no_executable_memory}))
 
 
