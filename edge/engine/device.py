@@ -198,9 +198,9 @@ class DeviceSteps:
     """The steps bound to a session on a device; what they return as in :class:`edge.engine.steps.Steps`."""
 
     def __init__(self, binder: Binder[DevicePool], sizes: Sizes) -> None:
-        self._prefill = cache(lambda slot: Append(binder, slot, most=sizes.prefill_chunk, reads="last", multiple=1))
-        self._score = cache(lambda slot: Append(binder, slot, most=sizes.score_chunk, reads="every", multiple=1))
-        self._embed = cache(lambda slot: Append(binder, slot, most=sizes.prefill_chunk, reads="hidden", multiple=1))
+        self._prefill = cache(lambda slot: Append(binder, slot, most=sizes.prefill_chunk, reads="last", fills_up=False))
+        self._score = cache(lambda slot: Append(binder, slot, most=sizes.score_chunk, reads="every", fills_up=False))
+        self._embed = cache(lambda slot: Append(binder, slot, most=sizes.prefill_chunk, reads="hidden", fills_up=False))
         self._padded_vocab = binder.logits.shape[1]
         self.drop_mapped = binder.session.drop_mapped
 

@@ -21,9 +21,10 @@ from edge.engine.kv_cache import Cache, KVPool
 from edge.engine.lora import ActiveAdapters, Adapter, Places
 from edge.engine.providers import Provider
 from edge.engine.recurrent_steps import RecurrentSteps
+from edge.engine.rows import UNIT, row_multiple
 from edge.engine.session import Session
 from edge.engine.state_pool import State, StatePool
-from edge.engine.steps import Binder, Sizes, Steps, round_up
+from edge.engine.steps import Binder, Sizes, Steps
 
 if TYPE_CHECKING:  # this brings the cryptography
     from edge.signing import Trust
@@ -75,7 +76,7 @@ class Engine:
         self._bundle = bundle
         self._trust = trust
         self._spin_us = spin_us
-        self._sizes = Sizes(prefill_chunk, self.score_chunk, manifest.row_multiple, filler=slots)
+        self._sizes = Sizes(prefill_chunk, self.score_chunk, row_multiple(manifest.row_multiple), filler=slots)
         self._device = None if provider == "cpu" else Device(provider)
         self._pool = self._new_pool()
         self._states: StatePool | None = None
@@ -205,9 +206,9 @@ class Engine:
     def _new_pool(self) -> KVPool | DevicePool:
         if self._device is not None:
             return DevicePool(self._device, self.manifest.kv, slots=self.slots, context=self.context_length)
-        # One slot more than sequences get, for the rows that only fill a step up; one token more, for the same reason.
+        # One slot more than sequences get, and some tokens more, for what only fills steps up.
         rows = self._sizes.padded(self.rows)
-        return KVPool(self.manifest.kv, slots=self.slots + 1, context=self.context_length + 1, rows=rows)
+        return KVPool(self.manifest.kv, slots=self.slots + 1, context=self.context_length + UNIT, rows=rows)
 
     def _session(self) -> Session:
         if self._device is not None:
@@ -217,7 +218,7 @@ class Engine:
     def _bind(self, session: Session) -> Steps | RecurrentSteps | DeviceSteps:
         # One for all steps, as logits are valid until the next step only.
         logits = np.zeros((max(self.rows, self.score_chunk), self.manifest.padded_vocab_size), np.float32)
-        hidden = np.zeros((round_up(self.prefill_chunk, 2), self.manifest.hidden_size or 0), np.float32)
+        hidden = np.zeros((self.prefill_chunk + UNIT, self.manifest.hidden_size or 0), np.float32)
         if isinstance(self._pool, DevicePool):
             return DeviceSteps(Binder(session, self._pool, self._adapters, logits, hidden), self._sizes)
         binder = Binder(session, self._pool, self._adapters, logits, hidden)

@@ -108,7 +108,7 @@ class _Append:
     """Several tokens for one slot, whose state is changed in place."""
 
     def __init__(self, binder: Binder[KVPool], states: StatePool, slot: int, *, most: int, reads: Reads) -> None:
-        self._append = Append(binder, slot, most=most, reads=reads, multiple=1)
+        self._append = Append(binder, slot, most=most, reads=reads, fills_up=False)
         self._states = states
         self._slot = slot
         self._row = -1

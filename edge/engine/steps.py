@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edge.engine.kv_cache import KVPool
 from edge.engine.lora import ActiveAdapters, StepAdapters
+from edge.engine.rows import UNIT, appended, round_up
 from edge.engine.session import Inputs, Outputs, Session, Step
 
 Reads = Literal["last", "every", "hidden"]
@@ -104,26 +105,28 @@ class Steps:
 class Append:
     """Several tokens for one slot: shapes follow the number of tokens, the cache stays bound.
 
-    An odd number of tokens is followed by one that nobody needs, which the next append overwrites: the last row of an
-    odd number of rows, and a token by itself, would be rounded in another way than all others (docs/lab-notes.md). So
-    a token of a prompt has the same bits however the prompt is cut.
+    Some tokens that nobody needs may follow them, which the next append overwrites: without them the last ones would be
+    rounded in another way than all others (``edge.engine.rows``). So a token of a prompt has the same bits however the
+    prompt is cut.
 
     Args:
         most: most tokens of a step.
         reads: what is wanted of a step: logits of the last position or of every one, or hidden states instead.
-        multiple: tokens that a step is filled up to a multiple of.
+        fills_up: whether such tokens may follow.
     """
 
-    def __init__(self, binder: Binder[SlotCaches], slot: int, *, most: int, reads: Reads, multiple: int = 2) -> None:
+    def __init__(
+        self, binder: Binder[SlotCaches], slot: int, *, most: int, reads: Reads, fills_up: bool = True
+    ) -> None:
         self._reads = reads
-        self._multiple = multiple
+        self._fills_up = fills_up
         self._slots = np.array([slot])
-        self._ids = np.zeros((1, round_up(most, multiple)), np.int64)
+        self._ids = np.zeros((1, most + UNIT), np.int64)
         self._seqlens = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         self._indices = np.arange(most if reads == "every" else 1, dtype=np.int64)
         self._results = binder.hidden if reads == "hidden" else binder.logits[: len(self._indices)]
-        self._bound = 0
+        self._bound = (0, 0)
         inputs: Inputs = {
             "input_ids": self._ids,
             "seqlens_k": self._seqlens,
@@ -137,9 +140,9 @@ class Append:
     def run(self, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
         """Logits or hidden states [n, ...] of all positions, or logits [1, padded_vocab] of the last."""
         n = len(ids)
-        if n != self._bound:
-            self._rebind(n)
-        padded = round_up(n, self._multiple)
+        padded = appended(n, past) if self._fills_up else n
+        if (n, padded) != self._bound:
+            self._rebind(n, padded)
         self._ids[0, :n] = ids
         self._ids[0, n:padded] = 0
         self._seqlens[0] = past + padded - 1
@@ -150,15 +153,14 @@ class Append:
         self.step.run()
         return self._results[:n]
 
-    def _rebind(self, n: int) -> None:
-        padded = round_up(n, self._multiple)
+    def _rebind(self, n: int, padded: int) -> None:
         self.step.bind_input("input_ids", self._ids[:, :padded])
         if self._reads == "every":
             self.step.bind_input("logits_indices", self._indices[:n])
             self.step.bind_output("logits", self._results[:n])
         elif self._reads == "hidden":
             self.step.bind_output("hidden_states", self._results[None, :padded])
-        self._bound = n
+        self._bound = n, padded
 
 
 class Decode:
@@ -201,8 +203,3 @@ class Decode:
         self._adapters.update(self._slots)
         self.step.run()
         return self._logits
-
-
-def round_up(number: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-number // multiple) * multiple
