@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from edge.bundle import CacheType
+from edge.bundle import Target
 from edge.errors import ConfigError
 from export.explain import recipes_as_json, recipes_as_text
 from export.progress import Progress
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # loaded when an export runs: every `qwedge --help` would wai
 
 RecipeName = Literal["balanced", "fast", "small", "nodot", "quality", "int8", "fp32"]
 OracleName = Literal["transformers", "optimum"]
+CacheName = Literal["float32", "int8"]
 assert set(get_args(RecipeName)) == RECIPES.keys()
 
 
@@ -43,7 +44,10 @@ def export(
         str | None,
         typer.Option(metavar="FILE", help="Round the weights for this text, or built-in: better, takes minutes."),
     ] = None,
-    kv: Annotated[CacheType, typer.Option(help="Number format of the cache; int8 takes a quarter.")] = "float32",
+    kv: Annotated[CacheName, typer.Option(help="Number format of the cache; int8 takes a quarter.")] = "float32",
+    target: Annotated[
+        Target, typer.Option(help="What it runs on: processors, NVIDIA's GPUs, GPUs with Vulkan.")
+    ] = "cpu",
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -94,9 +98,9 @@ def export(
 
     with console_progress() as progress:
         exported, oracle = _export(
-            source, output, recipe=recipe, kv=kv, calibrate=calibrate, adapters=_adapters(adapter or []), name=name,
-            context=context, counter=counter, sign=sign, report=report, verify=verify, offline=offline,
-            progress=progress,
+            source, output, recipe=recipe, kv=kv, target=target, calibrate=calibrate,
+            adapters=_adapters(adapter or []), name=name, context=context, counter=counter, sign=sign,
+            report=report, verify=verify, offline=offline, progress=progress,
         )  # fmt: skip
     _print_report(exported, oracle, as_json=as_json)
 
@@ -106,7 +110,8 @@ def _export(
     output: Path,
     *,
     recipe: str,
-    kv: CacheType,
+    kv: CacheName,
+    target: Target,
     calibrate: str | None,
     adapters: dict[str, Path],
     name: str | None,
@@ -134,8 +139,8 @@ def _export(
         licence = resolved.entry.licence if resolved.entry else None
         exported = export_bundle(
             checkpoint, output, recipe_named(recipe), progress=progress, name=name, context=context, kv=kv,
-            calibration=calibration, adapters=adapters, licence=licence, counter=counter, key=key, oracle=oracle,
-            report=report,
+            target=target, calibration=calibration, adapters=adapters, licence=licence, counter=counter, key=key,
+            oracle=oracle, report=report,
         )  # fmt: skip
     return exported, oracle
 
@@ -182,6 +187,8 @@ def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: boo
     print(f"context    {manifest.context_length:,} tokens, {manifest.kv.bytes_per_token:,} bytes of cache each")
     if manifest.state:
         print(f"state      {manifest.state.bytes_per_slot:,} bytes for each sequence")
+    if manifest.target != "cpu":
+        print(f"target     {manifest.target}, cache in {manifest.kv.dtype}; measured on the processor before that")
     if kv := manifest.measured.get("kv"):
         print(f"cache      {manifest.kv.dtype}, divergence {kv['kl']:.4f} nats, same first choice {kv['top1']:.1%}")
     if quality := manifest.measured.get("quality"):

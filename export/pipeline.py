@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -33,6 +33,7 @@ from edge.bundle import (
     KVLayout,
     Manifest,
     Source,
+    Target,
     hash_file,
     publish_bundle,
 )
@@ -49,6 +50,7 @@ from export.progress import Progress, step
 from export.quantize.recipes import Float32, Recipe, recipe_named, row_multiple
 from export.report import Quality, Row, built_in_windows, check_folder, compare, describe, new_report
 from export.report_page import write_report
+from export.targets import check_range, check_target, retarget
 from export.verify import check_kernels, self_test
 from export.weights import DataFile, Weights
 
@@ -118,6 +120,7 @@ def export_bundle(
     name: str | None = None,
     context: int | None = None,
     kv: CacheType = "float32",
+    target: Target = "cpu",
     calibration: CalibrationText | None = None,
     adapters: Mapping[str, Path] | None = None,
     licence: str | None = None,
@@ -135,7 +138,8 @@ def export_bundle(
         progress: receives the phases.
         name: the model name requests will use; None = made from the source's.
         context: tokens of context; None = the checkpoint's, at most :data:`DEFAULT_CONTEXT`.
-        kv: number format of the cache.
+        kv: number format of the cache; ``target`` cuda takes float16.
+        target: what the graph is made for; it is verified on a processor before it is made for a GPU.
         calibration: what the rounding of the weights is fitted to; None = each weight to nearest.
         adapters: folders of LoRA adapters as PEFT saves them, by the names that requests will use.
         licence: SPDX id or name, where known.
@@ -147,15 +151,18 @@ def export_bundle(
     Raises:
         CheckpointError: the checkpoint is damaged or does not match its config.
         AdapterError: an adapter is damaged, of an unsupported kind, or made for another model.
-        ConfigError: name, context or destination cannot be used.
+        ConfigError: name, context, target or destination cannot be used.
         ExportError: a verification failed, or the disk refused.
     """
     clock = _Clock()
     model_name = _model_name(name, checkpoint.origin.location)
+    architecture = architecture_for(checkpoint.config)
+    states = architecture.state_layout() is not None
+    check_target(target, kv=kv, adapters=bool(adapters), states=states)
     known = None if report is None else check_folder(report, new_report(checkpoint, model_name))
     with _staging(destination) as staging, disk_errors():
         # Before the long work: they may turn out to be of another model.
-        entries = copy_adapters(adapters or {}, architecture_for(checkpoint.config), staging)
+        entries = copy_adapters(adapters or {}, architecture, staging)
         with clock.phase("quantize"):
             graph = build_graph(
                 checkpoint, staging, recipe, progress=progress, context=context, lora=bool(entries),
@@ -172,12 +179,17 @@ def export_bundle(
             with clock.phase("report"):
                 row = _row(recipe, calibration, graph, staging, _quality(graph, checkpoint, staging, progress))
                 known, measured["quality"] = known.with_row(row), describe(row.quality)
+        if target != "cpu":
+            with clock.phase("target"):
+                ids = measured["self_test"]["prompt_ids"]
+                graph, measured["target"] = _for_gpu(graph, staging, target, ids, progress)
         with clock.phase("hash"):
             if oracle is not None:
                 measured["oracle"] = oracle
             source, files = _hash(checkpoint, staging, progress)
             manifest = Manifest(
                 name=model_name,
+                target=target,
                 recipe=_recipe(recipe, calibration, graph),
                 row_multiple=graph.row_multiple,
                 source=source,
@@ -262,6 +274,16 @@ def _with_int8_cache(
         tested = cache_test(graph.model, staging, ids, calibration)
     ir.save(graph.model, staging / GRAPH)
     return replace(graph, kv=graph.kv.model_copy(update={"dtype": "int8"})), asdict(tested)
+
+
+def _for_gpu(
+    graph: Graph, staging: Path, target: Target, prompt_ids: Sequence[int], progress: Progress
+) -> tuple[Graph, dict[str, Any]]:
+    """The graph for a GPU, saved in place of the one for processors, and what was measured for it."""
+    with step(progress, f"graph for {target}", None):
+        measured = check_range(graph.model, staging, target, prompt_ids)
+        kv = retarget(graph.model, staging, target, graph.kv)
+    return replace(graph, kv=kv), measured
 
 
 def _tokens(checkpoint: Checkpoint, calibration: CalibrationText) -> list[int]:
