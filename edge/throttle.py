@@ -124,6 +124,8 @@ class Governor:
         if power_w is None or limit is None:
             return 0
         self._watts.append((now, power_w))
+        while now - self._watts[0][0] > 2 * POWER_OVER_S:  # nobody looked for a while
+            self._watts.popleft()
         if now - self._watts[0][0] < POWER_OVER_S:
             return level
         mean = sum(watts for _, watts in self._watts) / len(self._watts)

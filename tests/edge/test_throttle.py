@@ -227,6 +227,15 @@ def test_energy_that_is_counted_in_files_is_kept_below_its_limit(tmp_path: Path)
     assert throttle.state.reason == "power"
 
 
+def test_what_was_drawn_before_a_rest_does_not_count() -> None:
+    governor = Governor(Limits(max_w=8))
+    for second in range(10):
+        governor.look(second, None, 2.0)
+    levels = [governor.look(1000 + second, None, 11.5).level for second in range(7)]
+    assert levels[:5] == [0] * 5
+    assert levels[6] > 0
+
+
 def test_the_reason_is_what_asks_for_more() -> None:
     machine = Machine()
     governor = Governor(Limits(from_c=72, until_c=80, max_w=6))

@@ -45,6 +45,7 @@ SAMPLES = [
         versions=Versions(qwedge="0.1.0", protocol=1, mqtt="5"),
     ),
     Load(slots=4, busy=1, queue=0, accepting=True, tokens_per_s=45.1, temperature_c=61.0),
+    Load(slots=4, busy=1, queue=0, accepting=True, tokens_per_s=33.8, speed=0.75, slowed_by="heat"),
     Command(status="failed", name="m@0123456789ab", step="loading", progress=0.5, error={"message": "no"}),
     RuleFailure.of("advice", "plant/7/alarm", RequestError("no", hint="see there", param="prompt")),
 ]
