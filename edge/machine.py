@@ -76,12 +76,6 @@ def cgroups(host: Host) -> Iterator[str]:
         yield "/".join(("sys/fs/cgroup", *parts[:length]))
 
 
-def memory_limit(host: Host) -> int | None:
-    """Bytes that the control groups let this process have; None where they set no limit."""
-    limits = [host.number(f"{folder}/memory.max") for folder in cgroups(host)]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def cpu_quota(host: Host) -> float | None:
     """Processors' worth of time that the control groups let this process have; None where they set no limit."""
     limits = [re.fullmatch(r"(\d+) (\d+)", host.text(f"{folder}/cpu.max")) for folder in cgroups(host)]

@@ -11,7 +11,8 @@ import psutil
 from numpy.typing import NDArray
 
 from edge.doctor.check import GIB, MIB, Check, gib
-from edge.machine import Host, memory_limit, usable_threads
+from edge.machine import Host, usable_threads
+from edge.planning.available import read_available
 
 MIN_FREE_RAM: Final = GIB
 """Bytes; the 0.5B model in 4 bits needs about 700 MB."""
@@ -27,28 +28,24 @@ def examine_memory(host: Host, *, measure: bool, need: int | None) -> list[Check
     Args:
         host: the machine.
         measure: whether to measure how fast it is, which takes a second.
-        need: bytes that the configured bundle takes at least; None where that is not known.
+        need: bytes that the configured bundle takes for one conversation; None where that is not known.
     """
     return [_room(host, need), _swap(host), *([_bandwidth()] if measure else [])]
 
 
-def available(host: Host) -> int:
-    """Bytes that this process may still take, as machine and control groups have it."""
-    free, limit = psutil.virtual_memory().available, memory_limit(host)
-    return int(free if limit is None else min(free, limit))
-
-
 def _room(host: Host, need: int | None) -> Check:
-    total, limit, free = psutil.virtual_memory().total, memory_limit(host), available(host)
-    detail = f"{gib(free)} available of {gib(total)}"
-    if limit is not None and limit < total:
-        detail += f", {gib(limit)} allowed by the control group"
-    if need is not None and free < need:
-        hint = "stop other programs (a qwedge that serves already?), take a smaller model, or raise MemoryMax="
-        return Check("memory", "warn", f"{detail}; the bundle needs {gib(need)}", hint)
-    if free < MIN_FREE_RAM:
+    found = read_available(host.root / "proc", host.root / "sys/fs/cgroup")
+    if found is None:
+        return Check("memory", "ok", "what is left cannot be told here")
+    detail = f"{found.limit} {gib(found.hard)} left, of {gib(psutil.virtual_memory().total)}"
+    if need is not None and found.hard < need:
+        hint = "stop other programs (a qwedge that serves already?), lower engine.context, or see qwedge plan"
+        return Check("memory", "warn", f"{detail}; the bundle needs {gib(need)} for a conversation", hint)
+    if found.hard < MIN_FREE_RAM:
         return Check("memory", "warn", detail, "stop other programs, or lower engine.slots and engine.context")
-    return Check("memory", "ok", detail)
+    return Check(
+        "memory", "ok", detail if need is None else f"{detail}; the bundle needs {gib(need)} for a conversation"
+    )
 
 
 def _swap(host: Host) -> Check:

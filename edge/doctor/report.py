@@ -62,7 +62,7 @@ def examine(config: Path | None, host: Host | None = None, *, measure: bool = Tr
     checks = (
         *examine_software(),
         *examine_processor(host),
-        *examine_memory(host, measure=measure, need=None if served is None else served.need_bytes),
+        *examine_memory(host, measure=measure, need=None if served is None else served.need_bytes(host, chosen)),
         setting_check,
         *bundle_checks,
         *_places(host, chosen, served, measure=measure),

@@ -10,25 +10,22 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from edge.bundle import WEIGHTS, Manifest, read_manifest
 from edge.config import Settings
-from edge.doctor.check import MIB, Check
+from edge.doctor.check import Check
 from edge.doctor.processor import INT8_FEATURE
-from edge.errors import QwedgeError
+from edge.engine.providers import choose, survey
+from edge.errors import BundleError, ConfigError, QwedgeError
 from edge.machine import Host, isa_features
+from edge.planning.graph_file import read_shape
+from edge.planning.machine import has_int8_kernels
+from edge.planning.memory import Serving, one_conversation, predict_memory
 from edge.settings.folders import device_folder, store_folder
 from edge.starts import MAX_DEATHS, read_starts
 from edge.store import Store
 from edge.trust import trust_of
-
-PROVIDER: Final = "CPUExecutionProvider"
-"""Where the engine's sessions run."""
-_OVERHEAD: Final = 250 * MIB
-"""Of Python, libraries, the tokenizer and one conversation."""
-_PACKED_PERCENT: Final = 115
-"""Of the weights' size on the disk: for 4 bits, onnxruntime keeps scales and sums in float32."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +40,14 @@ class Served:
         """Its largest file."""
         return self.path / WEIGHTS
 
-    @property
-    def need_bytes(self) -> int:
-        """Memory that it takes at least."""
-        size = sum(entry.size for entry in self.manifest.files if entry.path == WEIGHTS)
-        return size * _PACKED_PERCENT // 100 + _OVERHEAD
+    def need_bytes(self, host: Host, settings: Settings) -> int | None:
+        """Memory that it takes for a single conversation; None where its graph does not tell."""
+        try:
+            shape = read_shape(self.path, self.manifest)
+        except BundleError:
+            return None
+        serving = one_conversation(Serving.of(settings.engine, self.manifest))
+        return predict_memory(shape, serving, int8=has_int8_kernels(isa_features(host))).peak
 
 
 def find_served(settings: Settings) -> Served | None:
@@ -66,7 +66,7 @@ def find_served(settings: Settings) -> Served | None:
 def examine_software() -> list[Check]:
     """What there is to say about Python and onnxruntime."""
     python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    return [Check("python", "ok", python), _onnxruntime()]
+    return [Check("python", "ok", python), _onnxruntime(), _providers()]
 
 
 def _onnxruntime() -> Check:
@@ -84,9 +84,16 @@ def _onnxruntime() -> Check:
         return Check("onnxruntime", "fail", f"cannot be imported: {reason}", "pip install onnxruntime")
     version, *providers = probe.stdout.split()
     names = ", ".join(provider.removesuffix("ExecutionProvider") for provider in providers)
-    if PROVIDER not in providers:
-        return Check("onnxruntime", "fail", f"{version} with {names}", "install the package that has the CPU provider")
-    return Check("onnxruntime", "ok", f"{version} with {names}; {PROVIDER.removesuffix('ExecutionProvider')} is used")
+    return Check("onnxruntime", "ok", f"{version} with {names}")
+
+
+def _providers() -> Check:
+    """What could compute here besides the processor, and why the others could not."""
+    found = [finding for finding in survey() if finding.provider != "cpu"]
+    usable = [finding for finding in found if finding.usable]
+    if usable:
+        return Check("gpu", "ok", "; ".join(f"{finding.provider}: {finding.reason}" for finding in usable))
+    return Check("gpu", "ok", f"none ({'; '.join(f'{finding.provider}: {finding.reason}' for finding in found)})")
 
 
 def examine_bundle(host: Host, settings: Settings) -> tuple[list[Check], Served | None]:
@@ -100,7 +107,16 @@ def examine_bundle(host: Host, settings: Settings) -> tuple[list[Check], Served 
         return [Check("bundle", "warn", "none configured, none active", hint)], None
     manifest = served.manifest
     detail = f"{manifest.name} {manifest.version} (`qwedge verify {served.path}` checks every byte)"
-    return [Check("bundle", "ok", detail), _recipe(host, manifest)], served
+    return [Check("bundle", "ok", detail), _provider(settings, manifest), _recipe(host, manifest)], served
+
+
+def _provider(settings: Settings, manifest: Manifest) -> Check:
+    """What would compute the bundle."""
+    try:
+        chosen = choose(settings.engine.provider, manifest.target)
+    except ConfigError as error:
+        return Check("provider", "fail", error.message, error.hint)
+    return Check("provider", "ok", f"{chosen.name}: {chosen.reason}")
 
 
 def _recipe(host: Host, manifest: Manifest) -> Check:

@@ -25,7 +25,7 @@ from edge.doctor.runtime import examine_bundle, examine_starts
 from edge.doctor.service_manager import judge
 from edge.http.authority import init
 from edge.http.keys import Key, add_key, hash_key, new_key
-from edge.machine import Host, cpu_quota, isa_features, memory_limit
+from edge.machine import Host, cpu_quota, isa_features
 from edge.mqtt.broker import EmbeddedBroker, Guard
 from edge.mqtt.broker_clients import BrokerClient, add_client, hash_password
 from edge.mqtt.broker_config import Owner
@@ -132,14 +132,17 @@ def test_what_control_groups_allow_is_what_counts(make_host: MakeHost) -> None:
     host = make_host(
         files={
             "proc/self/cgroup": "0::/system.slice/qwedge.service\n",
+            "proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable: 6000000 kB\n",
             "sys/fs/cgroup/system.slice/qwedge.service/memory.max": "max\n",
-            "sys/fs/cgroup/system.slice/memory.max": f"{300 << 20}\n",
+            "sys/fs/cgroup/system.slice/memory.max": f"{1 << 29}\n",
             "sys/fs/cgroup/system.slice/qwedge.service/cpu.max": "50000 100000\n",
         }
     )
-    assert (memory_limit(host), cpu_quota(host)) == (300 << 20, 0.5)
+    assert cpu_quota(host) == 0.5
     room = named(examine_memory(host, measure=False, need=1 << 30), "memory")
-    assert (room.status, "the bundle needs 1.0 GiB" in room.detail) == ("warn", True)
+    assert room.status == "warn"
+    assert room.detail.startswith("its control group allows (memory.max) 0.5 GiB left, of ")
+    assert room.detail.endswith("the bundle needs 1.0 GiB for a conversation")
     cores = named(examine_processor(host), "cpu")
     assert (cores.status, "engine.threads = 1" in cores.hint) == ("warn", True)
 
@@ -235,6 +238,12 @@ def test_eight_bits_without_dotprod_are_warned_of(make_host: MakeHost, tmp_path:
     assert judged(8, "asimd asimddp").status == "ok"
     assert judged(4, "asimd").status == "ok"  # the table is looked up, not multiplied
     assert (judged(8, "asimd").status, "nodot" in judged(8, "asimd").hint) == ("warn", True)
+
+
+def test_a_provider_that_cannot_compute_the_bundle_is_a_failure(make_host: MakeHost, tmp_path: Path) -> None:
+    settings = load_settings(flags={"model.bundle": write_bundle(tmp_path / "bundle"), "engine.provider": "cuda"})
+    check = named(examine_bundle(make_host(), settings)[0], "provider")
+    assert (check.status, "cuda" in check.detail, bool(check.hint)) == ("fail", True, True)
 
 
 def test_the_last_start_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
