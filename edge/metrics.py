@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -35,6 +36,8 @@ class RecentFigures:
     """Of one answer, by its median time per token."""
     cache_hit_ratio: float | None
     """The part of the prompts' tokens that the prefix cache knew, 0 to 1."""
+    joules_per_token: float | None
+    """For each output token, the prompts' reading included; None where nothing measures energy."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,10 @@ class Metrics:
             "qwedge_firmware_throttling", "1 while this holds the processor's clock down", ["limit"],
             registry=self._registry,
         )  # fmt: skip
+        self._request_energy = Counter(
+            "qwedge_request_energy_joules", "What the machine has used while it worked for requests",
+            registry=self._registry,
+        )  # fmt: skip
         self._preemptions = Counter(
             "qwedge_preemptions", "Requests that gave their slot back for a while", registry=self._registry
         )
@@ -154,6 +161,7 @@ class Metrics:
             ttft_s=median(ttft) if ttft else None,
             tokens_per_s=1 / median(tpot) if tpot else None,
             cache_hit_ratio=sum(each.num_cached_tokens for each in timings) / num_prompt if num_prompt else None,
+            joules_per_token=_joules_per_token(timings),
         )
 
     @property
@@ -210,6 +218,13 @@ class Metrics:
         self._cached_tokens.inc(timings.num_cached_tokens)
         self._output_tokens.inc(timings.num_output_tokens)
         self._num_output_tokens += timings.num_output_tokens
+        self._request_energy.inc(timings.energy_j or 0.0)
+
+
+def _joules_per_token(timings: Sequence[Timings]) -> float | None:
+    measured = [(each.energy_j, each.num_output_tokens) for each in timings if each.energy_j is not None]
+    num_tokens = sum(count for _, count in measured)
+    return sum(joules for joules, _ in measured) / num_tokens if num_tokens else None
 
 
 def _or_nan(value: float | None) -> float:

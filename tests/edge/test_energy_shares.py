@@ -34,6 +34,16 @@ def test_all_that_is_used_while_sequences_run_is_charged_to_them() -> None:
         assert energy(first) == pytest.approx(4)  # prefill, and a step for each further token and the end
 
 
+def test_joules_for_each_token_are_told() -> None:
+    used = itertools.count()
+    with running(FakeEngine(reply=lambda _: "abc"), energy_j=lambda: float(next(used))) as service:
+        assert service.metrics.recent().joules_per_token is None
+        for _ in range(2):
+            Client(service).end()
+        assert service.metrics.recent().joules_per_token == pytest.approx(1)  # four steps for three letters and the end
+        assert "qwedge_request_energy_joules_total 8.0\n" in service.metrics.render(service.stats()).decode()
+
+
 def test_a_request_that_never_ran_has_cost_nothing_that_is_known() -> None:
     engine = FakeEngine()
     engine.gate.clear()

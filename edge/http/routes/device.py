@@ -139,6 +139,7 @@ def _describe(service: Service, sources: DeviceSources, process: psutil.Process,
         "recent": {
             "tokens_per_second": _rounded(recent.tokens_per_s, 2),
             "ttft_ms": _rounded(recent.ttft_s, 1, scale=1000),
+            "joules_per_token": _rounded(recent.joules_per_token, 3),
         },
         "ttft_ms": _rounded(recent.ttft_s, 1, scale=1000),
         "cache_hit_ratio": _rounded(recent.cache_hit_ratio, 3),
