@@ -23,7 +23,7 @@ ORACLE_STAMP := $(ORACLE_VENV)/.installed
 CLIENTS_VENV := .venv-clients
 CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 
-.PHONY: help setup model run test bench-peers check docs lock oracle clients offline-kit rauc-bundle swupdate-image check-wheels clean
+.PHONY: help setup model run test test-gpu bench-peers check docs lock oracle clients offline-kit rauc-bundle swupdate-image check-wheels clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -77,6 +77,9 @@ test: $(STAMP) ## set everything up and run the tests
 	@$(VENV)/bin/python -m pytest $(ARGS)
 	@$(if $(ARGS),,.ci/test-oracle.sh)
 	@$(if $(ARGS),,.ci/test-clients.sh)
+
+test-gpu: $(STAMP) ## the tests that need a GPU; those of WebGPU run on a processor too
+	@.ci/test-gpu.sh $(ARGS)
 
 bench-peers: $(STAMP) ## compare with llama.cpp and onnxruntime-genai: ARGS="--model 1.5b --full"
 	@.ci/need-package.sh g++ g++ "building llama.cpp"
