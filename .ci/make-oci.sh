@@ -68,9 +68,12 @@ base() {
 program() {
     local root=$2 debs=${DEBS:-$work/debs}
     [ -n "${DEBS:-}" ] || DEB_COMPRESSION=none .ci/make-deb.sh "$1" "$debs" >/dev/null
-    mkdir -p "$root/etc/qwedge" "$root/var/lib/qwedge"
+    mkdir -p "$root/etc/qwedge" "$root/usr/bin" "$root/var/lib/qwedge"
     dpkg-deb --fsys-tarfile "$debs"/qwedge_*_"$1".deb | tar -x -C "$root" ./usr/lib/qwedge ./usr/share/doc/qwedge/copyright
     cp $recipe/container.toml "$root/etc/qwedge/edge.toml"
+    cp $recipe/qwedge "$root/usr/bin"
+    chmod 0755 "$root/usr/bin/qwedge"
+    rm "$root/usr/lib/qwedge/bin/qwedge"
     chmod 0700 "$root/var/lib/qwedge"
     compile "$root" usr/lib/qwedge/lib
 }

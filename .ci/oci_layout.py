@@ -27,8 +27,7 @@ CONFIG: Final[dict[str, Any]] = {
         "ORT_DISABLE_TELEMETRY=1",
         "SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt",
     ],
-    # No shell is needed to start it, and none is there.
-    "Entrypoint": ["/usr/lib/qwedge/bin/python3", "-P", "-m", "edge.cli"],
+    "Entrypoint": ["/usr/bin/qwedge"],
     "Cmd": ["serve", "--config", "/etc/qwedge/edge.toml"],
     "ExposedPorts": {"8080/tcp": {}},
     "Volumes": {"/var/lib/qwedge": {}},
