@@ -22,6 +22,8 @@ STAMP := $(VENV)/.installed
 ORACLE_STAMP := $(ORACLE_VENV)/.installed
 CLIENTS_VENV := .venv-clients
 CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
+MANIFESTS_VENV := .venv-manifests
+MANIFESTS_STAMP := $(MANIFESTS_VENV)/.installed
 
 .PHONY: help setup model run test test-gpu bench-peers check docs lock oracle clients offline-kit rauc-bundle swupdate-image check-wheels clean
 
@@ -69,6 +71,10 @@ test: $(STAMP) ## set everything up and run the tests
 	@.ci/need-package.sh python3 /usr/bin/python3 "the test of the Debian package" || true
 	@.ci/need-package.sh lintian lintian "the test of the Debian package" || true
 	@.ci/need-package.sh man-db man "the test of the Debian package" || true
+	@.ci/need-package.sh skopeo skopeo "the test of the container image" || true
+	@.ci/need-package.sh umoci umoci "the test of the container image" || true
+	@.ci/need-package.sh kubernetes-client kubectl "the test of the manifests for k3s" || true
+	@$(MAKE) manifests || true
 	@.ci/need-package.sh rauc rauc "the tests of firmware-configs" || true
 	@.ci/need-package.sh squashfs-tools mksquashfs "the tests of firmware-configs" || true
 	@.ci/need-package.sh dbus-daemon dbus-daemon "the tests of firmware-configs" || true
@@ -119,10 +125,23 @@ offline-kit: $(STAMP) ## all that a device needs in one folder: BOARD=raspberry-
 	@mkdir -p dist
 	@.ci/offline-kit.sh "$(BOARD)" "$(BUNDLE)" "$(or $(KIT),dist/qwedge-kit-$(BOARD))"
 
-.PHONY: deb
+.PHONY: manifests deb oci
+manifests: $(MANIFESTS_STAMP) ## the environment that judges manifests, in .venv-manifests
+	@:
+
+$(MANIFESTS_STAMP): .locks/manifests.txt .ci/make-venv.sh
+	@.ci/make-venv.sh $(MANIFESTS_VENV)
+	@echo "manifests: installing the locked tools into $(MANIFESTS_VENV)"
+	@$(MANIFESTS_VENV)/bin/python $(PIP) install --no-deps --require-hashes -r .locks/manifests.txt
+	@touch $@
+
 deb: $(STAMP) ## the Debian package, in dist/: ARCH=arm64 (or amd64) PYTHON_VERSION=3.11
 	@.ci/need-package.sh dpkg dpkg-deb "building a Debian package"
 	@.ci/make-deb.sh "$(or $(ARCH),arm64)" dist
+
+oci: $(STAMP) ## the container image, in dist/: ARCH="arm64 amd64" PYTHON_VERSION=3.11 SUITE=bookworm
+	@.ci/need-package.sh mmdebstrap mmdebstrap "building a container image"
+	@.ci/make-oci.sh dist $(or $(ARCH),arm64 amd64)
 
 rauc-bundle: ## a signed update for RAUC: FROM=kit or bundle CERT=signer.pem KEY=signer.key (firmware-configs/rauc)
 	@.ci/need-package.sh rauc rauc "RAUC's bundles"
@@ -150,8 +169,9 @@ lock: ## resolve pyproject.toml into .locks/
 	@$(LOCK) --constraints .locks/export.txt --extra export --extra dev -o .locks/dev.txt
 	@$(LOCK) --extra export --extra optimum --group oracle --excludes .locks/oracle-excludes.txt --no-emit-package torch -o .locks/oracle.txt
 	@$(LOCK) --constraints .locks/runtime.txt --group clients -o .locks/clients.txt
+	@$(subst pyproject.toml,,$(LOCK)) --group manifests -o .locks/manifests.txt
 	@if grep -nE '^ *--(index-url|extra-index-url|find-links)|https?://' .locks/*.txt; then echo "lock: an index got into .locks/" >&2; exit 1; fi
-	@for name in runtime export dev oracle clients; do echo "lock: $$name has $$(grep -c '^[a-z].*==' .locks/$$name.txt) packages"; done
+	@for name in runtime export dev oracle clients manifests; do echo "lock: $$name has $$(grep -c '^[a-z].*==' .locks/$$name.txt) packages"; done
 
 clean: ## remove environments and caches; models stay
-	@rm -rf $(VENV) $(ORACLE_VENV) $(CLIENTS_VENV) .cache/uv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(ORACLE_VENV) $(CLIENTS_VENV) $(MANIFESTS_VENV) .cache/uv .pytest_cache .mypy_cache .ruff_cache .hypothesis
