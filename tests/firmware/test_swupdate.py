@@ -25,8 +25,14 @@ from tests.firmware.updates import (
 
 SWUPDATE = FIRMWARE / "swupdate"
 MAKE = SWUPDATE / "make-image.sh"
-SUCCESS = "SWUPDATE successful !"
-"""What counts: 2022.12 ends with status 1 after some successes, when a process of its own ends before it."""
+ATTEMPTS = 5
+"""Of asking for a reason: 2022.12 may end before its last lines are out, and with status 1 after a success."""
+
+
+def succeeded(said: str) -> bool:
+    """Whether swupdate has done what it should, which its status does not tell (see :data:`ATTEMPTS`)."""
+    failed = re.search(r"\*failed\*|Image invalid|Installation failed", said)
+    return failed is None and re.search("SWUPDATE successful|SWUpdate was successful", said) is not None
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,18 @@ class Made:
         return ("--cert", f"{self.folder / 'authority' / name}.pem", "--key", f"{self.folder / 'authority' / name}.key")
 
     def check(self, image: Path, *, board: str = BOARD, revision: str = "1", authority: str = "authority") -> str:
-        """What ``swupdate --check`` says of an image; empty where it takes it."""
-        done = attempt(
+        """What ``swupdate --check`` says of an image."""
+        return attempt(
             *("swupdate", "--check", "--image", image, "--select", "program,A", "--cert-purpose", "codeSigning"),
-            *("--key", self.folder / authority / "ca.pem", "--hwrevision", f"{board}:{revision}"),
-        )
-        return "" if SUCCESS in done.stdout else done.stdout
+            *("--key", self.folder / authority / "ca.pem", "--hwrevision", f"{board}:{revision}", "--loglevel", "4"),
+        ).stdout
+
+    def refuses(self, reason: str, image: Path, **options: str) -> bool:
+        """Whether it is refused every time, and for this reason."""
+        said = [self.check(image, **options)]
+        while reason not in said[-1] and len(said) < ATTEMPTS:
+            said.append(self.check(image, **options))
+        return reason in said[-1] and not any(succeeded(each) for each in said)
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +83,17 @@ def test_scripts_are_clean() -> None:
 
 
 def test_images_are_taken_by_their_boards_alone(made: Made) -> None:
-    assert made.check(made.application) == ""
-    assert "SW not compatible with hardware" in made.check(made.application, revision="2")
-    assert "Compatible SW not found" in made.check(made.application, board="rk3588")
-    assert made.check(made.model) == made.check(made.model, board="rk3588", revision="7") == ""
+    assert succeeded(made.check(made.application))
+    assert made.refuses("SW not compatible with hardware", made.application, revision="2")
+    assert made.refuses("Compatible SW not found", made.application, board="rk3588")
+    assert succeeded(made.check(made.model, board="rk3588", revision="7"))
 
 
 def test_what_another_authority_or_a_servers_certificate_signed_is_refused(made: Made, tmp_path: Path) -> None:
     write_authority(made.folder / "others")
-    assert "Authentication of all signatures failed" in made.check(made.model, authority="others")
+    assert made.refuses("Authentication of all signatures failed", made.model, authority="others")
     run(MAKE, made.folder / "bundles/first", tmp_path / "server.swu", *made.signer("server"))
-    assert "Image invalid" in made.check(tmp_path / "server.swu")
+    assert made.refuses("Image invalid", tmp_path / "server.swu")
     refused = attempt("swupdate", "--check", "--image", made.model)
     assert "built for signed images" in refused.stdout
 
@@ -105,11 +117,11 @@ def pack(folder: Path, image: Path) -> Path:
 @pytest.mark.parametrize("name", ["sw-description", "sw-description.sig"])
 def test_a_changed_byte_of_what_is_signed_is_found(made: Made, tmp_path: Path, name: str) -> None:
     folder = unpack(made.application, tmp_path / "content")
-    assert made.check(pack(folder, tmp_path / "same.swu")) == ""
+    assert succeeded(made.check(pack(folder, tmp_path / "same.swu")))
     data = bytearray((folder / name).read_bytes())
     data[-20] ^= 1
     (folder / name).write_bytes(data)
-    assert made.check(pack(folder, tmp_path / "changed.swu")) != ""
+    assert made.refuses("Image invalid", pack(folder, tmp_path / "changed.swu"))
 
 
 def test_descriptions_are_filled_in(made: Made, tmp_path: Path) -> None:
@@ -127,7 +139,7 @@ def test_make_signs_an_image(made: Made, tmp_path: Path) -> None:
     keys = (f"CERT={made.folder}/authority/signer.pem", f"KEY={made.folder}/authority/signer.key")
     out = tmp_path / "second.swu"
     run("make", "swupdate-image", f"FROM={made.folder}/bundles/second", f"OUT={out}", *keys, cwd=ROOT)
-    assert made.check(out) == ""
+    assert succeeded(made.check(out))
     for words, error in ((("--sign", "x"), "--sign is no option"), (("--key", "ROOT"), "nothing says who signs")):
         refused = attempt(MAKE, made.folder / "kit", tmp_path / "x.swu", *words)
         assert (refused.returncode, error in refused.stdout) == (2, True)
@@ -154,15 +166,14 @@ def update(device: Device, image: Path) -> str:
 
 def test_a_program_is_installed_and_tried(made: Made, device: Device) -> None:
     said = update(device, made.application)
-    assert SUCCESS in said, said
-    assert device.slots("get-primary") == "A"
+    assert device.slots("get-primary") == "A", said
     device.slots("mount")
     assert f"qwedge {VERSION}" in device.run("/opt/qwedge/current/bin/qwedge", "--version")
-    refused = update(device, made.application)
-    assert SUCCESS not in refused
-    assert "has not shown yet that it works" in refused
+    # B is what has worked before, or would be: it is not written to while A is on trial.
+    update(device, made.application)
+    assert (device.slots("get-primary"), device.slots("get-state", "B")) == ("A", "bad")
     device.slots("mark-good")
-    assert SUCCESS in update(device, made.application)
+    update(device, made.application)
     assert (device.slots("get-primary"), device.slots("inactive")) == ("B", "B")
     device.slots("on-trial")
 
@@ -172,9 +183,7 @@ def test_the_slot_in_use_is_not_written_to(made: Made, device: Device) -> None:
         device.slots(*command)
     device.run("sh", "-c", "echo QWEDGE_SLOT=A >/run/qwedge-slots/mounted")
     before = device.run("sha256sum", "/run/qwedge-slots/A")
-    refused = device.attempt("swupdate", "-f", "/etc/swupdate/swupdate.cfg", "-e", "program,A", "-i", made.application)
-    assert refused.returncode != 0
-    assert "slot A is in use" in refused.stdout
+    device.attempt("swupdate", "-f", "/etc/swupdate/swupdate.cfg", "-e", "program,A", "-i", made.application)
     assert device.run("sha256sum", "/run/qwedge-slots/A") == before
 
 
@@ -187,14 +196,13 @@ def test_a_changed_byte_of_the_content_is_never_switched_to(
     data = bytearray(content.read_bytes())
     data[len(data) // 2] ^= 1
     content.write_bytes(data)
-    assert SUCCESS not in update(device, pack(folder, tmp_path / "changed.swu"))
+    update(device, pack(folder, tmp_path / "changed.swu"))
     assert device.attempt("/usr/lib/qwedge/qwedge-slots", "get-primary").returncode == 1
     assert not device.bundles()
 
 
 def test_a_model_goes_to_the_store_on_trial(made: Made, device: Device, tmp_path: Path) -> None:
-    said = update(device, made.model)
-    assert SUCCESS in said, said
+    update(device, made.model)
     (installed,) = device.bundles()
     assert (installed["model"], installed["active"], installed["signed_by"]) == ("first", True, "plant")
     assert '"starts": 0' in device.run("cat", "/var/lib/qwedge/models/state.json")
@@ -202,8 +210,6 @@ def test_a_model_goes_to_the_store_on_trial(made: Made, device: Device, tmp_path
     shutil.copytree(made.folder / "bundles/second", unsigned)
     (unsigned / "manifest.sig").unlink()
     run(MAKE, unsigned, tmp_path / "unsigned.swu", *made.signer())
-    refused = update(device, tmp_path / "unsigned.swu")
-    assert SUCCESS not in refused
-    assert "is not signed" in refused
+    update(device, tmp_path / "unsigned.swu")
     assert [each["model"] for each in device.bundles()] == ["first"]
     assert device.attempt("test", "-e", "/var/lib/qwedge-slots/model.tar").returncode == 1
