@@ -48,6 +48,7 @@ def plan(
         int | None, typer.Option("--slots", metavar="N", help="Requests worked on at once [default: 8].")
     ] = None,
     prompt: Annotated[int, typer.Option("--prompt", min=1, metavar="N", help="Tokens of the prompt.")] = 256,
+    output: Annotated[int, typer.Option("--output", min=0, metavar="N", help="Tokens of the answer.")] = 64,
     config: options.Config = None,
     as_json: options.Json = False,
 ) -> None:
@@ -57,7 +58,7 @@ def plan(
     """
     chosen = options.settings(config, engine__context=context, engine__slots=slots)
     shape = _shape(model, recipe, chosen)
-    result = _plan(shape, _machine(board, memory, here=here), chosen, prompt)
+    result = _plan(shape, _machine(board, memory, here=here), chosen, prompt, output)
     if as_json:
         options.print_json(result.as_dict())
     else:
@@ -70,7 +71,7 @@ def plan(
         raise typer.Exit(1)
 
 
-def _plan(shape: Shape, machine: Machine, chosen: Settings, prompt: int) -> Plan:
+def _plan(shape: Shape, machine: Machine, chosen: Settings, prompt: int, output: int) -> Plan:
     from edge.planning.memory import Serving
     from edge.planning.plan import make_plan
 
@@ -78,7 +79,7 @@ def _plan(shape: Shape, machine: Machine, chosen: Settings, prompt: int) -> Plan
     if serving.context > shape.context_length:
         hint = f"use at most {shape.context_length}"
         raise ConfigError(f"a context of {serving.context} tokens is more than the model has", hint=hint)
-    return make_plan(shape, machine, serving, prompt_tokens=prompt)
+    return make_plan(shape, machine, serving, prompt_tokens=prompt, output_tokens=output)
 
 
 def _shape(model: str, recipe: str | None, chosen: Settings) -> Shape:

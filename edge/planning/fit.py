@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from edge.planning.memory import Serving, predict_memory
-from edge.planning.models import DEFAULT_RECIPE, is_known, known_models, known_recipes, shape_of
+from edge.planning.models import is_known, known_models, known_recipes, shape_of
 from edge.planning.shape import Shape
 
 SLOTS = (1, 2, 4, 8)
@@ -32,14 +32,18 @@ def contexts_by_slots(shape: Shape, serving: Serving, limit: int, *, int8: bool)
 
 def smaller_recipe(shape: Shape, serving: Serving, limit: int, *, int8: bool) -> Shape | None:
     """A known model in the recipe with the most bits that fits; None where none does, or the model is not known."""
-    recipes = [name for name in known_recipes() if name != shape.recipe] if is_known(shape.name) else []
+    recipes = _quantized() if is_known(shape.name) else []
     return _largest((shape_of(shape.name, recipe) for recipe in recipes), shape, serving, limit, int8=int8)
 
 
 def smaller_model(shape: Shape, serving: Serving, limit: int, *, int8: bool) -> Shape | None:
-    """The largest of the known models that fits, in the same recipe where that is known; None where none does."""
-    recipe = shape.recipe if shape.recipe in known_recipes() else DEFAULT_RECIPE
-    return _largest((shape_of(name, recipe) for name in known_models()), shape, serving, limit, int8=int8)
+    """The known model, in whatever recipe, that reads most of those that fit; None where none does."""
+    others = (shape_of(name, recipe) for name in known_models() for recipe in _quantized())
+    return _largest(others, shape, serving, limit, int8=int8)
+
+
+def _quantized() -> list[str]:
+    return [name for name, recipe in known_recipes().items() if not recipe.table.form().is_float]
 
 
 def _largest(others: Iterable[Shape], than: Shape, serving: Serving, limit: int, *, int8: bool) -> Shape | None:

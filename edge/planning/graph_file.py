@@ -6,6 +6,7 @@ https://github.com/onnx/onnx/blob/main/onnx/onnx.proto; a device has no onnx pac
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -60,14 +61,13 @@ def _shape(nodes: list[_Node], sizes: Sizes, manifest: Manifest) -> Shape:
     products = Counter(_product(node, sizes) for node in nodes if _multiplies(node, sizes))
     head = max((product for product in products if product.rows == manifest.padded_vocab_size), key=_columns)
     layers = tuple(replace(product, count=count) for product, count in products.items() if product != head)
-    tables = [_table(node, sizes) for node in nodes if node.op_type in {"GatherBlockQuantized", "Gather"}]
     head_table = manifest.recipe.get("head")
     return Shape(
         name=manifest.name,
         recipe=str(manifest.recipe.get("name", "?")),
         layers=layers,
         head=head,
-        table=max((table for table in tables if table is not None), key=lambda table: table.rows),
+        table=_table(nodes, sizes, manifest.padded_vocab_size),
         candidates=int(head_table.get("candidates", 0)) if isinstance(head_table, dict) else 0,
         num_layers=manifest.kv.layers + (manifest.state.layers if manifest.state else 0),
         num_heads=max(node.attributes["num_heads"] for node in nodes if node.op_type == "GroupQueryAttention"),
@@ -76,6 +76,7 @@ def _shape(nodes: list[_Node], sizes: Sizes, manifest: Manifest) -> Shape:
         context_length=manifest.context_length,
         kv=manifest.kv,
         state=manifest.state,
+        converted_bytes=sum(4 * math.prod(sizes.get(node.inputs[0], [0])) for node in nodes if node.op_type == "Cast"),
         disk_bytes=sum(entry.size for entry in manifest.files),
     )
 
@@ -99,15 +100,16 @@ def _product(node: _Node, sizes: Sizes) -> Product:
     return Product(rows, columns, Format(FLOAT_BITS))
 
 
-def _table(node: _Node, sizes: Sizes) -> Product | None:
-    """What a node looks rows up in; None where it is no matrix of weights."""
-    shape = sizes.get(node.inputs[0], [])
-    if len(shape) != 2:
-        return None
+def _table(nodes: list[_Node], sizes: Sizes, rows: int) -> Product:
+    """The embedding; its upper and lower halves are looked up apart."""
+    found = {node.inputs[0]: node for node in nodes if node.op_type in {"GatherBlockQuantized", "Gather"}}
+    halves = [(sizes[name], node) for name, node in found.items() if len(sizes.get(name, ())) == 2]
+    halves = [(shape, node) for shape, node in halves if shape[0] == rows]
+    shape, node = halves[0]
     if node.op_type == "Gather":
-        return Product(shape[0], shape[1], Format(FLOAT_BITS))
-    bits, block = node.attributes["bits"], node.attributes["block_size"]
-    return Product(shape[0], shape[1] * 8 // bits, Format(bits, block))
+        return Product(rows, shape[1], Format(FLOAT_BITS))
+    bits = node.attributes["bits"]
+    return Product(rows, shape[1] * 8 // bits, Format(bits * len(halves), node.attributes["block_size"]))
 
 
 def _parse(model: memoryview) -> tuple[list[_Node], Sizes]:

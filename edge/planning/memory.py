@@ -7,8 +7,9 @@ the system takes them back when memory is short: they are part of RSS, and of no
 
 from __future__ import annotations
 
+import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from edge.bundle import KVLayout, Manifest, StateLayout
@@ -22,7 +23,7 @@ DEFAULT_PREFIX_STATES = 4
 """What past prompts may take where the settings do not say it."""
 
 # Measured on x86-64 with Python 3.11 and onnxruntime 1.31.1, see docs/planning.md.
-_PYTHON_BYTES = 57_000_000
+_PYTHON_BYTES = 60_000_000
 _LIBRARY_BYTES = 50_000_000
 _SESSION_BYTES = 5_600_000
 _BYTES_PER_ID = 290
@@ -31,7 +32,7 @@ _READING_BYTES_PER_ID = 960
 """Of the tokenizer while it is read, with the crumbs."""
 _GRAMMAR_BYTES_PER_ID = 105
 _FLOAT = 4
-_SCRATCH_WIDTHS = 3.5
+_SCRATCH_WIDTHS = 4.5
 """How many activations as wide as gate and up together are alive at once."""
 _SCRATCH_HIDDEN = 4
 _STATES_PER_SLOT = 2
@@ -132,6 +133,7 @@ def predict_memory(shape: Shape, serving: Serving, *, int8: bool = True, fills: 
     """
     fixed = (
         Part("weights, packed", sum(packed_bytes(product, int8=int8) for product in shape.products)),
+        Part("scales, converted", shape.converted_bytes),
         Part("onnxruntime", _SESSION_BYTES),
         Part("tokenizer", _BYTES_PER_ID * shape.vocab_size),
         Part("Python and libraries", _PYTHON_BYTES),
@@ -145,7 +147,7 @@ def predict_memory(shape: Shape, serving: Serving, *, int8: bool = True, fills: 
         *([] if fills else [Part("grammars", _GRAMMAR_BYTES_PER_ID * shape.vocab_size)]),
     )
     reading = Part("reading the vocabulary", (_READING_BYTES_PER_ID - _BYTES_PER_ID) * shape.vocab_size)
-    return Memory(fixed, tuple(part for part in work if part.num_bytes), reading, _files(shape, int8=int8))
+    return Memory(_present(fixed), _present(work), reading, _files(shape, int8=int8))
 
 
 def packed_bytes(product: Product, *, int8: bool) -> int:
@@ -161,11 +163,23 @@ def packed_bytes(product: Product, *, int8: bool) -> int:
     return replace(product, form=replace(product.form, block_bytes=0)).num_bytes
 
 
-def kv_bytes(layout: KVLayout, num_tokens: int) -> int:
-    """Bytes of one sequence's keys and values: whole pages for each head of each layer."""
+def kv_bytes(layout: KVLayout, num_tokens: int, context: int) -> int:
+    """Bytes of one sequence's keys and values: the pages that they touch.
+
+    Args:
+        layout: of the cache.
+        num_tokens: of the sequence.
+        context: most tokens of one: heads lie as far apart in an array, which begins with a page.
+    """
     token = layout.bytes_per_token // (2 * layout.layers * layout.kv_heads)
-    per_page = max(1, mmap.PAGESIZE // token)
-    return -(-num_tokens // per_page) * per_page * layout.bytes_per_token
+    per_page = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, token * layout.kv_heads)
+    stride = -(-(context + 1) // per_page) * per_page * token
+    pages = last = 0
+    for begin in range(0, stride * layout.kv_heads, stride):
+        first = max(last, begin // mmap.PAGESIZE)  # two heads may share a page
+        last = -(-(begin + num_tokens * token) // mmap.PAGESIZE)
+        pages += last - first
+    return 2 * layout.layers * pages * mmap.PAGESIZE
 
 
 def one_conversation(serving: Serving) -> Serving:
@@ -175,7 +189,7 @@ def one_conversation(serving: Serving) -> Serving:
 
 def _cache_bytes(shape: Shape, serving: Serving, fills: Sequence[int] | None) -> int:
     lengths = [serving.context] * serving.slots if fills is None else fills
-    full = sum(kv_bytes(shape.kv, length) for length in lengths)
+    full = sum(kv_bytes(shape.kv, length, serving.context) for length in lengths)
     if serving.kv_bytes is None:
         return full
     return min(full, max(0, serving.kv_bytes - _state_bytes(shape, serving, fills)))
@@ -218,7 +232,11 @@ def _files(shape: Shape, *, int8: bool) -> tuple[Part, ...]:
     table = Part("rows of the embedding", shape.table.num_bytes) if shape.candidates else None
     slow = sum(product.num_bytes for product in shape.products if not int8 and product.form.bits == 8)
     parts = (Part("libraries", _LIBRARY_BYTES), table, Part("weights that are read from the file", slow))
-    return tuple(part for part in parts if part is not None and part.num_bytes)
+    return _present(part for part in parts if part is not None)
+
+
+def _present(parts: Iterable[Part]) -> tuple[Part, ...]:
+    return tuple(part for part in parts if part.num_bytes)
 
 
 def _total(parts: Sequence[Part]) -> int:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from edge.bundle import KVLayout, StateLayout
 from edge.errors import ConfigError
-from edge.planning.shape import FLOAT_BITS, Format, Product, Shape
+from edge.planning.shape import Format, Product, Shape
 
 Positive = Annotated[int, Field(gt=0)]
 DEFAULT_RECIPE = "balanced"
-_SCALE_BYTES, _PARAMETER_BYTES = 4, 4
+_FLOAT_BYTES, _SCALE_BYTES = 4, {"float16": 2, "float32": 4}
+_COARSE_BITS = 4
+"""Of the upper halves of a table's codes."""
 _TEXT_BYTES = 5 << 20
 """Tokenizer and what else is no weight."""
 
@@ -81,13 +84,18 @@ class KnownModel(_Model):
         """Those of full attention."""
         return self.layers - (self.linear.layers if self.linear else 0)
 
-    def matrices(self) -> dict[str, list[tuple[int, int, int]]]:
-        """Rows, columns and number of the matrices of all layers, by the recipe's names."""
+    def matrices(self, *, split: bool = False) -> dict[str, list[tuple[int, int, int]]]:
+        """Rows, columns and number of the matrices of all layers, by the recipe's names.
+
+        Args:
+            split: whether the values of full attention have a matrix of their own.
+        """
         hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         gated = 2 if self.linear else 1  # the models with linear attention gate the full one
         found = {
-            "qkv": [(gated * queries + 2 * keys, hidden, self.full_layers)],
+            "qkv": [(gated * queries + (1 if split else 2) * keys, hidden, self.full_layers)],
+            "value": [(keys, hidden, self.full_layers)] if split else [],
             "out": [(hidden, queries, self.full_layers)],
             "gate_up": [(2 * inner, hidden, self.layers)],
             "down": [(hidden, inner, self.layers)],
@@ -104,6 +112,8 @@ class Part(_Model):
 
     bits: Positive
     block: Positive = 1
+    symmetric: bool = False
+    """Whether no zero points are stored."""
 
     def form(self) -> Format:
         """The same for computing with."""
@@ -114,13 +124,17 @@ class KnownRecipe(_Model):
     """One recipe of ``recipes.toml``."""
 
     qkv: Part
+    value: Part | None = None
+    """Of values, where theirs is another than that of queries and keys."""
     out: Part
     gate_up: Part
     down: Part
     gates: Part
     table: Part
-    coarse: Part | None = None
     candidates: int = 0
+    """Rows of the table with exact logits, where the head reads the upper halves of its codes first."""
+    scales: Literal["float16", "float32"]
+    """How they are stored; in memory they are float32."""
 
 
 @cache
@@ -160,19 +174,19 @@ def _find(name: str) -> KnownModel | None:
 
 
 def _shape(name: str, model: KnownModel, recipe_name: str, recipe: KnownRecipe) -> Shape:
-    layers = tuple(
-        _product(rows, columns, getattr(recipe, part).form(), count)
-        for part, matrices in model.matrices().items()
+    layers = [
+        (getattr(recipe, part), _product(rows, columns, getattr(recipe, part).form(), count))
+        for part, matrices in model.matrices(split=recipe.value is not None).items()
         for rows, columns, count in matrices
-    )
+    ]
     table = _product(model.vocab, model.hidden_size, recipe.table.form())
-    head = _product(model.vocab, model.hidden_size, (recipe.coarse or recipe.table).form())
-    # A head in two stages has its coarse copy and the table that it chooses from; an untied one a table of its own.
-    tables = [table, *([head] if recipe.coarse else []), *([] if model.tied else [table])]
+    head = replace(table, form=replace(table.form, bits=_COARSE_BITS)) if recipe.candidates else table
+    parts = [*layers, *[(recipe.table, table)] * (1 if model.tied else 2)]
+    converted = 0 if recipe.scales == "float32" else _FLOAT_BYTES
     return Shape(
         name=name,
         recipe=recipe_name,
-        layers=layers,
+        layers=tuple(product for _, product in layers),
         head=head,
         table=table,
         candidates=recipe.candidates,
@@ -183,7 +197,8 @@ def _shape(name: str, model: KnownModel, recipe_name: str, recipe: KnownRecipe) 
         context_length=model.context,
         kv=KVLayout(layers=model.full_layers, kv_heads=model.kv_heads, head_dim=model.head_dim),
         state=model.linear.layout() if model.linear else None,
-        disk_bytes=_TEXT_BYTES + sum(_disk_bytes(product) for product in (*layers, *tables)),
+        converted_bytes=converted * sum(product.num_blocks for _, product in parts),
+        disk_bytes=_TEXT_BYTES + sum(_disk_bytes(part, product, recipe.scales) for part, product in parts),
     )
 
 
@@ -191,13 +206,14 @@ def _product(rows: int, columns: int, form: Format, count: int = 1) -> Product:
     return Product(rows, columns, form.fit(columns), count)
 
 
-def _disk_bytes(product: Product) -> int:
+def _disk_bytes(part: Part, product: Product, scales: str) -> int:
     """Codes, scales and zero points."""
     form = product.form
-    if form.bits == FLOAT_BITS:
-        return product.num_weights * _PARAMETER_BYTES
+    if form.is_float:
+        return product.num_weights * _FLOAT_BYTES
     blocks = -(-product.columns // form.block)
-    row = blocks * form.block * form.bits / 8 + blocks * _SCALE_BYTES + math.ceil(blocks * form.bits / 8)
+    zero_points = 0 if part.symmetric else math.ceil(blocks * form.bits / 8)
+    row = blocks * form.block * form.bits / 8 + blocks * _SCALE_BYTES[scales] + zero_points
     return product.count * product.rows * math.ceil(row)
 
 

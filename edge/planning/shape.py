@@ -57,6 +57,11 @@ class Product:
         return self.count * self.rows * self.columns
 
     @property
+    def num_blocks(self) -> int:
+        """Of all of them; floats have none."""
+        return 0 if self.form.is_float else self.count * self.rows * -(-self.columns // self.form.block)
+
+    @property
     def num_bytes(self) -> int:
         """Of all of them, as a step reads them."""
         return self.count * self.form.num_bytes(self.rows, self.columns)
@@ -86,6 +91,8 @@ class Shape:
     """The longest one that it was made for."""
     kv: KVLayout
     state: StateLayout | None
+    converted_bytes: int
+    """Scales that are stored in float16, as onnxruntime keeps them in float32 beside the packed weights."""
     disk_bytes: int
     """Of the bundle."""
 
