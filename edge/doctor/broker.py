@@ -8,7 +8,7 @@ import time
 from typing import Final
 
 from edge.config import Settings
-from edge.doctor.check import Check
+from edge.doctor.check import UNSEEN_HINT, Check, unseen
 from edge.errors import QwedgeError, UnavailableError
 from edge.mqtt.broker_program import find_mosquitto, mosquitto_version
 from edge.mqtt.connection import Connection, Identity
@@ -46,6 +46,8 @@ def _embedded() -> Check:
 
 
 def _reachable(settings: MqttSettings, address: BrokerAddress) -> Check:
+    if unseen(settings.password_file, settings.tls_ca, settings.tls_cert, settings.tls_key):
+        return Check("broker", "warn", "its password or certificates are the service's alone", UNSEEN_HINT)
     place = f"{address.host}:{address.port}{' with TLS' if address.tls else ''}"
     try:
         identity = _identity(settings, address)

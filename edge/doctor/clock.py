@@ -12,7 +12,7 @@ from typing import Final
 from cryptography import x509
 
 from edge.config import Settings
-from edge.doctor.check import Check
+from edge.doctor.check import UNSEEN_HINT, Check, unseen
 from edge.settings.secret_files import find_secret
 
 MADE_AFTER: Final = datetime(2026, 1, 1, tzinfo=UTC)
@@ -71,13 +71,15 @@ def _certificates(settings: Settings) -> Iterator[_Named]:
     named |= {f"server.upstream {upstream.name} tls_ca": upstream.tls_ca for upstream in server.upstream}
     for setting, path in named.items():
         if path is not None:
-            yield _Named(setting, find_secret(path))
+            yield _Named(setting, path)
 
 
 def _certificate(named: _Named, now: datetime) -> Check:
     """Whether all certificates of a file are good today; the server does not start with one that it cannot read."""
+    if unseen(named.path):
+        return Check("certificate", "warn", f"{named.setting}: {named.path} is the service's alone", UNSEEN_HINT)
     try:
-        found = x509.load_pem_x509_certificates(named.path.read_bytes())
+        found = x509.load_pem_x509_certificates(find_secret(named.path).read_bytes())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it holds no certificate in PEM"
         hint = f"{named.setting} names a file of certificates, for the user that qwedge runs as to read"

@@ -62,7 +62,7 @@ def _swap(host: Host) -> Check:
 
 def _bandwidth() -> Check:
     threads = _physical()
-    speed = read_speed(threads, MEASURE_S)
+    speed = read_speed(threads, MEASURE_S, MAX_MEASURED)
     detail = f"{speed / 1e9:.1f} GB/s read by {threads} threads; each token reads all weights once"
     return Check("bandwidth", "ok", detail)
 
@@ -71,7 +71,7 @@ def _physical() -> int:
     return max(1, min(usable_threads(), psutil.cpu_count(logical=False) or usable_threads()))
 
 
-def read_speed(threads: int, seconds: float, *, most: int = MAX_MEASURED) -> float:
+def read_speed(threads: int, seconds: float, most: int) -> float:
     """Bytes of memory that threads read in a second, as matrices of weights are read: in order, once.
 
     What else runs on the machine takes part of it: an idle one gives its real figure.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from edge.config import Settings
-from edge.doctor.check import Check
+from edge.doctor.check import UNSEEN_HINT, Check, unseen
 from edge.errors import QwedgeError, UnavailableError
 from edge.http.keys import KeyRing
 from edge.http.tls import Certificates
 from edge.mqtt.broker_setup import make_broker
 from edge.settings.folders import broker_folder, keys_file
+from edge.settings.mqtt import MqttSettings
 from edge.settings.server import ServerSettings
 
 
@@ -23,7 +25,7 @@ def examine_network(settings: Settings) -> list[Check]:
     checks = [_port("http port", server.host, server.port, "--port"), _front_door(server)]
     if mqtt.broker == "embedded":
         checks.append(_port("mqtt port", "127.0.0.1", mqtt.port, "QWEDGE_MQTT_PORT"))
-        checks.append(_checked("broker door", lambda: _broker_door(settings)))
+        checks.append(_broker_door(settings))
     return checks
 
 
@@ -50,8 +52,10 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def _checked(name: str, look: Callable[[], Check]) -> Check:
-    """A check that fails with what would end the start."""
+def _checked(name: str, files: Sequence[Path | None], look: Callable[[], Check]) -> Check:
+    """A check that fails with what would end the start; with files that only the service sees, nothing can be said."""
+    if unseen(*files):
+        return Check(name, "warn", "certificates or keys are the service's alone", UNSEEN_HINT)
     try:
         return look()
     except UnavailableError as error:
@@ -61,7 +65,13 @@ def _checked(name: str, look: Callable[[], Check]) -> Check:
 
 
 def _front_door(server: ServerSettings) -> Check:
-    return _checked("http door", lambda: _who_comes_in(server))
+    files = (server.tls_cert, server.tls_key, server.tls_client_ca, server.keys_file)
+    return _checked("http door", files, lambda: _who_comes_in(server))
+
+
+def _broker_door(settings: Settings) -> Check:
+    mqtt = settings.mqtt
+    return _checked("broker door", (mqtt.tls_cert, mqtt.tls_key, mqtt.tls_ca), lambda: _who_publishes(mqtt))
 
 
 def _who_comes_in(server: ServerSettings) -> Check:
@@ -83,13 +93,13 @@ def _who_comes_in(server: ServerSettings) -> Check:
     return Check("http door", "ok", f"the network; {detail}")
 
 
-def _broker_door(settings: Settings) -> Check:
+def _who_publishes(settings: MqttSettings) -> Check:
     """As the embedded broker would listen; it is made, not started.
 
     Raises:
         ConfigError: it would refuse to.
     """
-    network = make_broker(settings.mqtt, broker_folder(settings.mqtt, os.environ)).network
+    network = make_broker(settings, broker_folder(settings, os.environ)).network
     if network is None:
         return Check("broker door", "ok", "this device's own programs")
     who = "with a certificate" if network.client_ca is not None else "with a password"

@@ -12,9 +12,10 @@ import psutil
 
 from edge.doctor.check import Check
 from edge.machine import Host, cpu_model, cpu_quota, isa_features, usable_threads
+from edge.planning.machine import has_int8_kernels
 
 INT8_FEATURE: Final = {"x86_64": "avx2", "aarch64": "asimddp"}
-"""Without it the engine falls back to floating-point kernels: several times slower."""
+"""What :func:`edge.planning.machine.has_int8_kernels` looks for; without it they are several times slower."""
 WARM_C: Final = 75
 """Boards begin to lower their clock at 80 to 85 degrees."""
 _PI_NOW: Final = {0: "too little voltage", 1: "the clock is limited", 2: "throttled", 3: "the soft limit of heat"}
@@ -58,7 +59,7 @@ def _instructions(host: Host) -> Check:
     if hidden := _hidden(host):
         hint = "let the process see it (unit: no ProcSubset=pid, container: /proc and /sys read-only, not masked)"
         return Check("instructions", "warn", f"{detail}; {hidden} is hidden: onnxruntime takes slow kernels", hint)
-    if needed is None or needed in found:
+    if needed is None or has_int8_kernels(found):
         return Check("instructions", "ok", detail)
     hint = "take a small model"
     if host.machine == "aarch64":

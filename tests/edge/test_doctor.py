@@ -58,6 +58,7 @@ def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr("edge.doctor.memory.MEASURE_S", 0.01)
+    monkeypatch.setattr("edge.doctor.memory.MAX_MEASURED", 64 << 20)
 
     def run(*args: str, **environment: str) -> tuple[int, dict[str, Check]]:
         for name, value in environment.items():
@@ -86,11 +87,14 @@ def test_every_check_is_there_and_says_what_to_change(doctor: Doctor) -> None:
     assert all(check.hint for check in checks.values() if check.status != "ok")
 
 
-def test_only_what_keeps_qwedge_from_serving_is_a_failure(doctor: Doctor, tmp_path: Path) -> None:
+def test_only_what_keeps_qwedge_from_serving_is_a_failure(
+    doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge.doctor.report.examine_software", list)  # it takes a second
     status, checks = doctor(QWEDGE_MODEL_BUNDLE=str(tmp_path))
     assert (status, checks["bundle"].status) == (1, "fail")
     status, checks = doctor(QWEDGE_MODEL_BUNDLE=str(write_bundle(tmp_path / "bundle")))
-    assert (status, checks["bundle"].status, checks["disk speed"].status) == (0, "ok", "ok")
+    assert (status, checks["bundle"].status, "disk speed" in checks) == (0, "ok", True)
     status, checks = doctor(QWEDGE_SERVER_PORT="x")
     assert (status, checks["settings"].status) == (1, "fail")
     assert checks["settings"].detail.startswith("QWEDGE_SERVER_PORT must be")
@@ -198,7 +202,7 @@ def test_swap_on_a_disk_is_warned_of_and_zram_is_not(make_host: MakeHost) -> Non
 
 
 def test_memory_is_read_at_a_plausible_speed() -> None:
-    assert 1e7 < read_speed(2, 0.02, most=64 << 20) < 1e13
+    assert 1e7 < read_speed(2, 0.02, 64 << 20) < 1e13
 
 
 def test_the_kind_of_a_disk_is_the_one_behind_a_partition(make_host: MakeHost, tmp_path: Path) -> None:
@@ -327,6 +331,24 @@ def test_a_clock_that_was_not_set_and_certificates_out_of_time(tmp_path: Path) -
     assert named(examine_clock(settings, today), "certificate").status == "ok"
     cert.write_text("nothing")
     assert named(examine_clock(settings, today), "certificate").status == "fail"
+
+
+def test_credentials_of_the_service_are_not_held_against_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From a shell, what systemd shows to the service alone is nowhere; that does not keep the service from serving."""
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    files = init(tmp_path, ["localhost"])
+    flags = {"server.tls_cert": files.certificate("device").name, "server.tls_key": files.key("device").name}
+    flags |= {"mqtt.broker": "mqtts://broker.example", "mqtt.password_file": "password", "server.port": 0}
+    settings = load_settings(flags=flags | {"server.keys_file": tmp_path / "keys.json"})
+
+    def looked() -> list[str]:
+        checks = [*examine_network(settings), *examine_clock(settings)]
+        return [check.status for check in checks if check.name in {"http door", "certificate"}]
+
+    assert looked() == ["warn", "warn"]
+    assert named(examine_broker(settings, connect=True), "broker").hint.startswith("run it while the service runs")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert looked() == ["ok", "ok"]
 
 
 @pytest.mark.parametrize(
