@@ -18,12 +18,12 @@ from export.checkpoint import open_checkpoint
 from export.graph import GraphBuilder
 from export.pipeline import Graph, build_graph
 from export.progress import Silent
-from export.quantize.recipes import RECIPES, Blockwise, Projections, Recipe
+from export.quantize.recipes import RECIPES, Blockwise, Projections, Recipe, is_sensitive
 from export.segments import Layer, embed, num_layers
 from tests.export import tiny, tiny_qwen3_5
 
 TEXT = CalibrationText("test", CalibrationText.open(BUILT_IN).text[:4000])
-FOUR_BITS = replace(RECIPES["balanced"], layer=Projections.all(Blockwise(bits=4, block=32)))
+FOUR_BITS = replace(RECIPES["balanced"], layer=Projections.all(Blockwise(bits=4, block=32)), calibrated_down=None)
 SHAPES = {
     "qwen2": tiny.qwen2_config(),
     "qwen3-untied": tiny.qwen3_config(tie_word_embeddings=False, num_key_value_heads=1),
@@ -83,6 +83,25 @@ def test_only_four_bits_are_calibrated(tmp_path: Path) -> None:
     for name, text in (("nearest", None), ("calibrated", TEXT)):
         build(tmp_path / name, SHAPES["qwen2"], RECIPES["int8"], text)
     assert (tmp_path / "nearest" / WEIGHTS).read_bytes() == (tmp_path / "calibrated" / WEIGHTS).read_bytes()
+
+
+def test_sensitive_layers_get_more_bits_where_weights_are_calibrated(tmp_path: Path) -> None:
+    config = tiny.qwen2_config(num_hidden_layers=4)
+    recipe = RECIPES["balanced"]
+    bits = {}
+    for name, text in (("nearest", None), ("calibrated", TEXT)):
+        graph = build(tmp_path / name, config, recipe, text)
+        products = [node for node in graph.model.graph if node.op_type == "MatMulNBits"]
+        bits[name] = [node.attributes["bits"].as_int() for node in products if "down" in str(node.inputs[1])]
+    assert bits["nearest"] == [4] * 4
+    # Of four layers the last eighth is half a layer, and the third is the every third between.
+    assert bits["calibrated"] == [8 if is_sensitive(layer, 4) else 4 for layer in range(4)] == [4, 4, 8, 8]
+
+
+def test_half_of_the_layers_of_usual_models_are_sensitive() -> None:
+    sensitive = [layer for layer in range(24) if is_sensitive(layer, 24)]
+    assert sensitive == [0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23]
+    assert all(0.4 < sum(is_sensitive(layer, count) for layer in range(count)) / count < 0.6 for count in (24, 28, 36))
 
 
 def test_every_product_is_observed_with_the_inputs_that_the_finished_graph_gives_it(

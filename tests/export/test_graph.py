@@ -64,8 +64,10 @@ def test_the_fp32_graph_computes_what_transformers_does(case: str, schedule: str
     np.testing.assert_allclose(found[:, :: golden.EVERY], golden.read(case), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("recipe", ["balanced", "int8"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "recipe"),
+    [*((shape, "balanced") for shape in SHAPES), ("qwen2-tied", "small"), ("qwen3-untied", "small")],
+)
 def test_a_quantized_graph_is_the_fp32_graph_of_its_dequantized_weights(
     shape: str, recipe: str, tmp_path: Path
 ) -> None:
@@ -76,6 +78,21 @@ def test_a_quantized_graph_is_the_fp32_graph_of_its_dequantized_weights(
         expected = logits(reference[1], golden.prompt(), sizes)
         found = logits(quantized[1], golden.prompt(), sizes)
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("shape", ["qwen2-tied", "qwen3_5"])
+def test_a_core_without_dot_products_gets_no_product_in_8_bits(shape: str, tmp_path: Path) -> None:
+    graph, _ = build(tmp_path / "graph", SHAPES[shape], RECIPES["nodot"])
+    products = [node for node in graph.model.graph if node.op_type == "MatMulNBits"]
+    assert len(products) > 4
+    assert {node.attributes["bits"].as_int() for node in products} == {4}
+
+
+def test_values_may_have_a_format_of_their_own(tmp_path: Path) -> None:
+    graph, _ = build(tmp_path / "graph", SHAPES["qwen2-tied"], RECIPES["small"])
+    products = [node for node in graph.model.graph if node.op_type == "MatMulNBits" and "attn" in str(node.inputs[1])]
+    found = {(str(node.inputs[1]).split(".")[4], node.attributes["bits"].as_int()) for node in products}
+    assert found == {("qk_proj", 4), ("v_proj", 8), ("o_proj", 4)}
 
 
 @pytest.mark.parametrize(("recipe", "bound"), [("balanced", 0.5), ("quality", 0.07)])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +18,7 @@ import export.weights
 from edge.bundle import WEIGHTS
 from edge.errors import ExportError
 from export.checkpoint import Checkpoint, open_checkpoint
-from export.quantize.blockwise import dequantize_rows, quantize_rows
+from export.quantize.blockwise import QuantizedRows, dequantize_rows, quantize_halves, quantize_rows
 from export.quantize.recipes import RECIPES, Blockwise, Float32, Projections, Recipe
 from export.weights import DataFile, Weights
 from tests.export import tiny
@@ -83,6 +84,53 @@ def test_stacked_sources_keep_their_order(checkpoint: Checkpoint, tmp_path: Path
     for found, wanted in zip(parts, (expected.codes, expected.scales, expected.zero_points), strict=True):
         np.testing.assert_array_equal(found, wanted)
     assert matrix.num_bytes == sum(part.nbytes for part in parts)
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("float16", ir.DataType.FLOAT16), ("float32", ir.DataType.FLOAT)])
+def test_scales_are_stored_as_the_recipe_says(
+    checkpoint: Checkpoint, tmp_path: Path, stored: Literal["float16", "float32"], dtype: ir.DataType
+) -> None:
+    form = Blockwise(4, 32)
+    recipe = Recipe("x", Projections.all(form), form, scales=stored)
+    with DataFile(tmp_path) as file:
+        scales = Weights(checkpoint, recipe, file, lambda _: None).matrix("m", [GATE], form).parts[1]
+    assert scales.dtype == dtype
+    assert scales.const_value is not None
+    np.testing.assert_array_equal(scales.const_value.numpy(), quantize_rows(checkpoint.rows(GATE), form).scales)
+
+
+def test_scales_with_more_digits_than_float16_lose_none(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def rounding(weights: NDArray[np.float32], form: Blockwise) -> QuantizedRows:
+        rows = quantize_rows(weights, form)
+        return replace(rows, scales=rows.scales * np.float32(1.00001))
+
+    form = Blockwise(4, 32)
+    with DataFile(tmp_path) as file:
+        weights = Weights(checkpoint, Recipe("x", Projections.all(form), form), file, lambda _: None)
+        scales = weights.matrix("m", [GATE], form, rounding).parts[1]
+    assert scales.dtype == ir.DataType.FLOAT
+
+
+def test_halves_written_in_small_chunks_are_those_written_at_once(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form, files = Blockwise(8, 64), []
+    for name, chunk in (("whole", export.weights.CHUNK_ELEMENTS), ("chunks", 64 * 7)):
+        monkeypatch.setattr(export.weights, "CHUNK_ELEMENTS", chunk)
+        (tmp_path / name).mkdir()
+        with DataFile(tmp_path / name) as file:
+            weights = Weights(checkpoint, RECIPES["balanced"], file, lambda _: None)
+            halves = weights.halves("m", EMBEDDING, form)
+        assert weights.parameter_count == halves.rows * 64
+        files.append((tmp_path / name / WEIGHTS).read_bytes())
+    assert files[0] == files[1]
+    upper, lower = quantize_halves(checkpoint.rows(EMBEDDING), 64)
+    for matrix, rows in ((halves.upper, upper), (halves.lower, lower)):
+        assert matrix.parts[0].const_value is not None
+        np.testing.assert_array_equal(matrix.parts[0].const_value.numpy(), rows.codes)
+    # The scales stand there once.
+    assert halves.upper.parts[1] is halves.lower.parts[1]
+    assert halves.num_bytes == halves.rows * (64 + 2 + 1)
 
 
 def test_a_dequantizing_recipe_stores_what_the_codes_stand_for(checkpoint: Checkpoint, tmp_path: Path) -> None:
