@@ -145,7 +145,7 @@ class Throttle:
 
     Args:
         limits: what must not be reached.
-        sensors: of the machine; None = those that there are, once they are needed.
+        sensors: of the machine; None = those that there are, where there are limits.
         clock: seconds, monotonic.
         wait: waits for so many seconds; None = until then or :meth:`stop`.
     """
@@ -162,9 +162,11 @@ class Throttle:
         self._governor = Governor(self._limits)
         self._sensors = sensors
         self._clock = clock
-        self._stopped = threading.Event()
-        self._wait = wait or self._stopped.wait
-        self._working = threading.Event()
+        self._wait = wait or self._wait_for_stop
+        self._changed = threading.Condition()
+        self._working = False  # guarded by _changed
+        self._has_worked = False  # guarded by _changed: since the last look, be it for a moment
+        self._stopped = False  # guarded by _changed
         self._energy: tuple[float, float] | None = None  # when, and how many joules: at the last look
         self._thread: threading.Thread | None = None
         self.state = FULL_SPEED
@@ -172,27 +174,32 @@ class Throttle:
 
     def start(self) -> None:
         """Look at the sensors from now on, if there are limits."""
-        self._stopped.clear()
+        self._stopped = False
         if self._limits == Limits():
             return
+        self._sensors = self._sensors or Sensors()
         self._thread = threading.Thread(target=self._run, name="throttle", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread, and the pause that the engine is in."""
-        self._stopped.set()
-        self._working.set()
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def begin(self) -> None:
         """The engine begins to work."""
-        self._working.set()
+        with self._changed:
+            self._working = self._has_worked = True
+            self._changed.notify_all()
 
     def end(self) -> None:
         """The engine has nothing left to do."""
-        self._working.clear()
+        with self._changed:
+            self._working = False
 
     def rest(self, work_s: float) -> None:
         """Pause as is due after a step that took so long; on the engine's thread."""
@@ -205,10 +212,10 @@ class Throttle:
 
     def look(self) -> None:
         """Read the sensors, and set the level by them."""
-        sensors = self._sensors = self._sensors or Sensors()
+        assert self._sensors is not None
         now, before = self._clock(), self.state
-        temperature_c = None if self._limits.from_c is None else sensors.thermometer.read()
-        power_w = None if self._limits.max_w is None else self._power_w(sensors, now)
+        temperature_c = None if self._limits.from_c is None else self._sensors.thermometer.read()
+        power_w = None if self._limits.max_w is None else self._power_w(self._sensors, now)
         self.state = self._governor.look(now, temperature_c, power_w)
         self._tell(before, temperature_c, power_w)
 
@@ -221,20 +228,35 @@ class Throttle:
         return None if before is None or now <= before[0] else (joules - before[1]) / (now - before[0])
 
     def _run(self) -> None:
-        self._check()
-        while not self._stopped.is_set():
-            try:
-                self.look()
-            except OSError as error:  # a device that is just being unplugged
-                log.warning("the sensors cannot be read: %s", error)
-            self._stopped.wait(LOOK_EVERY_S)
-            if not self.state.level and not self._working.is_set():
+        self._attempt(self._check)
+        while self._await_look():
+            self._attempt(self.look)
+            self._wait_for_stop(LOOK_EVERY_S)
+
+    def _await_look(self) -> bool:
+        """Wait until the engine works, unless it is slowed down; false when this stops."""
+        with self._changed:
+            if not (self.state.level or self._working or self._has_worked):
                 self._energy = None  # what was drawn while nobody asked is not what work draws
-                self._working.wait()
+                self._changed.wait_for(lambda: self._has_worked or self._stopped)
+            self._has_worked = False
+            return not self._stopped
+
+    def _wait_for_stop(self, timeout_s: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped, timeout_s)
+
+    @staticmethod
+    def _attempt(reading: Callable[[], None]) -> None:
+        try:
+            reading()
+        except OSError as error:  # a device that is just being unplugged
+            log.warning("the sensors cannot be read: %s", error)
 
     def _check(self) -> None:
         """Say so where a limit has no effect."""
-        sensors = self._sensors = self._sensors or Sensors()
+        sensors = self._sensors
+        assert sensors is not None
         if self._limits.from_c is not None and sensors.thermometer.read() is None:
             log.warning("nothing measures the temperature here: power.throttle_from_c has no effect")
         if self._limits.max_w is not None and not sensors.energy.is_there:
