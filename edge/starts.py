@@ -1,7 +1,8 @@
 """How the service's last starts went, in one small file: what safe mode and `qwedge doctor` go by.
 
 A start is noted before anything is loaded, and taken back once the service has worked for a while or was asked to end.
-What is left in the file are starts in a row that ended by themselves: crashes, kills and power cuts.
+What is left in the file are starts in a row that ended by themselves. They count as long as the machine runs: a power
+cut is nobody's fault, and who turns a device off and on wants it to try again.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Starts(BaseModel):
     schema_version: Literal[1] = 1
     bundle: str = ""
     """What the last start served."""
+    boot: str = ""
+    """Differs between two starts of the machine."""
     unproven: Annotated[int, Field(ge=0)] = 0
     """Starts in a row that neither worked for a while nor were asked to end, the last one included."""
     ready_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
@@ -45,6 +48,14 @@ def read_starts(folder: Path) -> Starts:
         return Starts()
 
 
+def boot_id() -> str:
+    """Differs between two starts of the machine; empty where the kernel does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
 class StartCounter:
     """Counts the starts of one process after another in a folder.
 
@@ -53,10 +64,12 @@ class StartCounter:
 
     Args:
         folder: made where it is missing; of one device alone. None counts nothing.
+        boot: tells this start of the machine from others.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, boot: str) -> None:
         self._folder = folder
+        self._boot = boot
         self._known = Starts()
         self._held = ExitStack()
 
@@ -75,9 +88,10 @@ class StartCounter:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not self._held.enter_context(locked(self._folder / "starts.lock", wait=False)):
                 return 0
-            self._known = read_starts(self._folder)
-            deaths = self._known.unproven if self._known.bundle == bundle else 0
-            self._write(self._folder, self._known.model_copy(update={"bundle": bundle, "unproven": deaths + 1}))
+            self._known, now = read_starts(self._folder), {"bundle": bundle, "boot": self._boot}
+            same = (self._known.bundle, self._known.boot) == (bundle, self._boot)
+            deaths = self._known.unproven if same else 0
+            self._write(self._folder, self._known.model_copy(update={**now, "unproven": deaths + 1}))
         except OSError as error:
             log.warning("starts are not counted, %s cannot be written: %s", self._folder, error.strerror)
             self._known = Starts()

@@ -21,7 +21,7 @@ from edge.commands.safe_mode import explain, safe_settings
 from edge.config import Settings
 from edge.errors import BundleError, ConfigError, UnavailableError
 from edge.settings.folders import device_folder
-from edge.starts import MAX_DEATHS, StartCounter
+from edge.starts import MAX_DEATHS, StartCounter, boot_id
 from edge.store import Installed, Store
 
 if TYPE_CHECKING:  # this brings onnxruntime
@@ -47,7 +47,7 @@ class Start:
         """None where a folder is served."""
         self.installed: Installed | None = None
         """What was loaded from the store."""
-        self._counter = StartCounter(_counter_folder(settings))
+        self._counter = StartCounter(_counter_folder(settings), boot_id())
         self._begun = time.monotonic()
         self._ready_s: float | None = None
         self._ended = threading.Event()

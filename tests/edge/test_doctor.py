@@ -253,7 +253,7 @@ def test_a_provider_that_cannot_compute_the_bundle_is_a_failure(make_host: MakeH
 def test_the_last_start_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
     settings = load_settings(flags={"mqtt.device": "edge-7"})
-    counter = StartCounter(tmp_path / "edge-7")
+    counter = StartCounter(tmp_path / "edge-7", "1")
     assert counter.begin("tiny") == 0
     counter.works(2.5)
     counter.close()

@@ -21,7 +21,7 @@ from edge.commands.safe_mode import SAFE_CONTEXT, safe_settings
 from edge.commands.trial import Start, starting
 from edge.config import load_settings
 from edge.settings.rules import RuleSettings
-from edge.starts import MAX_DEATHS, StartCounter, Starts, read_starts
+from edge.starts import MAX_DEATHS, StartCounter, Starts, boot_id, read_starts
 from export.checkpoint import open_checkpoint
 from export.pipeline import export_bundle
 from export.progress import Silent
@@ -50,9 +50,9 @@ device = "edge-7"
 """
 
 
-def die(folder: Path, bundle: str = "tiny") -> int:
+def die(folder: Path, bundle: str = "tiny", boot: str | None = None) -> int:
     """A start that ends by itself."""
-    counter = StartCounter(folder)
+    counter = StartCounter(folder, boot_id() if boot is None else boot)
     deaths = counter.begin(bundle)
     counter.close()
     return deaths
@@ -61,18 +61,21 @@ def die(folder: Path, bundle: str = "tiny") -> int:
 class TestCounter:
     def test_starts_that_end_by_themselves_are_counted_in_a_row(self, tmp_path: Path) -> None:
         assert [die(tmp_path) for _ in range(4)] == [0, 1, 2, 3]
-        counter = StartCounter(tmp_path)
+        counter = StartCounter(tmp_path, boot_id())
         assert counter.begin("tiny") == 4
         counter.works(1.5)
         counter.close()
-        assert read_starts(tmp_path) == Starts(bundle="tiny", ready_s=1.5)
+        assert read_starts(tmp_path) == Starts(bundle="tiny", boot=boot_id(), ready_s=1.5)
         assert die(tmp_path) == 0
 
     def test_another_bundle_begins_anew(self, tmp_path: Path) -> None:
         assert [die(tmp_path, name) for name in ("one", "one", "two", "two", "one")] == [0, 1, 0, 1, 0]
 
+    def test_so_does_a_machine_that_was_turned_off_and_on(self, tmp_path: Path) -> None:
+        assert [die(tmp_path, boot=boot) for boot in ("1", "1", "2", "2", "2")] == [0, 1, 0, 1, 2]
+
     def test_a_second_process_counts_nothing(self, tmp_path: Path) -> None:
-        first, second = StartCounter(tmp_path), StartCounter(tmp_path)
+        first, second = StartCounter(tmp_path, "1"), StartCounter(tmp_path, "1")
         assert first.begin("tiny") == 0
         assert second.begin("tiny") == 0
         second.works()  # nor does it take the first one's start back
@@ -95,7 +98,7 @@ class TestCounter:
             die(tmp_path)
         monkeypatch.setattr(os, "fsync", refuse)
         assert die(tmp_path) == 0
-        counter = StartCounter(None)
+        counter = StartCounter(None, "1")
         assert counter.begin("tiny") == 0
         counter.works()
 
