@@ -12,21 +12,22 @@ of an answer. The latter two are what Marconi keeps (Pan et al. 2024) [1].
 from __future__ import annotations
 
 from edge.engine.prefix import MIN_TOKENS
+from edge.engine.rows import UNIT
 
 TAIL_TOKENS = 16
 """More than templates put after the last message. A step of so many tokens takes no longer than they do in a larger."""
 
 
 def snapshot_lengths(num_tokens: int, known: int, shared: int) -> tuple[int, ...]:
-    """At which lengths of a prompt to keep its state, in order; all even, since steps are (:func:`chunk_end`).
+    """At which lengths of a prompt to keep its state, in order; where steps may end (:func:`chunk_end`).
 
     Args:
         num_tokens: of the prompt.
         known: tokens that it goes on from.
         shared: tokens that it has in common with an earlier prompt.
     """
-    tail = _even(num_tokens - TAIL_TOKENS)
-    parting = _even(shared)
+    tail = _whole(num_tokens - TAIL_TOKENS)
+    parting = _whole(shared)
     if tail < known + MIN_TOKENS:
         return ()
     return (parting, tail) if known + MIN_TOKENS <= parting <= tail - MIN_TOKENS else (tail,)
@@ -35,8 +36,8 @@ def snapshot_lengths(num_tokens: int, known: int, shared: int) -> tuple[int, ...
 def chunk_end(past: int, most: int, num_tokens: int, stops: tuple[int, ...]) -> int:
     """Where a step of prefill ends that begins at ``past``.
 
-    A step has an even number of tokens unless it ends at a stop, and the last one has more than one: then how a prompt
-    is cut does not change how its tokens are rounded (docs/architecture.md).
+    A step has a multiple of ``UNIT`` tokens unless it ends at a stop, and the last one has more than one: then how a
+    prompt is cut does not change how its tokens are rounded (docs/architecture.md).
 
     Args:
         past: tokens that are there.
@@ -47,9 +48,9 @@ def chunk_end(past: int, most: int, num_tokens: int, stops: tuple[int, ...]) -> 
     stop = min((each for each in stops if each > past), default=num_tokens)
     if stop - past <= most:
         return stop
-    end = past + max(2, _even(most))
-    return end - 2 if stop - end == 1 and end - past > 2 else end
+    end = past + max(UNIT, _whole(most))
+    return end - UNIT if stop - end == 1 and end - past > UNIT else end
 
 
-def _even(number: int) -> int:
-    return number // 2 * 2
+def _whole(number: int) -> int:
+    return number // UNIT * UNIT
