@@ -203,9 +203,9 @@ class Decoder(ABC):
 
     def _logits(self, graph: GraphBuilder, x: ir.Value, table: Matrix | Halves) -> tuple[ir.Value, int]:
         head = graph.weights.recipe.head
-        if head is None or isinstance(table, Matrix):
-            assert isinstance(table, Matrix)
+        if isinstance(table, Matrix):
             return graph.matmul(x, table), table.num_bytes
+        assert head is not None
         coarse = graph.cut(graph.matmul(x, table.upper), COARSE_LOGITS, ["positions", self.padded_vocab_size])
         candidate_bytes = table.num_bytes * head.candidates // table.rows
         return graph.rescored(coarse, x, table, head.candidates), table.upper.num_bytes + candidate_bytes
