@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from edge.bundle import GRAPH, KVLayout
 from edge.engine.kv_cache import Cache
 from edge.engine.providers import SOFTWARE_ADAPTER, Provider
-from edge.engine.session import Session, Step
+from edge.engine.session import ERRORS_ONLY, Session, Step
 from edge.engine.steps import Append, Binder, Sizes
 from edge.errors import ConfigError
 
@@ -76,7 +76,7 @@ class Device:
             # By itself it would go on without the device, and say so nowhere but on the console.
             session = ort.InferenceSession(os.fspath(graph), options, names, enable_fallback=0)
         except Exception as error:  # noqa: BLE001 - onnxruntime has one class per status and no common base
-            raise self._refused(str(error).partition("\n")[0]) from None
+            raise self._refused(_first_line(error)) from None
         if (names or (_WEBGPU,))[0] not in session.get_providers():
             raise self._refused("onnxruntime left it out")
         return session
@@ -92,8 +92,8 @@ class Device:
         except Exception as error:  # noqa: BLE001 - as above
             size = math.prod(shape) * dtype.itemsize
             hint = "serve with fewer --slots or a smaller --context"
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(f"no {size >> 10} KiB for keys and values on the GPU: {reason}", hint=hint) from None
+            message = f"no {size >> 10} KiB for keys and values on the GPU: {_first_line(error)}"
+            raise ConfigError(message, hint=hint) from None
         return array
 
     def _memory(self) -> dict[str, Any]:
@@ -234,6 +234,7 @@ def _register_webgpu() -> ort.OrtEpDevice:
         return device
     # Without it, onnxruntime offers WebGPU only beside GPUs on PCI, which those of ARM boards are not.
     os.environ.setdefault(SOFTWARE_ADAPTER, "1")
+    ort.set_default_logger_severity(ERRORS_ONLY)  # it would warn that this is so
     path = import_module("onnxruntime_ep_webgpu").get_library_path()
     ort.register_execution_provider_library("webgpu", path)
     if device := _webgpu_device():
@@ -244,3 +245,8 @@ def _register_webgpu() -> ort.OrtEpDevice:
 
 def _webgpu_device() -> ort.OrtEpDevice | None:
     return next((each for each in ort.get_ep_devices() if each.ep_name == _WEBGPU), None)
+
+
+def _first_line(error: Exception) -> str:
+    """What onnxruntime says, without the condition in its source that did not hold."""
+    return str(error).partition("\n")[0].rpartition(" was false. ")[2]

@@ -29,7 +29,8 @@ Outputs = dict[str, NDArray[np.float32]]
 """Arrays by the graph's output names."""
 log = logging.getLogger(__name__)
 
-_ERRORS_ONLY = 3
+ERRORS_ONLY = 3
+"""Severity of onnxruntime's log."""
 _PACKED_PER_BYTE = 1.25
 """Most bytes that the packed copies of the weights take for each byte of the bundle."""
 
@@ -127,7 +128,7 @@ class Step:
 
 def _options(threads: int, spin_us: int) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = ERRORS_ONLY
     options.intra_op_num_threads = threads
     # Shapes change with every prompt: a planned memory pattern would never fit twice.
     options.enable_mem_pattern = False

@@ -30,6 +30,7 @@ def test_the_document_tells_what_machine_and_service_do(serve: Serve) -> None:
     server = serve(FakeEngine(slots=3), app={"device": sources})
     before = server.client.get("/v1/device").json()
     assert before["model"]["id"] == MODEL_NAME
+    assert before["provider"] == {"name": "cpu", "reason": "the bundle was made for it"}
     assert before["queue"] == {"waiting": 0, "running": 0, "slots": 3, "max_waiting": 8, "accepting": True}
     assert (before["temperature_c"], before["power_w"], before["energy_j"]) == (51.5, 4.2, 99.0)
     assert 0 < before["host"]["ram_available_bytes"] <= before["host"]["ram_total_bytes"]
