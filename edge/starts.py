@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -72,6 +73,7 @@ class StartCounter:
         self._boot = boot
         self._known = Starts()
         self._held = ExitStack()
+        self._writing = threading.Lock()
 
     def begin(self, bundle: str) -> int:
         """Note a start, until :meth:`works`, :meth:`stopped` or the end of the process.
@@ -101,17 +103,19 @@ class StartCounter:
     def works(self, ready_s: float | None = None) -> None:
         """The service has worked for a while, or is asked to end: this start and those before are no crashes.
 
+        On any thread.
+
         Args:
             ready_s: seconds that the start took; None where it never answered.
         """
-        if self._folder is None or self._known.unproven == 0:
-            return
-        try:
-            self._write(
-                self._folder, self._known.model_copy(update={"unproven": 0} | ({"ready_s": ready_s} if ready_s else {}))
-            )
-        except OSError as error:
-            log.warning("%s cannot be written: %s", self._folder, error.strerror)
+        with self._writing:
+            if self._folder is None or self._known.unproven == 0:
+                return
+            took = {} if ready_s is None else {"ready_s": ready_s}
+            try:
+                self._write(self._folder, self._known.model_copy(update={"unproven": 0, **took}))
+            except OSError as error:
+                log.warning("%s cannot be written: %s", self._folder, error.strerror)
 
     def close(self) -> None:
         """Let another process count."""

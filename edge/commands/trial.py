@@ -99,6 +99,7 @@ class Start:
     def switched(self, installed: Installed) -> None:
         """Another bundle is served, which has been put to the test already: no more need to watch."""
         self._ended.set()
+        self._counter.works(self._ready_s)
         self.installed = installed
 
     def end(self, *, wanted: bool) -> None:

@@ -23,8 +23,8 @@ from typing import Any
 import httpx
 
 from edge.bundle import WEIGHTS, read_manifest
-from edge.machine import cpu_model, isa_features
 from edge.errors import QwedgeError
+from edge.machine import cpu_model, isa_features
 from tests.bench.peers import models, report, tools
 from tests.bench.peers.contestants import Contestant, Serving, field
 from tests.bench.peers.meters import MOST_OTHERS, Meter, await_quiet
