@@ -16,7 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0
 SYSTEMCTL = """#!/bin/sh
 case $* in
 --root=*) exec /bin/systemctl "$@" ;;

@@ -103,6 +103,9 @@ def test_what_is_compiled_is_for_the_architecture(packages: dict[str, Package], 
     for path in libraries:
         assert int.from_bytes(path.read_bytes()[18:20], "little") == ELF_MACHINES[arch], path
     assert packages[arch].field("Architecture") == arch
+    template, control = (DEBIAN / "control").read_text(), packages[arch].read("DEBIAN/control")
+    assert "@" in template
+    assert not re.search(r"@[A-Z_]+@", control)
     assert f"python{PYTHON}, libc6 (>= 2.28)" in packages[arch].field("Depends")  # psutil's manylinux_2_28
 
 
