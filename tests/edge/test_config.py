@@ -78,6 +78,7 @@ def test_every_setting_can_be_given_in_the_environment(tmp_path: Path) -> None:
             "prefix_store": tmp_path / "prefixes",
             "prefix_store_mb": 100,
             "draft_tokens": 5,
+            "memory_check": "off",
             "spin_us": 0,
             "sleep_after_s": 60.0,
         },
