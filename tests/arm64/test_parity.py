@@ -1,0 +1,75 @@
+"""Kernels of ARM64 beside those of the machine that emulates it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge.machine import isa_features
+from edge.tokenizer import Tokenizer
+from tests.arm64.values import multiply, open_engine, read, say
+
+FOLDER = Path(os.environ["ARM64_REFERENCE"])
+VALUES = dict(np.load(FOLDER / "values.npz"))
+BUNDLES = sorted((FOLDER / "bundles").iterdir())
+FLOATS = [bundle for bundle in BUNDLES if bundle.name.endswith("fp32")]
+INTEGERS = [bundle for bundle in BUNDLES if bundle not in FLOATS]
+PRODUCTS = sorted((FOLDER / "products").iterdir())
+
+
+def test_this_is_the_processor_that_was_asked_for() -> None:
+    features = {"cortex-a72": {"asimd"}, "cortex-a76": {"asimd", "asimddp"}}
+    everything = {"asimd", "asimddp", "i8mm", "bf16"}
+    assert platform.machine() == "aarch64"
+    assert set(isa_features()) - {"sve"} == features.get(os.environ["QEMU_CPU"], everything)
+
+
+@pytest.mark.parametrize("bundle", FLOATS, ids=lambda b: b.name)
+def test_floats_say_the_same_text(bundle: Path) -> None:
+    said = say(open_engine(bundle), VALUES["prompt"], len(VALUES[f"{bundle.name}.tokens"]))
+    assert said.tokens == VALUES[f"{bundle.name}.tokens"].tolist()
+    np.testing.assert_allclose(said.logits, VALUES[f"{bundle.name}.logits"], atol=1e-4)
+    assert Tokenizer.load(bundle / "tokenizer.json").decode(said.tokens) == str(VALUES[f"{bundle.name}.text"])
+
+
+@pytest.mark.parametrize("bundle", INTEGERS, ids=lambda b: b.name)
+def test_integers_agree_within_their_kernels_errors(bundle: Path) -> None:
+    tokens = VALUES[f"{bundle.name}.tokens"].tolist()
+    said = say(open_engine(bundle), VALUES["prompt"], len(tokens), given=tokens)
+    assert np.isfinite(said.logits).all()
+    assert said.tokens == tokens
+    np.testing.assert_allclose(said.logits, VALUES[f"{bundle.name}.logits"], atol=0.2)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda b: b.name)
+def test_how_a_prompt_is_cut_changes_no_bit(bundle: Path) -> None:
+    if bundle.name.startswith("qwen3_5"):
+        pytest.skip("its steps are cut by the scheduler, at multiples of four tokens")
+    engine = open_engine(bundle, prefill_chunk=32)
+    whole = read(engine, VALUES["prompt"], [25])
+    cache = engine.read_slot(0, 25)
+    for sizes in ([12, 13], [3, 7, 14, 1], [1, 1, 1, 22], [24, 1]):
+        np.testing.assert_array_equal(read(engine, VALUES["prompt"], sizes), whole)
+        np.testing.assert_array_equal(engine.read_slot(0, 25), cache)
+
+
+@pytest.mark.parametrize("model", PRODUCTS, ids=lambda model: model.stem)
+def test_products_agree(model: Path) -> None:
+    expected = VALUES[model.stem]
+    np.testing.assert_allclose(multiply(model, VALUES["x"], mlas__disable_kleidiai="1"), expected, atol=1e-2)
+    # The fast kernels round the activations and the scales more coarsely.
+    error = multiply(model, VALUES["x"]) - expected
+    assert np.sqrt((error**2).mean()) < 0.02 * expected.std()
+
+
+@pytest.mark.parametrize("model", PRODUCTS, ids=lambda model: model.stem)
+def test_products_round_a_row_alike_in_any_company(model: Path) -> None:
+    """What edge/engine/rows.py says of ARM64."""
+    whole = multiply(model, VALUES["x"])
+    least = 1 if "asimddp" in isa_features() else 2
+    for count in (least, 3, 5, 8, 14, 36):
+        np.testing.assert_array_equal(multiply(model, VALUES["x"][:count]), whole[:count])
