@@ -25,10 +25,10 @@ CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
 MANIFESTS_VENV := .venv-manifests
 MANIFESTS_STAMP := $(MANIFESTS_VENV)/.installed
 
-.PHONY: help setup model run test test-gpu bench-peers check docs lock oracle clients offline-kit rauc-bundle swupdate-image check-wheels clean
+.PHONY: help setup model run test test-arm64 test-gpu bench-peers check docs lock oracle clients offline-kit rauc-bundle swupdate-image check-wheels clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 setup: $(STAMP) ## the environment in .venv, locked with hashes
 	@echo "setup: $(VENV) is ready"
@@ -86,6 +86,9 @@ test: $(STAMP) ## set everything up and run the tests
 
 test-gpu: $(STAMP) ## the tests that need a GPU; those of WebGPU run on a processor too
 	@.ci/test-gpu.sh $(ARGS)
+
+test-arm64: $(STAMP) ## the runtime on ARM64, by emulation: ARGS="--real models/..." (docs/arm64.md)
+	@.ci/arm64/test.sh $(ARGS)
 
 bench-peers: $(STAMP) ## compare with llama.cpp and onnxruntime-genai: ARGS="--model 1.5b --full"
 	@.ci/need-package.sh g++ g++ "building llama.cpp"
