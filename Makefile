@@ -22,10 +22,12 @@ STAMP := $(VENV)/.installed
 ORACLE_STAMP := $(ORACLE_VENV)/.installed
 CLIENTS_VENV := .venv-clients
 CLIENTS_STAMP := $(CLIENTS_VENV)/.installed
+YOCTO_VENV := .venv-yocto
+YOCTO_STAMP := $(YOCTO_VENV)/.installed
 MANIFESTS_VENV := .venv-manifests
 MANIFESTS_STAMP := $(MANIFESTS_VENV)/.installed
 
-.PHONY: help setup model run test test-arm64 test-gpu bench-peers check docs lock oracle clients offline-kit rauc-bundle swupdate-image check-wheels clean
+.PHONY: help setup model run test test-arm64 test-gpu bench-peers check docs lock oracle clients offline-kit rauc-bundle swupdate-image yocto-lint yocto-wheels check-wheels clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -80,6 +82,7 @@ test: $(STAMP) ## set everything up and run the tests
 	@.ci/need-package.sh dbus-daemon dbus-daemon "the tests of firmware-configs" || true
 	@.ci/need-package.sh swupdate swupdate "the tests of firmware-configs" || true
 	@.ci/need-package.sh cpio cpio "the tests of firmware-configs" || true
+	@$(MAKE) yocto-lint || true
 	@$(VENV)/bin/python -m pytest $(ARGS)
 	@$(if $(ARGS),,.ci/test-oracle.sh)
 	@$(if $(ARGS),,.ci/test-clients.sh)
@@ -123,6 +126,18 @@ $(CLIENTS_STAMP): .locks/clients.txt pyproject.toml .ci/make-venv.sh
 	@$(CLIENTS_VENV)/bin/python $(PIP) install --no-deps --require-hashes -r .locks/clients.txt
 	@$(CLIENTS_VENV)/bin/python $(PIP) install --no-deps --editable .
 	@touch $@
+
+yocto-lint: $(YOCTO_STAMP) ## the linter of Yocto recipes, in .venv-yocto
+	@:
+
+$(YOCTO_STAMP): .locks/yocto.txt .ci/make-venv.sh
+	@.ci/make-venv.sh $(YOCTO_VENV)
+	@echo "yocto: installing oelint-adv into $(YOCTO_VENV)"
+	@$(YOCTO_VENV)/bin/python $(PIP) install --no-deps --require-hashes -r .locks/yocto.txt
+	@touch $@
+
+yocto-wheels: $(STAMP) ## the Yocto recipe's list of wheels, from the lock
+	@$(VENV)/bin/python .ci/yocto_wheels.py
 
 offline-kit: $(STAMP) ## all that a device needs in one folder: BOARD=raspberry-pi-5 BUNDLE=models/... (docs/firmware.md)
 	@mkdir -p dist
@@ -173,8 +188,9 @@ lock: ## resolve pyproject.toml into .locks/
 	@$(LOCK) --extra export --extra optimum --group oracle --excludes .locks/oracle-excludes.txt --no-emit-package torch -o .locks/oracle.txt
 	@$(LOCK) --constraints .locks/runtime.txt --group clients -o .locks/clients.txt
 	@$(subst pyproject.toml,,$(LOCK)) --group manifests -o .locks/manifests.txt
+	@echo "oelint-adv==9.11.2" | $(LOCK:pyproject.toml=-) -o .locks/yocto.txt
 	@if grep -nE '^ *--(index-url|extra-index-url|find-links)|https?://' .locks/*.txt; then echo "lock: an index got into .locks/" >&2; exit 1; fi
 	@for name in runtime export dev oracle clients manifests; do echo "lock: $$name has $$(grep -c '^[a-z].*==' .locks/$$name.txt) packages"; done
 
 clean: ## remove environments and caches; models stay
-	@rm -rf $(VENV) $(ORACLE_VENV) $(CLIENTS_VENV) $(MANIFESTS_VENV) .cache/uv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(ORACLE_VENV) $(CLIENTS_VENV) $(YOCTO_VENV) $(MANIFESTS_VENV) .cache/uv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """The Yocto layer: its linter, its list of wheels beside the lock, its files where it looks for them.
 
-bitbake needs OpenEmbedded-Core, which is in no package index: the layer was parsed with both by hand, see docs/firmware.md.
+bitbake needs OpenEmbedded-Core, which is in no package index: docs/firmware.md says what was parsed by hand.
 """
 
 from __future__ import annotations
