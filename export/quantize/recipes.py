@@ -205,6 +205,7 @@ RECIPES = {
             table=_TABLE,
             head=_TWO_STAGE,
             scales="float32",
+            measured={_NEAREST: Measured(kl=0.0545, top1=0.888, perplexity_change=0.038, megabytes=366)},
         ),
         Recipe(
             "small",
@@ -224,6 +225,7 @@ RECIPES = {
             purpose="nearly the original, reads twice as much per token as fast",
             layer=Projections.all(Blockwise(bits=8, block=32, symmetric=True)),
             table=Blockwise(bits=8, block=128, symmetric=True),
+            measured={_NEAREST: Measured(kl=0.0012, top1=0.981, perplexity_change=-0.003, megabytes=527)},
         ),
         Recipe(
             "int8",
