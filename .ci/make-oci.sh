@@ -41,7 +41,7 @@ pack() {
     local tar=(tar --sort=name --numeric-owner --mtime "@$SOURCE_DATE_EPOCH" --format=gnu -C "$1")
     "${tar[@]}" --owner=0 --group=0 --exclude=./var/lib/qwedge -cf "$2.tar" .
     [ ! -d "$1/var/lib/qwedge" ] || "${tar[@]}" --owner=65532 --group=65532 -rf "$2.tar" ./var/lib/qwedge
-    gzip -9n "$2.tar"
+    gzip -n "$2.tar"
 }
 
 # base ARCH ROOT: of Debian what Python and the wheels need. Packages are unpacked and their scripts are not run, so any machine does
