@@ -32,7 +32,7 @@ def check_memory(shape: Shape, serving: Serving, available: Available, *, int8: 
     Raises:
         ConfigError: the kernel would end the process while it loads the model, or in the first long conversation.
     """
-    least = predict_memory(shape, one_conversation(serving), int8=int8).peak
+    least = least_memory(shape, serving, int8=int8)
     limit = available.hard + available.resident
     if least > limit:
         need, have = _mb(least), _mb(limit)
@@ -52,6 +52,11 @@ def check_memory(shape: Shape, serving: Serving, available: Available, *, int8: 
             _mb(soft),
             fitting or "none",
         )
+
+
+def least_memory(shape: Shape, serving: Serving, *, int8: bool) -> int:
+    """Bytes without which a server cannot work: to load the model, and for one conversation up to its context."""
+    return predict_memory(shape, one_conversation(serving), int8=int8, fills=[serving.context]).peak
 
 
 def _advice(shape: Shape, serving: Serving, limit: int, *, int8: bool) -> str:

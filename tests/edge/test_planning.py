@@ -28,7 +28,7 @@ from edge.errors import BundleError, ConfigError
 from edge.machine import isa_features
 from edge.planning.available import Available, read_available
 from edge.planning.boards import board_named, known_boards
-from edge.planning.check import check_memory
+from edge.planning.check import check_memory, least_memory
 from edge.planning.graph_file import read_shape
 from edge.planning.machine import has_int8_kernels
 from edge.planning.memory import Serving, kv_bytes, one_conversation, packed_bytes, predict_memory
@@ -371,7 +371,7 @@ SERVING = Serving(context=4096, slots=8, prefix_bytes=64 << 20)
 
 def test_what_suffices_for_one_conversation_is_not_refused(caplog: pytest.LogCaptureFixture) -> None:
     shape = shape_of("qwen2.5-0.5b")
-    least = predict_memory(shape, one_conversation(SERVING)).peak
+    least = least_memory(shape, SERVING, int8=True)
     most = predict_memory(shape, SERVING).peak
     exactly = Available(hard=least - 1000, soft=least - 1000, limit="this machine has", resident=1000)
     with caplog.at_level(logging.WARNING):
