@@ -38,21 +38,24 @@ def test_floats_say_the_same_text(bundle: Path) -> None:
 
 @pytest.mark.parametrize("bundle", INTEGERS, ids=lambda b: b.name)
 def test_integers_agree_within_their_kernels_errors(bundle: Path) -> None:
-    tokens = VALUES[f"{bundle.name}.tokens"].tolist()
+    """Tokens of random weights are near ties: what is best here must be among the best there."""
+    expected, tokens = VALUES[f"{bundle.name}.logits"], VALUES[f"{bundle.name}.tokens"].tolist()
     said = say(open_engine(bundle), VALUES["prompt"], len(tokens), given=tokens)
+    error = said.logits - expected
+    lead = expected.max(axis=1) - expected[range(len(tokens)), said.tokens]
     assert np.isfinite(said.logits).all()
-    assert said.tokens == tokens
-    np.testing.assert_allclose(said.logits, VALUES[f"{bundle.name}.logits"], atol=0.2)
+    assert np.sqrt((error**2).mean()) < 0.1 * expected.std()
+    assert lead.max() < 0.5
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda b: b.name)
 def test_how_a_prompt_is_cut_changes_no_bit(bundle: Path) -> None:
-    if bundle.name.startswith("qwen3_5"):
-        pytest.skip("its steps are cut by the scheduler, at multiples of four tokens")
     engine = open_engine(bundle, prefill_chunk=32)
     whole = read(engine, VALUES["prompt"], [25])
     cache = engine.read_slot(0, 25)
-    for sizes in ([12, 13], [3, 7, 14, 1], [1, 1, 1, 22], [24, 1]):
+    # The scheduler cuts the prompts of models with states where nothing has to fill a step up (edge/snapshots.py).
+    has_states = engine.manifest.state is not None
+    for sizes in ([12, 13], [4, 8, 13]) if has_states else ([12, 13], [3, 7, 14, 1], [24, 1]):
         np.testing.assert_array_equal(read(engine, VALUES["prompt"], sizes), whole)
         np.testing.assert_array_equal(engine.read_slot(0, 25), cache)
 
