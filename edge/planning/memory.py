@@ -32,7 +32,7 @@ _READING_BYTES_PER_ID = 960
 """Of the tokenizer while it is read, with the crumbs."""
 _GRAMMAR_BYTES_PER_ID = 105
 _FLOAT = 4
-_SCRATCH_WIDTHS = 4.5
+_SCRATCH_WIDTHS = 4.0
 """How many activations as wide as gate and up together are alive at once."""
 _SCRATCH_HIDDEN = 4
 _STATES_PER_SLOT = 2
