@@ -125,9 +125,10 @@ def test_a_changed_byte_of_what_is_signed_is_found(made: Made, tmp_path: Path, n
 
 
 def test_descriptions_are_filled_in(made: Made, tmp_path: Path) -> None:
-    for image in (made.application, made.model):
+    templates = {made.application: "application.sw-description", made.model: "model.sw-description"}
+    for image, template in templates.items():
         folder = unpack(image, tmp_path / image.stem)
-        assert "@" in (SWUPDATE / f"{image.stem}.sw-description").read_text()
+        assert "@" in (SWUPDATE / template).read_text()
         text = (folder / "sw-description").read_text()
         assert "@" not in "\n".join(line for line in text.splitlines() if not line.startswith("#"))
         for name, digest in re.findall(r'filename = "([^"]+)".*sha256 = "([0-9a-f]{64})"', text):

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shutil
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from edge import __version__
 from tests.firmware.test_systemd import install
 from tests.firmware.tools import FIRMWARE, ROOT, attempt, missing, need, run
+from tests.firmware.updates import VERSION, write_kit
 
 LAYER = FIRMWARE / "yocto/meta-qwedge"
 RECIPES = sorted(LAYER.rglob("*.bb"))
@@ -33,6 +35,37 @@ SUPPRESSED = {
     "oelint.vars.layerconf": "recipes share where firmware-configs is; an image feature is one",
     "oelint.vars.mispell.unknown": "they are ours",
     "oelint.vars.dependsordered": "it does not understand expressions",
+}
+
+
+VARIABLES = {
+    "PV": VERSION,
+    "PYTHON": sys.executable,
+    "PYTHON_BASEVERSION": "3.13",
+    "QWEDGE_LOCKED": "",
+    "QWEDGE_FILES": "edge.toml",
+    "bindir": "/usr/bin",
+    "datadir": "/usr/share",
+    "nonarch_libdir": "/usr/lib",
+    "sysconfdir": "/etc",
+    "systemd_system_unitdir": "/usr/lib/systemd/system",
+}
+EXPECTED = {
+    "qwedge": {
+        "opt/qwedge/current/bin/python",
+        "opt/qwedge/current/bin/qwedge",
+        "opt/qwedge/current/lib/python3.13/site-packages/edge/cli.py",
+        "opt/qwedge/current/pyvenv.cfg",
+        "usr/bin/qwedge",
+        "usr/lib/systemd/system/qwedge.service",
+        "usr/lib/tmpfiles.d/qwedge.conf",
+    },
+    "qwedge-board": {
+        "etc/qwedge/edge.toml",
+        "usr/lib/systemd/system/qwedge.service.d/board.conf",
+        "usr/lib/systemd/journald.conf.d/qwedge.conf",
+    },
+    "qwedge-model": {"usr/share/qwedge/model/edge.toml", "usr/lib/systemd/system/qwedge-model.service"},
 }
 
 
@@ -80,6 +113,12 @@ def test_the_recipe_is_of_this_version_and_the_layer_of_these_releases() -> None
         r'^LAYERSERIES_COMPAT_qwedge = "(.*)"$', (LAYER / "conf/layer.conf").read_text(), re.MULTILINE
     )
     assert compatible == [" ".join(RELEASES)]
+    assert {path.name for path in RECIPES} == {
+        "packagegroup-qwedge.bb",
+        QWEDGE.name,
+        "qwedge-board_1.0.bb",
+        "qwedge-model_1.0.bb",
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -98,15 +137,26 @@ def test_the_models_unit_is_understood(tmp_path: Path) -> None:
     assert run(need("systemd-analyze", "systemd"), "verify", tmp_path / source.name, cwd=tmp_path) == ""
 
 
-def test_tasks_are_shell(tmp_path: Path) -> None:
-    """The bodies of ``do_install``, with bitbake's variables as the shell's."""
-    shell = {
-        path: re.findall(r"^do_install\(\) \{\n(.*?)^\}", path.read_text(), re.MULTILINE | re.DOTALL)
-        for path in RECIPES
+@pytest.mark.parametrize(
+    "recipe", [path for path in RECIPES if "packagegroup" not in path.name], ids=lambda path: path.name
+)
+def test_what_recipes_install(recipe: Path, tmp_path: Path) -> None:
+    """``do_install`` itself, whose variables of bitbake are the shell's here."""
+    (body,) = re.findall(r"^do_install\(\) \{\n(.*?)^\}", recipe.read_text(), re.MULTILINE | re.DOTALL)
+    sources, kit = tmp_path / "sources", write_kit(tmp_path / "kit")
+    for folder in (FIRMWARE / "common", FIRMWARE / "generic-arm64", recipe.parent / "files", kit / "wheels"):
+        if folder.exists():
+            shutil.copytree(folder, sources, dirs_exist_ok=True)
+    run(
+        "sh",
+        "-euc",
+        re.sub(r"\$\{PN\}", recipe.name, body),
+        env=VARIABLES | {"D": f"{tmp_path}/image", "UNPACKDIR": str(sources)},
+    )
+    installed = {
+        str(path.relative_to(tmp_path / "image")) for path in (tmp_path / "image").rglob("*") if not path.is_dir()
     }
-    found: list[Any] = [body for bodies in shell.values() for body in bodies]
-    assert len(found) == len(RECIPES) - 1  # a group of packages installs nothing
-    for body in found:
-        script = tmp_path / "install.sh"
-        script.write_text(f"#!/bin/sh\n{body}")
-        run("sh", "-n", script)
+    assert EXPECTED[recipe.name.partition("_")[0]] <= installed
+    if recipe == QWEDGE:
+        assert run("sh", "-n", tmp_path / "image/usr/bin/qwedge") == ""
+        assert any(name.endswith(".pyc") for name in installed)
