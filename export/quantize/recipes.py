@@ -212,6 +212,7 @@ RECIPES = {
             purpose="where every megabyte counts; calibrate it",
             layer=replace(Projections.all(_FOUR), gates=Blockwise(bits=8, block=32), value=_EIGHT),
             table=_FOUR,
+            measured={_NEAREST: Measured(kl=0.0572, top1=0.867, perplexity_change=0.082, megabytes=296)},
         ),
         Recipe(
             "nodot",
@@ -219,6 +220,7 @@ RECIPES = {
             layer=replace(Projections.all(_FOUR), gates=Float32()),
             table=_TABLE,
             head=_TWO_STAGE,
+            measured={_NEAREST: Measured(kl=0.0540, top1=0.881, perplexity_change=0.086, megabytes=355)},
         ),
         Recipe(
             "quality",
