@@ -82,6 +82,7 @@ test: $(STAMP) ## set everything up and run the tests
 	@.ci/need-package.sh dbus-daemon dbus-daemon "the tests of firmware-configs" || true
 	@.ci/need-package.sh swupdate swupdate "the tests of firmware-configs" || true
 	@.ci/need-package.sh cpio cpio "the tests of firmware-configs" || true
+	@.ci/need-package.sh openssl openssl "the tests of firmware-configs" || true
 	@$(MAKE) yocto-lint || true
 	@$(VENV)/bin/python -m pytest $(ARGS)
 	@$(if $(ARGS),,.ci/test-oracle.sh)
