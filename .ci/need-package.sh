@@ -31,8 +31,14 @@ fi
 
 echo "setup: installing the Debian package $package"
 log=$(mktemp)
-# An update can fail for one of many sources; whether the package is to be had, the installation itself tells.
-"${as_root[@]}" apt-get -q update >"$log" 2>&1 </dev/null || true
+# Not again for each of many packages. An update can fail for one of many sources; whether the package is to be had, the
+# installation itself tells.
+updated=$(dirname "$0")/../.cache/apt-updated
+if [ -z "$(find "$updated" -mmin -60 2>/dev/null)" ]; then
+    "${as_root[@]}" apt-get -q update >"$log" 2>&1 </dev/null || true
+    mkdir -p "$(dirname "$updated")"
+    touch "$updated"
+fi
 if ! "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends "$package" \
     >>"$log" 2>&1 </dev/null; then
     echo "setup: $package could not be installed, needed for $purpose: $(grep -m1 '^E:' "$log" || echo "see $log")" >&2
