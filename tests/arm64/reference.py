@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edge.tokenizer import Tokenizer
@@ -56,18 +58,40 @@ def main(folder: Path) -> None:
         model = folder / "products" / f"{bits}-{block}.onnx"
         onnx.save(product(bits, block), model)
         values[model.stem] = multiply(model, x)
+        values[f"{model.stem}.exact"] = x @ dequantized(bits, block).T
     np.savez(folder / "values.npz", **values)
 
 
-def product(bits: int, block: int) -> onnx.ModelProto:
-    """MatMulNBits with int8 activations and random weights, as bundles have it."""
+def weights(bits: int, block: int) -> dict[str, NDArray[Any]]:
+    """Random weights as MatMulNBits takes them."""
     rng = np.random.default_rng(bits * block)
     blocks = COLUMNS // block
-    initializers = {
+    return {
         "codes": rng.integers(0, 256, (ROWS, blocks, block * bits // 8)).astype(np.uint8),
         "scales": ((rng.random((ROWS, blocks)) + 0.5) * 2.0 ** (-bits - 1)).astype(np.float32),
         "zero_points": rng.integers(0, 256, (ROWS, (blocks * bits + 7) // 8)).astype(np.uint8),
     }
+
+
+def dequantized(bits: int, block: int) -> Floats:
+    """The same weights as floats [ROWS, COLUMNS]: what cores without products of bytes multiply with."""
+    given = weights(bits, block)
+    codes, zero_points = (_unpacked(given[name], bits) for name in ("codes", "zero_points"))
+    centered = codes - zero_points[:, : COLUMNS // block, None]
+    floats: Floats = (centered * given["scales"][..., None]).reshape(ROWS, COLUMNS).astype(np.float32)
+    return floats
+
+
+def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int16]:
+    """Codes of 4 bits stand in pairs, the lower half first."""
+    if bits == 8:
+        return packed.astype(np.int16)
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1).astype(np.int16)
+
+
+def product(bits: int, block: int) -> onnx.ModelProto:
+    """MatMulNBits with int8 activations and random weights, as bundles have it."""
+    initializers = weights(bits, block)
     node = helper.make_node(
         "MatMulNBits", ["x", *initializers], ["y"], domain="com.microsoft",
         K=COLUMNS, N=ROWS, bits=bits, block_size=block, accuracy_level=4,

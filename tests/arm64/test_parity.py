@@ -62,7 +62,8 @@ def test_how_a_prompt_is_cut_changes_no_bit(bundle: Path) -> None:
 
 @pytest.mark.parametrize("model", PRODUCTS, ids=lambda model: model.stem)
 def test_products_agree(model: Path) -> None:
-    expected = VALUES[model.stem]
+    # Cores that cannot multiply bytes take the activations as they are.
+    expected = VALUES[model.stem if "asimddp" in isa_features() else f"{model.stem}.exact"]
     np.testing.assert_allclose(multiply(model, VALUES["x"], mlas__disable_kleidiai="1"), expected, atol=1e-2)
     # The fast kernels round the activations and the scales more coarsely.
     error = multiply(model, VALUES["x"]) - expected
