@@ -144,7 +144,7 @@ def test_copies_count_their_attempts_and_say_how_long_an_answer_is_of_use(
             assert answer.result() == "boo", "fields of later versions are no obstacle"
         copies = [parse_request(message.payload) for message in listener.received if message.topic == topic]
     assert [copy.attempt for copy in copies] == list(range(1, len(copies) + 1))
-    assert all(0 < (copy.deadline_ms or 0) <= 20000 for copy in copies)
+    assert all(0 < (copy.deadline_ms or 0) <= 60000 for copy in copies)
     assert copies[0].body == {"messages": [{"role": "user", "content": "x"}], "temperature": 0}
 
 
