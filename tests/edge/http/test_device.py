@@ -35,7 +35,7 @@ def test_the_document_tells_what_machine_and_service_do(serve: Serve) -> None:
     assert (before["temperature_c"], before["power_w"], before["energy_j"]) == (51.5, 4.2, 99.0)
     assert 0 < before["host"]["ram_available_bytes"] <= before["host"]["ram_total_bytes"]
     assert before["process"]["rss_bytes"] > 1 << 20
-    assert before["uptime_s"] > 0
+    assert before["uptime_s"] >= 0
     assert before["slots"] == []
     assert before["ttft_ms"] is before["cache_hit_ratio"] is before["mqtt"] is None
     body = {"messages": [{"role": "user", "content": SECRET}]}

@@ -14,6 +14,7 @@ from edge.mqtt import EmbeddedBroker
 from edge.mqtt.messages import Accepted, Done, Info
 from tests.edge.mqtt.client import check, text_of
 from tests.edge.mqtt.conftest import MakeDevice
+from tests.fakes import FakeEngine
 
 pytestmark = pytest.mark.broker
 
@@ -76,12 +77,10 @@ def test_look_at_a_device(broker: EmbeddedBroker, make_device: MakeDevice) -> No
 
 
 def test_cancel(broker: EmbeddedBroker, make_device: MakeDevice) -> None:
-    device = make_device()
-    device.engine.gate.clear()
+    device = make_device(FakeEngine(lambda _: "x" * 4000, step_s=0.02))  # a minute and more, if nobody stops it
     client = device.client()
     command = examples()["cancel"].replace("/me/1", f"/{client.name}/1")
     client.send("1", {"body": {"messages": [{"role": "user", "content": "x"}]}})
     client.event("1", "started")
     shell(command, broker, device.name)
-    device.engine.gate.set()
     assert client.done("1").status == 499
