@@ -26,7 +26,7 @@ def main() -> None:
             wheels = Path(folder, "wheels", arch)
             run(ROOT / ".ci/offline-kit.sh", "wheels", machine, wheels)
             package = build(arch, wheels, Path(folder, arch))
-            again = build(arch, wheels, Path(folder, f"{arch}-again"))
+            again = build(arch, wheels, Path(folder, f"{arch}-again"), TZ="Asia/Kathmandu", LC_ALL="C")
             assert package.file.read_bytes() == again.file.read_bytes()
             libraries = judge(package, arch)
             print(f"{package.file.name}: {package.file.stat().st_size >> 20} MiB, {libraries} libraries, reproducible")

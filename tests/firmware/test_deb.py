@@ -84,12 +84,6 @@ def packages(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {arch: build(arch, wheels / arch, tmp_path_factory.mktemp(arch)) for arch in MACHINES}
 
 
-def test_the_same_sources_make_the_same_bytes(packages: dict[str, Package], wheels: Path, tmp_path: Path) -> None:
-    again = build("arm64", wheels / "arm64", tmp_path, TZ="Asia/Kathmandu", LC_ALL="C")
-    assert again.file.read_bytes() == packages["arm64"].file.read_bytes()
-    assert again.file.name.endswith("_arm64.deb")
-
-
 def test_lintian_has_nothing_to_say(packages: dict[str, Package]) -> None:
     """Errors and warnings fail; what is overridden has its reason in the file lintian-overrides."""
     judged = attempt(need("lintian", "lintian"), "--allow-root", "--fail-on", "error,warning", packages["arm64"].file)
