@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import re
-import shutil
-import subprocess
+from collections.abc import Sequence
 from typing import Final
 
 import psutil
 
+from edge.cooling import Limit, throttling
 from edge.doctor.check import Check
 from edge.machine import Host, cpu_model, cpu_quota, isa_features, usable_threads
 from edge.planning.machine import has_int8_kernels
@@ -18,17 +17,18 @@ INT8_FEATURE: Final = {"x86_64": "avx2", "aarch64": "asimddp"}
 """What :func:`edge.planning.machine.has_int8_kernels` looks for; without it they are several times slower."""
 WARM_C: Final = 75
 """Boards begin to lower their clock at 80 to 85 degrees."""
-_PI_NOW: Final = {0: "too little voltage", 1: "the clock is limited", 2: "throttled", 3: "the soft limit of heat"}
-"""Bits of a Raspberry Pi's ``get_throttled``; 16 higher are the same since it was switched on [1].
-
-[1] https://www.raspberrypi.com/documentation/computers/os.html#get_throttled
-"""
-_PI_FILE: Final = "sys/devices/platform/soc/soc:firmware/get_throttled"
+_LIMITS: Final[dict[Limit, str]] = {
+    "under_voltage": "too little voltage",
+    "clock_capped": "the clock is limited",
+    "throttled": "throttled",
+    "hot": "slowed down for heat",
+    "over_current": "too much current",
+}
 
 
 def examine_processor(host: Host) -> list[Check]:
     """What there is to say about the processor."""
-    return [_cores(host), _instructions(host), _governor(host), _heat(host), *_throttled(host)]
+    return [_cores(host), _instructions(host), _governor(host), _heat(host), _throttling(host)]
 
 
 def _cores(host: Host) -> Check:
@@ -82,19 +82,10 @@ def _governor(host: Host) -> Check:
     if not governors:
         return Check("clock speed", "ok", "no governor here: somebody else decides (a hypervisor, the firmware)")
     detail = f"governor {', '.join(governors)}"
-    capped = [name for name in names if _is_capped(host, name.rpartition("/")[0])]
-    if capped:
-        hint = "raise scaling_max_freq, or leave the power mode that limits it"
-        return Check("clock speed", "warn", f"{detail}; limited below what the processor can do", hint)
     if governors == ["performance"]:
         return Check("clock speed", "ok", detail)
     hint = "each answer begins slowly: systemctl enable --now qwedge-power (not on a battery)"
     return Check("clock speed", "warn", detail, hint)
-
-
-def _is_capped(host: Host, policy: str) -> bool:
-    now, most = host.number(f"{policy}/scaling_max_freq"), host.number(f"{policy}/cpuinfo_max_freq")
-    return now is not None and most is not None and now < most
 
 
 def _heat(host: Host) -> Check:
@@ -109,34 +100,19 @@ def _heat(host: Host) -> Check:
     return Check("heat", "ok", detail)
 
 
-def _throttled(host: Host) -> list[Check]:
-    """What the firmware of a Raspberry Pi, or an x86 processor, says of having slowed down."""
-    if (flags := _pi_flags(host)) is not None:
-        return [_pi_check(flags)]
-    counts = [host.number(name) for name in host.names("sys/devices/system/cpu/cpu*/thermal_throttle/*_throttle_count")]
-    times = max((count for count in counts if count is not None), default=None)
-    if times is None:
-        return []
-    if times == 0:
-        return [Check("throttling", "ok", "none since the start")]
-    return [Check("throttling", "warn", f"{times} times since the start, for heat", "cool the device")]
+def _throttling(host: Host) -> Check:
+    """What holds the clock down, or has done so, as firmware and kernel tell it."""
+    found = throttling(host.root / "sys")
+    if not found.now and not found.since_boot:
+        return Check("throttling", "ok", "none since the start, as far as anybody tells")
+    limits = found.now or found.since_boot
+    when = "now" if found.now else "since the start"
+    return Check("throttling", "warn", f"{when}: {', '.join(_LIMITS[limit] for limit in limits)}", _remedy(limits))
 
 
-def _pi_check(flags: int) -> Check:
-    now = [text for bit, text in _PI_NOW.items() if flags >> bit & 1]
-    before = [text for bit, text in _PI_NOW.items() if flags >> (bit + 16) & 1]
-    if not now and not before:
-        return Check("throttling", "ok", "none since the start")
-    hint = "cool the board"
-    if flags & 0x10001:
-        hint = "take a stronger power supply and a shorter cable"
-    when = f"now: {', '.join(now)}" if now else f"since the start: {', '.join(before)}"
-    return Check("throttling", "warn", when, hint)
-
-
-def _pi_flags(host: Host) -> int | None:
-    text = host.text(_PI_FILE)
-    if not text and host.root.samefile("/") and platform.machine() == "aarch64" and (tool := shutil.which("vcgencmd")):
-        done = subprocess.run([tool, "get_throttled"], capture_output=True, text=True, timeout=5, check=False)
-        text = done.stdout.strip().rpartition("=0x")[2]
-    return int(text, 16) if re.fullmatch(r"(0x)?[0-9a-fA-F]{1,8}", text) else None
+def _remedy(limits: Sequence[Limit]) -> str:
+    if {"under_voltage", "over_current"} & {*limits}:
+        return "take a stronger power supply and a shorter cable"
+    if {*limits} == {"clock_capped"}:
+        return "raise scaling_max_freq, or leave the power mode that limits it"
+    return "cool the board"
