@@ -195,7 +195,7 @@ RECIPES = {
         # Large blocks compute faster and read less. The small attention matrices get the bits that this saves.
         Recipe(
             "fast",
-            purpose="for devices: prefill a third faster than balanced, and less memory",
+            purpose="for devices: prefill a quarter faster than balanced, and less memory",
             layer=Projections(
                 qkv=Blockwise(bits=8, block=64),
                 out=Blockwise(bits=8, block=64),
@@ -212,7 +212,10 @@ RECIPES = {
             purpose="where every megabyte counts; calibrate it",
             layer=replace(Projections.all(_FOUR), gates=Blockwise(bits=8, block=32), value=_EIGHT),
             table=_FOUR,
-            measured={_NEAREST: Measured(kl=0.0572, top1=0.867, perplexity_change=0.082, megabytes=296)},
+            measured={
+                _NEAREST: Measured(kl=0.0572, top1=0.867, perplexity_change=0.082, megabytes=296),
+                _CALIBRATED: Measured(kl=0.0452, top1=0.878, perplexity_change=0.064, megabytes=296),
+            },
         ),
         Recipe(
             "nodot",
