@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -24,7 +23,7 @@ from edge.bundle import GRAPH, KVLayout
 from edge.engine.kv_cache import Cache
 from edge.engine.providers import SOFTWARE_ADAPTER, Provider
 from edge.engine.session import ERRORS_ONLY, Session, Step
-from edge.engine.steps import Append, Binder, Sizes
+from edge.engine.steps import Append, Binder, PromptSteps, Sizes
 from edge.errors import ConfigError
 
 _NAMES: Final[dict[Provider, tuple[str, ...]]] = {
@@ -194,27 +193,13 @@ class DevicePool:
         return self._slots[slot]
 
 
-class DeviceSteps:
+class DeviceSteps(PromptSteps):
     """The steps bound to a session on a device; what they return as in :class:`edge.engine.steps.Steps`."""
 
     def __init__(self, binder: Binder[DevicePool], sizes: Sizes) -> None:
-        self._prefill = cache(lambda slot: Append(binder, slot, most=sizes.prefill_chunk, reads="last", fills_up=False))
-        self._score = cache(lambda slot: Append(binder, slot, most=sizes.score_chunk, reads="every", fills_up=False))
-        self._embed = cache(lambda slot: Append(binder, slot, most=sizes.prefill_chunk, reads="hidden", fills_up=False))
+        super().__init__(lambda slot, most, reads: Append(binder, slot, most=most, reads=reads, fills_up=False), sizes)
         self._padded_vocab = binder.logits.shape[1]
         self.drop_mapped = binder.session.drop_mapped
-
-    def prefill(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """Logits [1, padded_vocab] of the last position."""
-        return self._prefill(slot).run(ids, past)
-
-    def score(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """Logits [n, padded_vocab] of all positions."""
-        return self._score(slot).run(ids, past)
-
-    def embed(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """Hidden states [n, hidden_size] of all positions."""
-        return self._embed(slot).run(ids, past)
 
     def decode(self, slots: Sequence[int], ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
         """Logits [n, padded_vocab] of tokens of any slots, one after the other."""

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from edge.engine.kv_cache import KVPool
 from edge.engine.session import Inputs, Step
 from edge.engine.state_pool import StatePool
-from edge.engine.steps import Append, Binder, Decode, Reads, Sizes
+from edge.engine.steps import Append, Binder, Decode, PromptSteps, Reads, Sizes
 
 
-class RecurrentSteps:
+class RecurrentSteps(PromptSteps):
     """The steps bound to a session, made when they are first wanted.
 
     Args:
@@ -31,28 +31,14 @@ class RecurrentSteps:
     """
 
     def __init__(self, binder: Binder[KVPool], sizes: Sizes, states: StatePool) -> None:
+        super().__init__(lambda slot, most, reads: _Append(binder, states, slot, most=most, reads=reads), sizes)
         self._pool = binder.pool
         self._sizes = sizes
         self._states = states
-        self._prefill = cache(lambda slot: _Append(binder, states, slot, most=sizes.prefill_chunk, reads="last"))
-        self._score = cache(lambda slot: _Append(binder, states, slot, most=sizes.score_chunk, reads="every"))
-        self._embed = cache(lambda slot: _Append(binder, states, slot, most=sizes.prefill_chunk, reads="hidden"))
         self._decode = cache(lambda num_tokens, first: _decode(binder, sizes, states, num_tokens, first))
         self._verify = cache(lambda num_tokens: _Verify(binder, states, num_tokens))
         self._padded_vocab = binder.logits.shape[1]
         self.drop_mapped = binder.session.drop_mapped
-
-    def prefill(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """Logits [1, padded_vocab] of the last position; see :class:`edge.engine.engine.Engine` for all of these."""
-        return self._prefill(slot).run(ids, past)
-
-    def score(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """Logits [n, padded_vocab] of all positions."""
-        return self._score(slot).run(ids, past)
-
-    def embed(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
-        """Hidden states [n, hidden_size] of all positions."""
-        return self._embed(slot).run(ids, past)
 
     def decode(self, slots: Sequence[int], ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
         """Logits [n, padded_vocab] of tokens of any slots: a step for the slots with one token, one for each other."""

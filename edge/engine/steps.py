@@ -5,7 +5,7 @@ A step is either some tokens of one slot (:class:`Append`) or one token for each
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -71,17 +71,26 @@ class Sizes:
         return round_up(num_tokens, self.row_multiple)
 
 
-class Steps:
-    """The steps bound to a session, made when they are first wanted."""
+class Runs(Protocol):
+    """A step that appends to one slot."""
 
-    def __init__(self, binder: Binder[KVPool], sizes: Sizes) -> None:
-        self._pool = binder.pool
-        self._sizes = sizes
-        self._prefill = cache(lambda slot: Append(binder, slot, most=sizes.prefill_chunk, reads="last"))
-        self._score = cache(lambda slot: Append(binder, slot, most=sizes.score_chunk, reads="every"))
-        self._embed = cache(lambda slot: Append(binder, slot, most=sizes.prefill_chunk, reads="hidden"))
-        self._decode = cache(lambda num_tokens: Decode(binder, num_tokens, sizes.padded(num_tokens)))
-        self.drop_mapped = binder.session.drop_mapped
+    def run(self, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
+        """What :meth:`Append.run` returns."""
+        ...
+
+
+class PromptSteps:
+    """The steps that append several tokens to a slot, made when they are first wanted.
+
+    Args:
+        append: makes such a step of a slot, the most tokens that it takes, and what is wanted of it.
+        sizes: of the steps.
+    """
+
+    def __init__(self, append: Callable[[int, int, Reads], Runs], sizes: Sizes) -> None:
+        self._prefill = cache(lambda slot: append(slot, sizes.prefill_chunk, "last"))
+        self._score = cache(lambda slot: append(slot, sizes.score_chunk, "every"))
+        self._embed = cache(lambda slot: append(slot, sizes.prefill_chunk, "hidden"))
 
     def prefill(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
         """Logits [1, padded_vocab] of the last position; see :class:`edge.engine.engine.Engine` for all of these."""
@@ -94,6 +103,17 @@ class Steps:
     def embed(self, slot: int, ids: NDArray[np.int64], past: int) -> NDArray[np.float32]:
         """Hidden states [n, hidden_size] of all positions."""
         return self._embed(slot).run(ids, past)
+
+
+class Steps(PromptSteps):
+    """The steps bound to a session."""
+
+    def __init__(self, binder: Binder[KVPool], sizes: Sizes) -> None:
+        super().__init__(lambda slot, most, reads: Append(binder, slot, most=most, reads=reads), sizes)
+        self._pool = binder.pool
+        self._sizes = sizes
+        self._decode = cache(lambda num_tokens: Decode(binder, num_tokens, sizes.padded(num_tokens)))
+        self.drop_mapped = binder.session.drop_mapped
 
     def decode(self, slots: Sequence[int], ids: Sequence[int], past: Sequence[int]) -> NDArray[np.float32]:
         """Logits [n, padded_vocab] of tokens of any slots."""
