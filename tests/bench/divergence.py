@@ -2,9 +2,10 @@
 
     .venv/bin/python -m tests.bench.divergence --checkpoint model.gguf balanced small balanced:down=4x32
 
-A GGUF holds weights that lie on a grid of llama.cpp's own; a recipe would be blamed for leaving it. So the reference is
-a *dithered* checkpoint: uniform noise of half a step either way on every weight, from a seed, which no grid favours.
-Recipes are exported from that same checkpoint. Checkpoints in floats get no noise.
+The reference is the *dithered* checkpoint of :mod:`tests.bench.dither`, which no grid favours. Recipes are exported
+from that same checkpoint. A GGUF in place of a recipe is what llama.cpp made of it: ``tests.bench.dither`` writes the
+file that ``llama-quantize`` starts from. Its weights are computed with in float32; llama.cpp's 8-bit activations would
+cost it a little more.
 
 A recipe may be changed: ``NAME:qkv=8x64s,out=8x64`` gives ``qkv``, ``value``, ``out``, ``gate_up``, ``down``,
 ``calibrated_down`` or ``table`` another format (bits, block, and ``s`` for a symmetric one), ``head=256`` another
@@ -23,76 +24,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
-from zlib import crc32
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from edge.bundle import GRAPH, WEIGHTS
 from export.calibration import CalibrationText
-from export.checkpoint import Checkpoint, open_checkpoint
+from export.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from export.pipeline import build_graph
 from export.progress import Silent
 from export.quantize.recipes import Blockwise, Recipe, TwoStage, recipe_named
 from export.report import Windows, compare
 from export.segments import Array
-
-SEED = 1
-_CODES: dict[str, list[tuple[int, int, int]]] = {
-    "Q4_0": [(2, 18, 0x11)],
-    "Q4_1": [(4, 20, 0x11)],
-    "Q5_0": [(2, 6, 0), (6, 22, 0x11)],
-    "Q5_1": [(4, 8, 0), (8, 24, 0x11)],
-    "Q8_0": [(2, 34, 1)],
-    "Q4_K": [(16, 144, 0x11)],
-    "Q5_K": [(16, 48, 0), (48, 176, 0x11)],
-    "Q6_K": [(0, 128, 0x11), (128, 192, 0)],
-}
-"""Bytes of a GGUF block that hold codes, and what makes every code one: the last range is also the block's end, less
-scales that follow it."""
-_BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
-
-
-class Dithered:
-    """A checkpoint with noise of half a step on every weight; otherwise that checkpoint."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._checkpoint, name)
-
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """As :meth:`Checkpoint.rows`; the same rows get the same noise however they are read."""
-        rows = self._checkpoint.rows(name, start, stop)
-        dtype = self._checkpoint.tensors[name].dtype
-        if dtype in {"F32", "F16", "BF16"}:
-            return rows
-        # One counter makes four numbers; all widths of blocks are multiples of that.
-        generator = np.random.Philox(key=crc32(name.encode()) + (SEED << 32)).advance(start * rows.shape[1] // 4)
-        noise = np.random.Generator(generator).random(rows.shape) - 0.5
-        return (rows + self._steps(name, dtype, start, len(rows)) * noise).astype(np.float32)
-
-    def _steps(self, name: str, dtype: str, start: int, count: int) -> NDArray[np.float32]:
-        """The step of the grid at each weight: the value of code one less that of code zero."""
-        tensor = self._checkpoint._stored[name]
-        raw = np.array(tensor.file.read(tensor.offset + start * tensor.row_bytes, count * tensor.row_bytes))
-        blocks = raw.reshape(-1, _BLOCK_BYTES[dtype])
-        values = []
-        for number in (0, 1):
-            for begin, end, ones in _CODES[dtype]:
-                blocks[:, begin:end] = number * ones
-            values.append(tensor.decode(blocks.reshape(count, -1)).reshape(count, -1))
-        steps: NDArray[np.float32] = np.abs(values[1] - values[0])
-        return steps
+from tests.bench.dither import Dithered
 
 
 @dataclass(frozen=True)
 class Result:
-    """One recipe or bundle against the reference."""
+    """One recipe, bundle or GGUF against the reference."""
 
     name: str
     tokens: int
@@ -106,7 +57,7 @@ class Result:
     disk_bytes: int
     """Of the weights."""
     bytes_per_token: int | None
-    """Of weights that a decoded token reads, as stored; None for a bundle."""
+    """Of weights that a decoded token reads, as stored; None for what was there already."""
     export_seconds: float
     """CPU time."""
 
@@ -168,23 +119,41 @@ def measure(
     scratch: Path,
     calibration: CalibrationText | None,
 ) -> Result:
-    """Compare a bundle's folder, or what a recipe makes of the checkpoint."""
-    started, read = time.process_time(), None
-    if (folder := Path(name)).is_dir():
-        model = ir.load(folder / GRAPH)
-    else:
-        folder = Path(tempfile.mkdtemp(dir=scratch))
-        graph = build_graph(checkpoint, folder, changed(name), progress=Silent(), calibration=calibration)
-        model, read = graph.model, graph.weight_bytes_per_token
+    """Compare a bundle's folder, what llama.cpp made of the checkpoint, or what a recipe makes of it."""
+    started = time.process_time()
+    candidate = _candidate(Path(name), checkpoint, scratch, calibration)
     seconds = time.process_time() - started
-    quality = compare(reference, windows.logits(model, folder), windows)
+    quality = compare(reference, windows.logits(candidate.model, candidate.folder), windows)
     return Result(
         name=name,
         **asdict(quality),
-        disk_bytes=(folder / WEIGHTS).stat().st_size,
-        bytes_per_token=read,
+        disk_bytes=candidate.disk_bytes,
+        bytes_per_token=candidate.bytes_per_token,
         export_seconds=seconds,
     )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A graph, its files' folder, and the sizes of :class:`Result`."""
+
+    model: ir.Model
+    folder: Path
+    disk_bytes: int
+    bytes_per_token: int | None = None
+
+
+def _candidate(path: Path, checkpoint: Checkpoint, scratch: Path, calibration: CalibrationText | None) -> _Candidate:
+    if path.is_dir():
+        return _Candidate(ir.load(path / GRAPH), path, (path / WEIGHTS).stat().st_size)
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    if path.suffix == ".gguf":
+        with open_checkpoint(path) as peer:
+            model = build_graph(peer, folder, recipe_named("fp32"), progress=Silent()).model
+            stored = [cast("StoredTensor", peer.stored(name)) for name in peer.tensors]
+        return _Candidate(model, folder, sum(each.info.shape[0] * each.row_bytes for each in stored))
+    graph = build_graph(checkpoint, folder, changed(str(path)), progress=Silent(), calibration=calibration)
+    return _Candidate(graph.model, folder, (folder / WEIGHTS).stat().st_size, graph.weight_bytes_per_token)
 
 
 def main() -> None:
@@ -196,7 +165,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="keeps the reference's logits [default: nothing is kept]")
     parser.add_argument("--calibrate", metavar="FILE", help="round by GPTQ for this text, or built-in")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("what", nargs="+", help="a bundle's folder, or a recipe")
+    parser.add_argument("what", nargs="+", help="a recipe, a bundle's folder, or a GGUF")
     args = parser.parse_args()
     texts = [path.read_text(encoding="utf-8") for path in args.text or [Path(__file__).with_name("kv_quality.txt")]]
     with tempfile.TemporaryDirectory() as scratch, open_checkpoint(args.checkpoint) as opened:

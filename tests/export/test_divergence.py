@@ -17,7 +17,9 @@ from export.calibration import BUILT_IN, CalibrationText
 from export.checkpoint import Checkpoint, StoredTensor, TensorInfo, open_checkpoint
 from export.files import WeightFile
 from export.quantize.recipes import RECIPES, Blockwise, TwoStage
-from tests.bench.divergence import _CODES, Dithered, Windows, changed, measure, reference_logits
+from export.report import Windows
+from tests.bench.dither import _CODES, Dithered, write_gguf
+from tests.bench.divergence import changed, measure, reference_logits
 from tests.export import tiny
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -33,9 +35,8 @@ class Stored:
     def tensors(self) -> dict[str, TensorInfo]:
         return {NAME: self.tensor.info}
 
-    @property
-    def _stored(self) -> dict[str, StoredTensor]:
-        return {NAME: self.tensor}
+    def stored(self, _: str) -> StoredTensor:
+        return self.tensor
 
     def rows(self, _: str, start: int, stop: int) -> NDArray[np.float32]:
         return self.tensor.rows(start, stop)
@@ -84,7 +85,7 @@ def test_the_reference_has_no_divergence_and_eight_bits_have_less_than_four(tmp_
         reference = reference_logits(checkpoint, windows, tmp_path)
         found: dict[str, Any] = {
             name: measure(name, checkpoint, reference, windows, scratch=tmp_path, calibration=None)
-            for name in ("fp32", "quality", "balanced:head=none")
+            for name in ("fp32", "quality", "balanced:head=none", str(path))
         }
         # Kept for the next call.
         again = reference_logits(checkpoint, windows, tmp_path)
@@ -92,7 +93,24 @@ def test_the_reference_has_no_divergence_and_eight_bits_have_less_than_four(tmp_
     assert found["fp32"].kl == pytest.approx(0, abs=1e-6)
     assert found["fp32"].perplexity == pytest.approx(found["fp32"].reference_perplexity)
     assert found["fp32"].kl < found["quality"].kl < found["balanced:head=none"].kl
+    # The file without its noise is a peer of eight bits.
+    assert found["fp32"].kl < found[str(path)].kl < found["balanced:head=none"].kl
+    assert found[str(path)].disk_bytes < path.stat().st_size < found["fp32"].disk_bytes
     assert {result.tokens for result in found.values()} == {64}
+
+
+def test_what_llama_cpp_gets_has_the_noise_and_the_metadata(tmp_path: Path) -> None:
+    source = tiny.write_gguf(tmp_path / "tiny.gguf", tiny.qwen2_config(), kind=Kind.Q8_0)
+    write_gguf(source, tmp_path / "dithered.gguf")
+    with open_checkpoint(source) as plain, open_checkpoint(tmp_path / "dithered.gguf") as written:
+        assert {info.dtype for info in written.tensors.values()} == {"F32"}
+        assert written.tensors.keys() == plain.tensors.keys()
+        for name in written.tensors:
+            np.testing.assert_array_equal(written.rows(name), Dithered(plain).rows(name))
+        assert not np.array_equal(written.rows(NAME), plain.rows(NAME))
+        assert written.config == plain.config
+        assert written.tokenizer_json() == plain.tokenizer_json()
+        assert written.chat_template() == plain.chat_template()
 
 
 def test_recipes_can_be_changed() -> None:
