@@ -27,11 +27,12 @@ from edge.bundle import GRAPH
 from edge.errors import ConfigError, ExportError
 from export.architectures import architecture_for
 from export.architectures.decoder import Decoder as Architecture
+from export.build import build_graph
 from export.checkpoint import Checkpoint
 from export.graph import present_name
-from export.pipeline import build_graph, disk_errors
 from export.progress import Progress, step
 from export.quantize.recipes import recipe_named
+from export.staging import disk_errors
 
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit."""

@@ -6,15 +6,11 @@ fails, or is killed, leaves nothing behind that looks like a bundle.
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,82 +18,35 @@ import onnx_ir as ir
 from tokenizers import Tokenizer
 
 from edge.bundle import (
-    CHAT_TEMPLATE,
-    GENERATION,
     GRAPH,
-    SCHEMA_VERSION,
     TOKENIZER,
     WEIGHTS,
     CacheType,
     FileEntry,
-    KVLayout,
     Manifest,
     Source,
     Target,
     hash_file,
     publish_bundle,
 )
-from edge.errors import ConfigError, ExportError
+from edge.errors import ExportError
 from edge.signing import PrivateKey
 from export.architectures import architecture_for
-from export.architectures.decoder import Decoder
-from export.calibration import BUILT_IN, Calibration, CalibrationText
+from export.build import Graph, build_graph, token_ids
+from export.calibration import BUILT_IN, CalibrationText
 from export.checkpoint import Checkpoint
-from export.graph import GraphBuilder
 from export.kv_scales import cache_test, calibrate, quantize_cache
-from export.lora import LoraPlaces, copy_adapters
+from export.lora import copy_adapters
+from export.manifest import describe_recipe, facts, model_name, write_text_side
 from export.progress import Progress, step
-from export.quantize.recipes import Float32, Recipe, recipe_named, row_multiple
+from export.quantize.recipes import Recipe, recipe_named
 from export.report import Quality, Row, built_in_windows, check_folder, compare, describe, new_report
 from export.report_page import write_report
+from export.staging import disk_errors, staging_folder
 from export.targets import check_range, check_target, retarget
 from export.verify import check_kernels, self_test
-from export.weights import DataFile, Weights
 
-MIN_RUNTIME_VERSION = "0.1.0"
-DEFAULT_CONTEXT = 32768
-"""Tokens; rotary tables for more cost 8 MB each 32k and no small device has the cache for it."""
-TOOLS = ("qwedge", "gguf", "numpy", "onnx-ir", "onnxruntime", "tokenizers")
-"""What the bytes of a bundle depend on besides source, recipe and options; the manifest names their versions."""
 SELF_TEST_PROMPT = "The capital of France is"
-_NAME = re.compile(r"[^a-z0-9._-]+")
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Matrices of the layers, which a quantized checkpoint has as integers."""
-
-    method: str
-    matrices: int
-    """Kept as stored."""
-    requantized: int
-    """Of a kind that kernels do not take: their values were quantized by the recipe."""
-
-    def note(self) -> str:
-        """What the user should know about it."""
-        if not self.matrices + self.requantized:
-            return f"the weights are floats of {self.method}: all follow the recipe"
-        others = f"; {self.requantized} that no kernel takes follow the recipe" if self.requantized else ""
-        return (
-            f"{self.matrices} matrices of the layers keep the integers of {self.method}, "
-            f"embedding and head follow the recipe{others}"
-        )
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A graph that was built, with its data file beside it."""
-
-    model: ir.Model
-    architecture: Decoder
-    context_length: int
-    """Tokens it has rotary tables for."""
-    kv: KVLayout
-    parameter_count: int
-    weight_bytes_per_token: int
-    row_multiple: int
-    kept: Kept | None
-    """What was kept of a checkpoint that is quantized already."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +86,7 @@ def export_bundle(
         recipe: number formats.
         progress: receives the phases.
         name: the model name requests will use; None = made from the source's.
-        context: tokens of context; None = the checkpoint's, at most :data:`DEFAULT_CONTEXT`.
+        context: tokens of context; None = the checkpoint's, at most :data:`export.build.DEFAULT_CONTEXT`.
         kv: number format of the cache; ``target`` cuda takes float16.
         target: what the graph is made for; it is verified on a processor before it is made for a GPU.
         calibration: what the rounding of the weights is fitted to; None = each weight to nearest.
@@ -155,12 +104,12 @@ def export_bundle(
         ExportError: a verification failed, or the disk refused.
     """
     clock = _Clock()
-    model_name = _model_name(name, checkpoint.origin.location)
+    served_as = model_name(name, checkpoint.origin.location)
     architecture = architecture_for(checkpoint.config)
     states = architecture.state_layout() is not None
     check_target(target, kv=kv, adapters=bool(adapters), states=states)
-    known = None if report is None else check_folder(report, new_report(checkpoint, model_name))
-    with _staging(destination) as staging, disk_errors():
+    known = None if report is None else check_folder(report, new_report(checkpoint, served_as))
+    with staging_folder(destination) as staging, disk_errors():
         # Before the long work: they may turn out to be of another model.
         entries = copy_adapters(adapters or {}, architecture, staging)
         with clock.phase("quantize"):
@@ -168,7 +117,7 @@ def export_bundle(
                 checkpoint, staging, recipe, progress=progress, context=context, lora=bool(entries),
                 calibration=calibration,
             )  # fmt: skip
-            _write_text(checkpoint, staging)
+            write_text_side(checkpoint, staging)
         measured: dict[str, Any] = {}
         if kv == "int8":
             with clock.phase("calibrate"):
@@ -188,18 +137,16 @@ def export_bundle(
                 measured["oracle"] = oracle
             source, files = _hash(checkpoint, staging, progress)
             manifest = Manifest(
-                name=model_name,
+                name=served_as,
                 target=target,
-                recipe=_recipe(recipe, calibration, graph),
-                row_multiple=graph.row_multiple,
+                recipe=describe_recipe(recipe, calibration, graph),
                 source=source,
                 files=files,
                 adapters=entries,
                 measured=measured,
                 licence=licence,
                 counter=counter,
-                tools={name: version(name) for name in TOOLS},
-                **_facts(graph, checkpoint),
+                **facts(graph, checkpoint),
             )
             _publish(staging, destination.resolve(), manifest, key)
         if report is not None and known is not None:
@@ -208,66 +155,11 @@ def export_bundle(
     return Report(destination, manifest, clock.seconds, notes)
 
 
-def build_graph(
-    checkpoint: Checkpoint,
-    folder: Path,
-    recipe: Recipe,
-    *,
-    progress: Progress,
-    context: int | None = None,
-    lora: bool = False,
-    calibration: CalibrationText | None = None,
-) -> Graph:
-    """Check the checkpoint, stream its weights into ``folder`` and save the graph there.
-
-    Args:
-        checkpoint: the open source.
-        folder: where graph and weights go.
-        recipe: number formats.
-        progress: receives the one phase.
-        context: tokens of context; None = the checkpoint's, at most :data:`DEFAULT_CONTEXT`.
-        lora: whether the graph gets places for LoRA adapters.
-        calibration: what the rounding of the weights is fitted to; None = each weight to nearest.
-
-    Raises:
-        CheckpointError: tensors are missing, left over, misshapen or unreadable; the config is unsupported.
-        ConfigError: ``context`` is out of range.
-        OSError: the disk refused; see :func:`disk_errors`.
-    """
-    architecture = architecture_for(checkpoint.config)
-    architecture.check({name: info.shape for name, info in checkpoint.tensors.items()})
-    length = _context(context, architecture)
-    with (
-        step(progress, f"{recipe.name} weights", architecture.parameter_count()) as advance,
-        DataFile(folder) as file,
-    ):
-        weights = Weights(checkpoint, recipe, file, advance)
-        observe = Calibration(folder, _tokens(checkpoint, calibration), length).observe if calibration else None
-        builder = GraphBuilder(weights, LoraPlaces().adapt if lora else None, observe)
-        bytes_per_token = architecture.build(builder, length)
-        model = builder.model(architecture.model_type)
-    assert weights.parameter_count == architecture.parameter_count()
-    ir.save(model, folder / GRAPH)
-    kept = None
-    if checkpoint.quantized and not isinstance(recipe.layer.qkv, Float32):
-        kept = Kept(checkpoint.quantized, len(weights.kept), len(weights.requantized))
-    return Graph(
-        model=model,
-        architecture=architecture,
-        context_length=length,
-        kv=architecture.kv_layout(),
-        parameter_count=weights.parameter_count,
-        weight_bytes_per_token=bytes_per_token,
-        row_multiple=max(recipe.row_multiple, row_multiple(weights.kept.values())),
-        kept=kept,
-    )
-
-
 def _with_int8_cache(
     graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Progress
 ) -> tuple[Graph, dict[str, Any]]:
     """The graph with an int8 cache, saved in place of the one without, and what that costs."""
-    ids = _tokens(checkpoint, CalibrationText.open(BUILT_IN))
+    ids = token_ids(checkpoint, CalibrationText.open(BUILT_IN))
     with step(progress, "calibrating the cache", None):
         calibration = calibrate(graph.model, staging, ids)
         quantize_cache(graph.model, calibration.scales)
@@ -284,12 +176,6 @@ def _for_gpu(
         measured = check_range(graph.model, staging, target, prompt_ids)
         kv = retarget(graph.model, staging, target, graph.kv)
     return replace(graph, kv=kv), measured
-
-
-def _tokens(checkpoint: Checkpoint, calibration: CalibrationText) -> list[int]:
-    tokenizer = Tokenizer.from_str(checkpoint.tokenizer_json().decode())
-    ids: list[int] = tokenizer.encode(calibration.text, add_special_tokens=False).ids
-    return ids
 
 
 def _verify(graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Progress) -> dict[str, Any]:
@@ -314,12 +200,6 @@ def _quality(graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Prog
             return compare(windows.logits(reference.model, folder), windows.logits(graph.model, staging), windows)
 
 
-def _recipe(recipe: Recipe, calibration: CalibrationText | None, graph: Graph) -> dict[str, Any]:
-    """How the weights were quantized, for the manifest."""
-    kept = {"as_stored": asdict(graph.kept)} if graph.kept else {}
-    return recipe.describe() | {"calibration": calibration.describe() if calibration else None} | kept
-
-
 def _row(recipe: Recipe, calibration: CalibrationText | None, graph: Graph, staging: Path, quality: Quality) -> Row:
     return Row(
         recipe=recipe.name,
@@ -329,32 +209,6 @@ def _row(recipe: Recipe, calibration: CalibrationText | None, graph: Graph, stag
         weight_bytes_per_token=graph.weight_bytes_per_token,
         quality=quality,
     )
-
-
-def _write_text(checkpoint: Checkpoint, staging: Path) -> None:
-    (staging / TOKENIZER).write_bytes(checkpoint.tokenizer_json())
-    if template := checkpoint.chat_template():
-        (staging / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
-    generation = json.dumps(asdict(checkpoint.generation), indent=2)
-    (staging / GENERATION).write_text(generation + "\n", encoding="utf-8")
-
-
-def _facts(graph: Graph, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the manifest says of the graph and its format."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "version": "1",
-        "min_runtime_version": MIN_RUNTIME_VERSION,
-        "model_type": graph.architecture.model_type,
-        "parameter_count": graph.parameter_count,
-        "context_length": graph.context_length,
-        "vocab_size": checkpoint.vocab_ids(),
-        "padded_vocab_size": graph.architecture.padded_vocab_size,
-        "hidden_size": graph.architecture.hidden_size,
-        "kv": graph.kv,
-        "state": graph.architecture.state_layout(),
-        "weight_bytes_per_token": graph.weight_bytes_per_token,
-    }
 
 
 def _hash(checkpoint: Checkpoint, staging: Path, progress: Progress) -> tuple[Source, list[FileEntry]]:
@@ -370,55 +224,6 @@ def _publish(staging: Path, destination: Path, manifest: Manifest, key: PrivateK
         # It was empty at the start; if it is not any more, this refuses.
         destination.rmdir()
     publish_bundle(staging, destination, manifest, key=key)
-
-
-def _context(wanted: int | None, architecture: Decoder) -> int:
-    most = architecture.max_positions
-    if wanted is None:
-        return min(most, DEFAULT_CONTEXT)
-    if not 0 < wanted <= most:
-        raise ConfigError(f"--context {wanted} is out of range", hint=f"this model has 1 to {most} positions")
-    return wanted
-
-
-def _model_name(given: str | None, location: str) -> str:
-    if given is None:
-        stem = location.rpartition("/")[2].removesuffix(".gguf")
-        given = _NAME.sub("-", stem.lower()).strip("-._")[:80] or "model"
-    if _NAME.search(given) or not given[:1].isalnum() or len(given) > 96:
-        hint = "use lower-case letters, digits, dots and dashes"
-        raise ConfigError(f"{given!r} cannot be a model name", hint=hint, param="name")
-    return given
-
-
-@contextmanager
-def _staging(destination: Path) -> Iterator[Path]:
-    """A hidden folder beside ``destination`` that is gone afterwards, whatever happens."""
-    place = destination.resolve()
-    try:
-        if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-            hint = "choose another folder, or remove it first"
-            raise ConfigError(f"{destination} exists already", hint=hint, param="output")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
-    except OSError as error:
-        hint = "choose a folder you may write to"
-        raise ConfigError(f"cannot write to {place.parent}: {error.strerror}", hint=hint, param="output") from None
-    staging.chmod(0o755)
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Translate a full disk into an error with a hint, wherever it shows."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ExportError(f"cannot write the model: {reason}", hint="is there enough disk space?") from None
 
 
 class _Clock:

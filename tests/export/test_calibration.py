@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 
 from edge.bundle import GRAPH, WEIGHTS
 from edge.errors import ConfigError
+from export.build import Graph, build_graph
 from export.calibration import BUILT_IN, LEAST_TOKENS, Calibration, CalibrationText
 from export.checkpoint import open_checkpoint
 from export.graph import GraphBuilder
-from export.pipeline import Graph, build_graph
 from export.progress import Silent
 from export.quantize.recipes import RECIPES, Blockwise, Projections, Recipe, is_sensitive
 from export.segments import Layer, embed, num_layers
@@ -117,7 +117,7 @@ def test_every_product_is_observed_with_the_inputs_that_the_finished_graph_gives
                 carried.extend(self._windows)
             return rounding
 
-    monkeypatch.setattr("export.pipeline.Calibration", Watched)
+    monkeypatch.setattr("export.build.Calibration", Watched)
     graph = build(tmp_path / "graph", SHAPES["qwen2"], FOUR_BITS, TEXT)
     tokens, start = ids(TEXT.text), 0
     assert len(carried) == -(-len(tokens) // 256)

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from edge.bundle import GRAPH
 from edge.errors import CheckpointError
 from export.architectures import architecture_for
+from export.build import Graph, build_graph
 from export.checkpoint import open_checkpoint
 from export.oracle import Decoder
-from export.pipeline import Graph, build_graph
 from export.progress import Silent
 from export.quantize.recipes import RECIPES, Blockwise, Recipe
 from tests.export import tiny, tiny_qwen3_5

@@ -13,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 
 from edge.bundle import GRAPH
+from export.build import Graph, build_graph
 from export.checkpoint import open_checkpoint
 from export.graph import COARSE_LOGITS, FINAL_HIDDEN
-from export.pipeline import Graph, build_graph
 from export.progress import Silent
 from export.quantize.blockwise import dequantize_rows, quantize_halves
 from export.quantize.recipes import RECIPES, Blockwise, Projections, TwoStage

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from edge.bundle import GRAPH, KVLayout, verify_bundle
 from edge.errors import ExportError
+from export.build import Graph, build_graph
 from export.calibration import BUILT_IN, CalibrationText
 from export.checkpoint import open_checkpoint
 from export.kv_scales import (
@@ -30,7 +31,7 @@ from export.kv_scales import (
     quantize_cache,
 )
 from export.oracle import Decoder
-from export.pipeline import Graph, Report, build_graph, export_bundle
+from export.pipeline import Report, export_bundle
 from export.progress import Silent
 from export.quantize.recipes import RECIPES
 from tests.export import tiny, tiny_qwen3_5

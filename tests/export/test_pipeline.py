@@ -21,9 +21,10 @@ from tokenizers import Tokenizer
 
 from edge.bundle import verify_bundle
 from edge.errors import BundleError, CheckpointError, ConfigError, ExportError
+from export.build import build_graph
 from export.checkpoint import open_checkpoint
 from export.oracle import Decoder
-from export.pipeline import SELF_TEST_PROMPT, Report, build_graph, export_bundle
+from export.pipeline import SELF_TEST_PROMPT, Report, export_bundle
 from export.progress import Silent
 from export.quantize.recipes import RECIPES
 from export.verify import self_test
@@ -263,7 +264,7 @@ class TestFailures:
         assert caught.value.message == "cannot write the model: File too large"
         assert "disk space" in caught.value.hint
 
-    @pytest.mark.parametrize("place", ["ir.save", "_write_text", "publish_bundle"])
+    @pytest.mark.parametrize("place", ["ir.save", "write_text_side", "publish_bundle"])
     def test_a_disk_that_is_full_later(
         self, source: Path, output: Path, place: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -31,10 +31,11 @@ from edge.chat import ChatTemplate
 from edge.engine.lora import Places
 from edge.errors import CheckpointError, ConfigError
 from export.architectures import architecture_for
+from export.build import Graph, build_graph
 from export.checkpoint import open_checkpoint
 from export.graph import present_name
 from export.oracle import Decoder, Oracle, verify_against, write_folder
-from export.pipeline import Graph, Report, build_graph, export_bundle
+from export.pipeline import Report, export_bundle
 from export.progress import Silent
 from export.quantize.recipes import RECIPES, Recipe
 from export.segments import lengths

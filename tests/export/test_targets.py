@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from edge.bundle import GRAPH, WEIGHTS, CacheType, Manifest, Target
 from edge.errors import ConfigError, ExportError
 from export import targets
+from export.build import build_graph
 from export.checkpoint import open_checkpoint
-from export.pipeline import build_graph, export_bundle
+from export.pipeline import export_bundle
 from export.progress import Silent
 from export.quantize.recipes import RECIPES, Blockwise, Projections, Recipe
 from export.targets import fuse_head_norms, to_half

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from edge.errors import ConfigError, ExportError
+from export.build import build_graph
 from export.checkpoint import open_checkpoint
 from export.oracle import Oracle, verify_against
-from export.pipeline import build_graph
 from export.progress import Silent
 from tests.export import tiny, tiny_qwen3_5
 
