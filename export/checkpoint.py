@@ -131,7 +131,7 @@ class Checkpoint:
         stored: Mapping[str, Tensor],
         text: Text,
         origin: Origin,
-        files: Sequence[Path],
+        files: Mapping[str, Path],
         notes: Sequence[str] = (),
         quantized: str | None = None,
     ) -> None:
@@ -143,7 +143,7 @@ class Checkpoint:
         self._stored = stored
         self._text = text
         self.origin = origin
-        self._files = tuple(files)
+        self._files = files
         self._weight_files = {each.file.path: each.file for each in stored.values()}
 
     def __enter__(self) -> Self:
@@ -181,6 +181,25 @@ class Checkpoint:
         """A tensor as it is stored."""
         return self._stored[name]
 
+    def changed(self, tensors: Mapping[str, Tensor], files: Mapping[str, Path], notes: Sequence[str]) -> Checkpoint:
+        """This checkpoint with other tensors in the place of some; closing either closes the files of both.
+
+        Args:
+            tensors: by the names of those they replace, of the same shapes.
+            files: what they were made of, beside the files of this checkpoint, by the names that the manifest gives.
+            notes: what the user should know about it, one sentence each.
+        """
+        return Checkpoint(
+            config=self.config,
+            generation=self.generation,
+            stored={**self._stored, **tensors},
+            text=self._text,
+            origin=self.origin,
+            files={**self._files, **files},
+            notes=[*self.notes, *notes],
+            quantized=self.quantized,
+        )
+
     def tokenizer_json(self) -> bytes:
         """The tokenizer in the format of the ``tokenizers`` library."""
         return self._text.tokenizer_json
@@ -196,7 +215,7 @@ class Checkpoint:
     @property
     def num_file_bytes(self) -> int:
         """Bytes that :meth:`hash_files` will read."""
-        return sum(path.stat().st_size for path in self._files)
+        return sum(path.stat().st_size for path in self._files.values())
 
     def hash_files(self, progress: Callable[[int], None] | None = None) -> Source:
         """Describe the source, with the SHA-256 of every file that was read.
@@ -207,7 +226,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a file cannot be read any more.
         """
-        hashes = {path.name: sha256_file(path, progress=progress) for path in self._files}
+        hashes = {name: sha256_file(path, progress=progress) for name, path in self._files.items()}
         origin = self.origin
         return Source(kind=origin.kind, location=origin.location, revision=origin.revision, sha256=hashes)
 

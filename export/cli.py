@@ -54,6 +54,10 @@ def export(
             metavar="NAME=DIR", help="A LoRA adapter as PEFT saves it; requests ask for MODEL:NAME. Repeatable."
         ),
     ] = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Add a LoRA adapter as PEFT saves it to the weights for good. Repeatable."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model name that requests use.  [default: from the source]")
     ] = None,
@@ -99,8 +103,8 @@ def export(
     with console_progress() as progress:
         exported, oracle = _export(
             source, output, recipe=recipe, kv=kv, target=target, calibrate=calibrate,
-            adapters=_adapters(adapter or []), name=name, context=context, counter=counter, sign=sign,
-            report=report, verify=verify, offline=offline, progress=progress,
+            adapters=_adapters(adapter or []), merge=merge or [], name=name, context=context, counter=counter,
+            sign=sign, report=report, verify=verify, offline=offline, progress=progress,
         )  # fmt: skip
     _print_report(exported, oracle, as_json=as_json)
 
@@ -114,6 +118,7 @@ def _export(
     target: Target,
     calibrate: str | None,
     adapters: dict[str, Path],
+    merge: list[Path],
     name: str | None,
     context: int | None,
     counter: int,
@@ -125,6 +130,7 @@ def _export(
 ) -> tuple[Report, dict[str, Any] | None]:
     from edge.signing import PrivateKey
     from export.calibration import CalibrationText
+    from export.merge import merge_adapters
     from export.oracle import Oracle, verify_against
     from export.pipeline import export_bundle
     from export.sources import default_cache, resolve
@@ -133,7 +139,8 @@ def _export(
     key = PrivateKey.load(sign) if sign else None
     calibration = CalibrationText.open(calibrate) if calibrate else None
     resolved = resolve(source, cache=default_cache(), offline=offline, progress=progress)
-    with resolved.open() as checkpoint:
+    with resolved.open() as opened:
+        checkpoint = merge_adapters(opened, merge) if merge else opened
         # The oracle comes first: a graph that is wrong must not become a bundle.
         oracle = verify_against(Oracle(verify), checkpoint, progress=progress) if verify else None
         licence = resolved.entry.licence if resolved.entry else None

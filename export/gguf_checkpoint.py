@@ -141,7 +141,7 @@ def open_gguf(path: Path, origin: Origin) -> Checkpoint:
             stored=stored,
             text=Text(tokenizer.json, tokenizer.num_ids, template),
             origin=origin,
-            files=[path],
+            files={path.name: path},
             notes=[*table_notes, *notes],
         )
     except CheckpointError:

@@ -105,7 +105,13 @@ def copy_adapters(folders: Mapping[str, Path], architecture: Decoder, bundle: Pa
     return entries
 
 
+def projection_names(architecture: Decoder) -> dict[Place, str]:
+    """The checkpoint's name of every projection."""
+    matches = map(_PROJECTION.fullmatch, architecture.tensors())
+    return {(int(match[1]), match[2]): match[0] for match in matches if match}
+
+
 def projection_sizes(architecture: Decoder) -> dict[Place, tuple[int, int]]:
     """In and out features of every projection."""
-    matches = [(_PROJECTION.fullmatch(name), shape) for name, shape in architecture.tensors().items()]
-    return {(int(match[1]), match[2]): (shape[1], shape[0]) for match, shape in matches if match}
+    shapes = architecture.tensors()
+    return {place: (shapes[name][1], shapes[name][0]) for place, name in projection_names(architecture).items()}

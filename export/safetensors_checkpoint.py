@@ -65,7 +65,7 @@ def open_folder(folder: Path, origin: Origin) -> Checkpoint:
             stored=stored,
             text=Text(tokenizer, facts.num_ids, template),
             origin=origin,
-            files=[*shards, *_read_besides(folder)],
+            files={path.name: path for path in [*shards, *_read_besides(folder)]},
             notes=notes,
             quantized=quantization["quant_method"] if quantization else None,
         )
