@@ -90,8 +90,8 @@ def _bundle(name: str) -> Path:
 
 def _exporter() -> str:
     """Changes with anything that could change a bundle."""
-    digest = hashlib.sha256((ROOT / "edge/bundle.py").read_bytes())
-    for path in sorted((ROOT / "export").rglob("*")):
+    digest = hashlib.sha256()
+    for path in (*sorted((ROOT / "edge/bundle").rglob("*")), *sorted((ROOT / "export").rglob("*"))):
         if path.suffix in {".py", ".toml", ".txt"}:
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
