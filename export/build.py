@@ -98,7 +98,7 @@ def build_graph(
         weights = Weights(checkpoint, recipe, file, advance)
         observe = Calibration(folder, token_ids(checkpoint, calibration), length).observe if calibration else None
         builder = GraphBuilder(weights, LoraPlaces().adapt if lora else None, observe)
-        bytes_per_token = architecture.build(builder, length)
+        bytes_per_token = architecture.build(builder, length).bytes_per_token
         model = builder.model(architecture.model_type)
     assert weights.parameter_count == architecture.parameter_count()
     ir.save(model, folder / GRAPH)

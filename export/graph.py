@@ -304,8 +304,12 @@ class GraphBuilder:
         return self._register(ir.Value(name=name, shape=ir.Shape(array.shape), type=dtype, const_value=tensor))
 
     def _register(self, value: ir.Value) -> ir.Value:
+        """This graph's initializer of the name of ``value``, which may be another graph's: both read the same bytes."""
         assert value.name is not None
         known = self._graph.initializers.get(value.name)
         if known is None:
-            self._graph.register_initializer(value)
-        return known or value
+            known = value
+            if value.graph is not None:
+                known = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
+            self._graph.register_initializer(known)
+        return known

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -15,14 +16,27 @@ import onnx_ir as ir
 from edge.bundle import KVLayout, StateLayout
 from edge.errors import CheckpointError
 from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, HIDDEN_STATES, MIDDLE, GraphBuilder
-from export.quantize.recipes import Blockwise
+from export.quantize.recipes import Blockwise, Format
 from export.weights import Halves, Matrix
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor names and shapes, as the checkpoint stores them."""
+Table = Matrix | Halves
+"""Embedding or head in the data file: in two halves, where logits come in two stages."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MOST_LAYERS = 1024
 """Ten times the deepest model: a damaged config must not list tensors without end."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of a model in its graph."""
+
+    bytes_per_token: int
+    """Of weights that one decode step reads: all matrices but the embedding, of which it reads one row."""
+    embedding: Table
+    head: Table
+    """The embedding itself, where they are tied."""
 
 
 class Decoder(ABC):
@@ -101,16 +115,20 @@ class Decoder(ABC):
         table = (self.padded_vocab_size, self.hidden_size)
         shapes: Shapes = {_EMBEDDING: table, "model.norm.weight": (self.hidden_size,)}
         for layer in range(self.num_layers):
-            prefix = layer_prefix(layer)
-            shapes |= self.attention_tensors(layer)
-            shapes[f"{prefix}input_layernorm.weight"] = (self.hidden_size,)
-            shapes[f"{prefix}post_attention_layernorm.weight"] = (self.hidden_size,)
-            shapes[f"{prefix}mlp.gate_proj.weight"] = (self.intermediate_size, self.hidden_size)
-            shapes[f"{prefix}mlp.up_proj.weight"] = (self.intermediate_size, self.hidden_size)
-            shapes[f"{prefix}mlp.down_proj.weight"] = (self.hidden_size, self.intermediate_size)
+            shapes |= self.attention_tensors(layer) | self.mlp_tensors(layer_prefix(layer))
         if not self.tied:
             shapes[_HEAD] = table
         return shapes
+
+    def mlp_tensors(self, prefix: str) -> Shapes:
+        """Tensors of a layer besides its attention, under names that start with ``prefix``."""
+        return {
+            f"{prefix}input_layernorm.weight": (self.hidden_size,),
+            f"{prefix}post_attention_layernorm.weight": (self.hidden_size,),
+            f"{prefix}mlp.gate_proj.weight": (self.intermediate_size, self.hidden_size),
+            f"{prefix}mlp.up_proj.weight": (self.intermediate_size, self.hidden_size),
+            f"{prefix}mlp.down_proj.weight": (self.hidden_size, self.intermediate_size),
+        }
 
     def parameter_count(self) -> int:
         """Parameters of the model; a tied table counts once."""
@@ -141,67 +159,57 @@ class Decoder(ABC):
         if wrong:
             raise CheckpointError(f"tensors of the wrong shape: {_some(wrong)}", hint=hint)
 
-    def build(self, graph: GraphBuilder, context_length: int) -> int:
-        """Add the whole model to ``graph`` with rotary tables for ``context_length`` positions.
-
-        Returns:
-            Bytes of weights that one decode step reads: all matrices but the embedding, of which it reads one row.
-        """
-        table = self._table(graph, "embed", _EMBEDDING, is_head=self.tied)
+    def build(self, graph: GraphBuilder, context_length: int) -> Built:
+        """Add the whole model to ``graph`` with rotary tables for ``context_length`` positions."""
+        embedding = self._table(graph, "embed", _EMBEDDING, is_head=self.tied)
         # One position more, for the token that fills a step up; and GroupQueryAttention wants a multiple of 8.
         rotary = graph.rotary_tables(self.rotary_dim, self.rope_theta, -(-(context_length + 1) // 8) * 8)
         shape: list[int | str] = ["batch", "sequence", self.hidden_size]
-        x = graph.cut(graph.rows(graph.input_ids, table), f"{HIDDEN}.0", shape)
+        x = graph.cut(graph.rows(graph.input_ids, embedding), f"{HIDDEN}.0", shape)
         for layer in range(self.num_layers):
             x = graph.cut(self._layer(graph, layer, x, rotary), f"{HIDDEN}.{layer + 1}", shape)
-        return graph.matrix_bytes + self._head(graph, x, table)
+        x = self.norm(graph, x, "model.norm.weight")
+        graph.output(x, HIDDEN_STATES, ir.DataType.FLOAT, shape)
+        head = embedding if self.tied else self._table(graph, "lm_head", _HEAD, is_head=True)
+        return Built(graph.matrix_bytes + self.head(graph, x, head), embedding, head)
 
     def _layer(self, graph: GraphBuilder, layer: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]) -> ir.Value:
         prefix = layer_prefix(layer)
         normed = self.norm(graph, x, f"{prefix}input_layernorm.weight")
         x = graph.op("Add", [x, self.attention(graph, layer, normed, rotary)])
         x = graph.cut(x, f"{MIDDLE}.{layer}", ["batch", "sequence", self.hidden_size])
-        normed = self.norm(graph, x, f"{prefix}post_attention_layernorm.weight")
-        return graph.op("Add", [x, self._mlp(graph, layer, normed)])
+        down = graph.weights.recipe.down(layer, self.num_layers, is_calibrated=graph.is_calibrated)
+        return graph.op("Add", [x, self.mlp(graph, prefix, x, down)])
 
-    def _mlp(self, graph: GraphBuilder, layer: int, x: ir.Value) -> ir.Value:
-        """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)), gate and up in one product."""
-        prefix, recipe = f"{layer_prefix(layer)}mlp.", graph.weights.recipe
-        both = graph.linear(
-            x,
-            f"{prefix}gate_up_proj",
-            recipe.layer.gate_up,
-            [f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"],
-        )
+    def mlp(self, graph: GraphBuilder, prefix: str, x: ir.Value, down: Format) -> ir.Value:
+        """SwiGLU (Shazeer 2020) of ``x``, normalized: down(silu(gate(x)) * up(x)), gate and up in one product."""
+        x = self.norm(graph, x, f"{prefix}post_attention_layernorm.weight")
+        sources = [f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up")]
+        both = graph.linear(x, f"{prefix}mlp.gate_up_proj", graph.weights.recipe.layer.gate_up, sources)
         gate, up = graph.ops("Split", [both], 2, axis=-1, num_outputs=2)
         active = graph.op("Mul", [graph.silu(gate), up])
-        form = recipe.down(layer, self.num_layers, is_calibrated=graph.is_calibrated)
-        return graph.linear(active, f"{prefix}down_proj", form, [f"{prefix}down_proj.weight"])
+        return graph.linear(active, f"{prefix}mlp.down_proj", down, [f"{prefix}mlp.down_proj.weight"])
 
-    def _table(self, graph: GraphBuilder, name: str, source: str, *, is_head: bool) -> Matrix | Halves:
-        """Embedding or head: in two halves, where logits come in two stages."""
+    def _table(self, graph: GraphBuilder, name: str, source: str, *, is_head: bool) -> Table:
         weights, form = graph.weights, graph.weights.recipe.table
         if is_head and weights.recipe.head is not None and isinstance(form, Blockwise):
             return weights.halves(name, source, form)
         return weights.matrix(name, [source], form)
 
-    def _head(self, graph: GraphBuilder, x: ir.Value, embedding: Matrix | Halves) -> int:
+    def head(self, graph: GraphBuilder, x: ir.Value, table: Table) -> int:
         """Logits of the positions asked for: the head is a quarter of a small model's work.
 
         Returns:
             Bytes of weights that one position reads.
         """
-        x = self.norm(graph, x, "model.norm.weight")
-        graph.output(x, HIDDEN_STATES, ir.DataType.FLOAT, ["batch", "sequence", self.hidden_size])
         rows = graph.op("Reshape", [x, graph.constant("flat_shape", [-1, self.hidden_size])])
         rows = graph.op("Gather", [rows, graph.logits_indices], axis=0)
         rows = graph.cut(rows, FINAL_HIDDEN, ["positions", self.hidden_size])
-        table = embedding if self.tied else self._table(graph, "lm_head", _HEAD, is_head=True)
         logits, num_bytes = self._logits(graph, rows, table)
         graph.output(logits, "logits", ir.DataType.FLOAT, ["positions", self.padded_vocab_size])
         return num_bytes
 
-    def _logits(self, graph: GraphBuilder, x: ir.Value, table: Matrix | Halves) -> tuple[ir.Value, int]:
+    def _logits(self, graph: GraphBuilder, x: ir.Value, table: Table) -> tuple[ir.Value, int]:
         head = graph.weights.recipe.head
         if isinstance(table, Matrix):
             return graph.matmul(x, table), table.num_bytes

@@ -88,14 +88,7 @@ class Qwen3_5(Decoder):  # noqa: N801 - the makers' name, whose dot is a version
         """Six tensors of full attention (the query's rows hold its gate too), or nine of linear attention."""
         prefix = _attention_prefix(layer, self.layer_types[layer])
         if self.layer_types[layer] == _FULL:
-            return {
-                f"{prefix}q_proj.weight": (2 * self.q_size, self.hidden_size),
-                f"{prefix}k_proj.weight": (self.kv_size, self.hidden_size),
-                f"{prefix}v_proj.weight": (self.kv_size, self.hidden_size),
-                f"{prefix}o_proj.weight": (self.hidden_size, self.q_size),
-                f"{prefix}q_norm.weight": (self.head_dim,),
-                f"{prefix}k_norm.weight": (self.head_dim,),
-            }
+            return self.full_attention_tensors(prefix)
         return {
             f"{prefix}in_proj_qkv.weight": (self.conv_channels, self.hidden_size),
             f"{prefix}in_proj_z.weight": (self.values_size, self.hidden_size),
@@ -106,6 +99,17 @@ class Qwen3_5(Decoder):  # noqa: N801 - the makers' name, whose dot is a version
             f"{prefix}dt_bias": (self.value_heads,),
             f"{prefix}norm.weight": (self.value_dim,),
             f"{prefix}out_proj.weight": (self.hidden_size, self.values_size),
+        }
+
+    def full_attention_tensors(self, prefix: str) -> Shapes:
+        """Tensors of full attention, under names that start with ``prefix``."""
+        return {
+            f"{prefix}q_proj.weight": (2 * self.q_size, self.hidden_size),
+            f"{prefix}k_proj.weight": (self.kv_size, self.hidden_size),
+            f"{prefix}v_proj.weight": (self.kv_size, self.hidden_size),
+            f"{prefix}o_proj.weight": (self.hidden_size, self.q_size),
+            f"{prefix}q_norm.weight": (self.head_dim,),
+            f"{prefix}k_norm.weight": (self.head_dim,),
         }
 
     def norm(self, graph: GraphBuilder, x: ir.Value, weight: str) -> ir.Value:
@@ -119,12 +123,13 @@ class Qwen3_5(Decoder):  # noqa: N801 - the makers' name, whose dot is a version
         # Caches and states are numbered among the layers of their kind.
         index = self.layer_types[:layer].count(kind)
         if kind == _FULL:
-            return self._full_attention(graph, prefix, index, x, rotary)
+            return self.full_attention(graph, prefix, index, x, rotary)
         return self._linear_attention(graph, prefix, index, x)
 
-    def _full_attention(
+    def full_attention(
         self, graph: GraphBuilder, prefix: str, index: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]
     ) -> ir.Value:
+        """Gated attention over normalized ``x`` [batch, sequence, hidden] with cache ``index``, projection included."""
         packed = self.qkv(graph, prefix, x)
         sizes = graph.constant("qkv_sizes", [2 * self.q_size, self.kv_size, self.kv_size])
         both, key, value = graph.ops("Split", [packed, sizes], 3, axis=-1)

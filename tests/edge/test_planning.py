@@ -84,7 +84,7 @@ def built(model: str, recipe: str, folder: Path) -> tuple[Path, Manifest]:
     with open_published(CONFIGS[model], folder / "m") as checkpoint, DataFile(folder) as file:
         architecture = architecture_for(checkpoint.config)
         graph = GraphBuilder(UnreadWeights(checkpoint, RECIPES[recipe], file, lambda _: None))
-        bytes_per_token = architecture.build(graph, 1024)
+        bytes_per_token = architecture.build(graph, 1024).bytes_per_token
         (folder / GRAPH).write_bytes(ir.serde.serialize_model(graph.model(model)).SerializeToString())
     manifest = Manifest.model_construct(
         name=model,

@@ -143,7 +143,7 @@ def test_a_graph_of_the_right_size(name: str, recipe: str, tmp_path: Path) -> No
         architecture.check({tensor: info.shape for tensor, info in checkpoint.tensors.items()})
         weights = UnreadWeights(checkpoint, RECIPES[recipe], file, lambda _: None)
         graph = GraphBuilder(weights)
-        bytes_per_token = architecture.build(graph, CONTEXT)
+        bytes_per_token = architecture.build(graph, CONTEXT).bytes_per_token
         model = graph.model(name)
     assert architecture.parameter_count() == weights.parameter_count == PARAMETERS[name]
     matrices = sum(math.prod(info.shape) for info in checkpoint.tensors.values() if len(info.shape) == 2)
