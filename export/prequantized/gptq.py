@@ -47,7 +47,7 @@ def read_gptq(settings: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -
     tensors: dict[str, Tensor] = dict(stored)
     for base in [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]:
         parts = Parts(base, stored)
-        matrix = _matrix(parts, _FORMATS[name])
+        matrix = _matrix(parts, _FORMATS[name], in_order=settings.get("desc_act") is not True)
         bias = stored.get(f"{base}.bias")
         for taken in parts.names:
             del tensors[taken]
@@ -57,7 +57,7 @@ def read_gptq(settings: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -
     return tensors
 
 
-def _matrix(parts: Parts, zero_offset: int) -> GridTensor:
+def _matrix(parts: Parts, zero_offset: int, *, in_order: bool) -> GridTensor:
     weights, zeros = parts.take("qweight", ["I32"]), parts.take("qzeros", ["I32"])
     scales = parts.take("scales", FLOATS)
     num_groups, rows = scales.info.shape
@@ -69,7 +69,7 @@ def _matrix(parts: Parts, zero_offset: int) -> GridTensor:
         info=TensorInfo((rows, columns), f"GPTQ_{bits}"),
         file=weights.file,
         bits=bits,
-        groups=column_groups(parts, "g_idx", columns, num_groups),
+        groups=column_groups(parts, "g_idx", columns, num_groups, in_order=in_order),
         read=_Packed(weights, zeros, scales, bits, zero_offset).read,
     )
 

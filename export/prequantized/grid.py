@@ -162,14 +162,24 @@ def check_bits(parts: Parts, bits: float) -> int:
     return int(bits)
 
 
-def column_groups(parts: Parts, name: str, columns: int, num_groups: int) -> NDArray[np.int64]:
+def column_groups(
+    parts: Parts, name: str, columns: int, num_groups: int, *, in_order: bool = True
+) -> NDArray[np.int64]:
     """Group of each column: as the tensor ``name`` says, or in order where there is none.
+
+    Args:
+        parts: of the matrix.
+        name: of the tensor, behind the matrix's.
+        columns: of the matrix.
+        num_groups: of the matrix.
+        in_order: whether the checkpoint may leave the tensor out; if columns are in another order, only it knows which.
 
     Raises:
         CheckpointError: not every column has a group, or not every group a column.
     """
     stored = parts.find(name, ["I32"], 1)
     if stored is None:
+        parts.check(in_order or num_groups == 1, f"has no {name}, but columns in order of their inputs")
         parts.check(columns % num_groups == 0, f"has {num_groups} groups for {columns} columns")
         return np.arange(columns) // (columns // num_groups)
     parts.check(stored.info.shape == (columns,), f"has a {name} for {stored.info.shape[0]} of {columns} columns")

@@ -162,6 +162,12 @@ def test_parts_that_lie(tmp_path: Path, damage: Damage, expected: str) -> None:
     assert expected in refusal(model, damage, tmp_path)
 
 
+def test_an_order_of_columns_that_is_missing(tmp_path: Path) -> None:
+    settings, config = V1 | {"desc_act": True}, tiny.qwen2_config(num_hidden_layers=1)
+    model = packed.write_folder(tmp_path / "m", config, packed.gptq, settings, group=packed.shuffled(32))
+    assert "has no g_idx, but columns in order of their inputs" in refusal(model, without("g_idx"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
