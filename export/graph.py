@@ -36,6 +36,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edge.bundle.rotary import POSITIONS
 from export.quantize.blockwise import quantize_rows
 from export.quantize.recipes import Blockwise, Format
 from export.weights import Change, Halves, Matrix, Rounding, Weights
@@ -52,6 +53,8 @@ FINAL_HIDDEN = "final_hidden"
 """What goes into the head [positions, hidden]."""
 COARSE_LOGITS = "coarse_logits"
 """What a head in two stages chooses its candidates by [positions, padded_vocab]."""
+ROTARY_FREQUENCIES = "rotary.frequencies"
+"""Constant: radians from one position to the next, in float64 [rotary_dim / 2]."""
 _CONTRIB = "com.microsoft"
 _IR_VERSION = 10
 
@@ -139,12 +142,22 @@ class GraphBuilder:
         return self._constant(name, np.asarray(number, dtype=np.int64))
 
     def rotary_tables(self, rotary_dim: int, theta: float, length: int) -> tuple[ir.Value, ir.Value]:
-        """Cosines and sines [length, rotary_dim / 2] of the rotary embedding (Su et al. 2021), computed in float64."""
+        """Cosines and sines [length, rotary_dim / 2] of the rotary embedding (Su et al. 2021), computed in float64.
+
+        onnxruntime does that once, when it loads the graph. The number of positions is no constant of the graph but in
+        the data file, so that a runtime can put a smaller one in its place.
+        """
         frequencies = theta ** (-np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim)
-        angles = np.outer(np.arange(length, dtype=np.float64), frequencies)
-        cos = self._file.add("rotary.cos", np.cos(angles).astype(np.float32))
-        sin = self._file.add("rotary.sin", np.sin(angles).astype(np.float32))
-        return self._register(cos), self._register(sin)
+        positions = self._register(self._file.add(POSITIONS, np.array(length, np.int64)))
+        # With float64 as positions there, shape inference would look for their number, and does not read data files.
+        limit = self.op("Cast", [positions], to=ir.DataType.DOUBLE)
+        ends = [self._constant(f"rotary.{name}", np.array(at, np.float64)) for name, at in (("first", 0), ("step", 1))]
+        column = self.op(
+            "Reshape", [self.op("Range", [ends[0], limit, ends[1]]), self.constant("rotary.column", [-1, 1])]
+        )
+        angles = self.op("Mul", [column, self._constant(ROTARY_FREQUENCIES, frequencies)])
+        cos, sin = (self.op("Cast", [self.op(kind, [angles])], to=ir.DataType.FLOAT) for kind in ("Cos", "Sin"))
+        return cos, sin
 
     def vector(self, name: str, sources: Sequence[str], change: Change | None = None) -> ir.Value:
         """A float32 parameter that is no matrix: the tensors ``sources`` end to end, after ``change``."""
@@ -298,7 +311,7 @@ class GraphBuilder:
         assert tensor.offset is not None
         return self._file.initializer(name, tensor.dtype, shape, tensor.offset)
 
-    def _constant(self, name: str, array: NDArray[np.int64] | NDArray[np.float32]) -> ir.Value:
+    def _constant(self, name: str, array: NDArray[np.int64] | NDArray[np.float32] | NDArray[np.float64]) -> ir.Value:
         tensor = ir.tensor(array, name=name)
         dtype = ir.TensorType(tensor.dtype)
         return self._register(ir.Value(name=name, shape=ir.Shape(array.shape), type=dtype, const_value=tensor))

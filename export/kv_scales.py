@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
+from edge.bundle.rotary import POSITIONS
+from export.graph import ROTARY_FREQUENCIES
 from export.segments import Array, Layer, embed, final_hidden, num_layers
 from export.verify import head_logits
 
@@ -139,7 +143,7 @@ class _Text:
 
     def __init__(self, model: ir.Model, folder: Path, ids: Sequence[int]) -> None:
         self._model, self._folder = model, folder
-        window = min(WINDOW, len(_rotary_table(model, "cos")))
+        window = min(WINDOW, int(_constant(model, POSITIONS)))
         starts = range(0, min(len(ids), _MAX_WINDOWS * window), window)
         self._windows = [embed(model, folder, ids[start : start + window]) for start in starts]
 
@@ -163,15 +167,15 @@ class _Text:
 
 def _rotations(model: ir.Model) -> tuple[Array, Array]:
     """Cosines and sines of rotations spread over the whole context."""
-    cos, sin = _rotary_table(model, "cos"), _rotary_table(model, "sin")
-    rows = np.linspace(0, len(cos) - 1, _ROTATIONS).astype(np.int64)
-    return cos[rows], sin[rows]
+    positions = np.linspace(0, int(_constant(model, POSITIONS)) - 1, _ROTATIONS).astype(np.int64)
+    angles = np.outer(positions, _constant(model, ROTARY_FREQUENCIES))
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def _rotary_table(model: ir.Model, kind: str) -> Array:
-    tensor = model.graph.initializers[f"rotary.{kind}"].const_value
+def _constant(model: ir.Model, name: str) -> NDArray[Any]:
+    tensor = model.graph.initializers[name].const_value
     assert tensor is not None
-    return np.asarray(tensor.numpy(), np.float32)
+    return tensor.numpy()
 
 
 def _scale(reach: Array) -> Array:

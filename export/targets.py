@@ -164,11 +164,14 @@ def to_half(model: ir.Model, folder: Path) -> None:
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         if value.dtype == ir.DataType.FLOAT:
             value.type = ir.TensorType(ir.DataType.FLOAT16)
-    for node in [node for node in graph if node.op_type == "Cast"]:  # scales that are stored in float16
-        scales = node.inputs[0]
-        assert scales is not None
-        ir.convenience.replace_all_uses_with(node.outputs[0], scales)
-        graph.remove(node, safe=True)
+    for node in [node for node in graph if node.op_type == "Cast"]:
+        stored = node.inputs[0]
+        assert stored is not None
+        if stored.dtype == ir.DataType.FLOAT16:  # scales
+            ir.convenience.replace_all_uses_with(node.outputs[0], stored)
+            graph.remove(node, safe=True)
+        elif node.attributes["to"].as_int() == ir.DataType.FLOAT:  # rotary tables
+            node.attributes.add(ir.AttrInt64("to", ir.DataType.FLOAT16))
     for index, value in enumerate(graph.outputs):
         if not str(value.name).startswith("present"):
             graph.outputs[index] = _cast(graph, value)

@@ -34,7 +34,12 @@ Rounding = Callable[[NDArray[np.float32], Blockwise], QuantizedRows]
 """Quantizes some rows of a matrix, each by itself."""
 Change = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Turns what a checkpoint stores into what a kernel wants, element by element."""
-_DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "uint8": ir.DataType.UINT8}
+_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "int64": ir.DataType.INT64,
+    "uint8": ir.DataType.UINT8,
+}
 
 
 class DataFile:

@@ -108,9 +108,9 @@ class Device:
 class DeviceSession(Session):
     """A model loaded to a device; arguments and errors as for :class:`Session` and :class:`Device`."""
 
-    def __init__(self, bundle: Path, device: Device, *, threads: int, spin_us: int) -> None:
+    def __init__(self, bundle: Path, device: Device, *, threads: int, spin_us: int, context: int) -> None:
         self._device = device
-        super().__init__(bundle, threads=threads, spin_us=spin_us)
+        super().__init__(bundle, threads=threads, spin_us=spin_us, context=context)
 
     def _load(self, bundle: Path, options: ort.SessionOptions) -> ort.InferenceSession:
         return self._device.load(bundle / GRAPH, options)

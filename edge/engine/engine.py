@@ -211,9 +211,10 @@ class Engine:
         return KVPool(self.manifest.kv, slots=self.slots + 1, context=self.context_length + UNIT, rows=rows)
 
     def _session(self) -> Session:
+        threads, spin_us, context = self.threads, self._spin_us, self.context_length
         if self._device is not None:
-            return DeviceSession(self._bundle, self._device, threads=self.threads, spin_us=self._spin_us)
-        return Session(self._bundle, threads=self.threads, spin_us=self._spin_us)
+            return DeviceSession(self._bundle, self._device, threads=threads, spin_us=spin_us, context=context)
+        return Session(self._bundle, threads=threads, spin_us=spin_us, context=context)
 
     def _bind(self, session: Session) -> Steps | RecurrentSteps | DeviceSteps:
         # One for all steps, as logits are valid until the next step only.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge.bundle import GRAPH, WEIGHTS
+from edge.bundle.rotary import POSITIONS, rotary_positions
 from edge.engine.heap import huge_heap
 from edge.engine.huge_pages import collapse_resident
 from edge.engine.kv_cache import Cache
@@ -42,14 +44,18 @@ class Session:
         bundle: the bundle's folder; the caller has verified it.
         threads: threads of a step.
         spin_us: microseconds that idle threads spin for the next kernel before they sleep; 0 = never.
+        context: most tokens of a sequence; None = as many as the graph takes.
 
     Raises:
         BundleError: onnxruntime refuses the graph.
     """
 
-    def __init__(self, bundle: Path, *, threads: int, spin_us: int) -> None:
+    def __init__(self, bundle: Path, *, threads: int, spin_us: int, context: int | None = None) -> None:
         self._mapped = MappedPages(bundle / WEIGHTS)
-        self._session = self._load(bundle, _options(threads, spin_us))
+        options = _options(threads, spin_us)
+        if context is not None:
+            shorten_rotary_tables(options, bundle / GRAPH, context)
+        self._session = self._load(bundle, options)
         self._mapped.note()
         self.drop_mapped()
 
@@ -140,3 +146,12 @@ def _options(threads: int, spin_us: int) -> ort.SessionOptions:
     # Denormals cost hundreds of cycles each and mean nothing in activations.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     return options
+
+
+def shorten_rotary_tables(options: ort.SessionOptions, graph: Path, context: int) -> None:
+    """Let the tables that onnxruntime computes be as long as they need to be: they take 8 MB for 32,768 tokens."""
+    with suppress(OSError):  # which is for loading to say
+        # onnxruntime refuses names that are not there, and the first bundles hold the tables themselves.
+        if POSITIONS.encode() in graph.read_bytes():
+            positions = ort.OrtValue.ortvalue_from_numpy(np.array(rotary_positions(context), np.int64))
+            options.add_external_initializers([POSITIONS], [positions])

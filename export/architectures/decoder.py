@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from edge.bundle import KVLayout, StateLayout
+from edge.bundle.rotary import rotary_positions
 from edge.errors import CheckpointError
 from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, HIDDEN_STATES, MIDDLE, GraphBuilder
 from export.quantize.recipes import Blockwise, Format
@@ -162,8 +163,7 @@ class Decoder(ABC):
     def build(self, graph: GraphBuilder, context_length: int) -> Built:
         """Add the whole model to ``graph`` with rotary tables for ``context_length`` positions."""
         embedding = self._table(graph, "embed", _EMBEDDING, is_head=self.tied)
-        # One position more, for the token that fills a step up; and GroupQueryAttention wants a multiple of 8.
-        rotary = graph.rotary_tables(self.rotary_dim, self.rope_theta, -(-(context_length + 1) // 8) * 8)
+        rotary = graph.rotary_tables(self.rotary_dim, self.rope_theta, rotary_positions(context_length))
         shape: list[int | str] = ["batch", "sequence", self.hidden_size]
         x = graph.cut(graph.rows(graph.input_ids, embedding), f"{HIDDEN}.0", shape)
         for layer in range(self.num_layers):

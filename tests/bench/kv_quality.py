@@ -16,6 +16,7 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +24,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from edge.bundle import GRAPH, TOKENIZER, WEIGHTS, CacheType, read_manifest
+from edge.bundle.rotary import POSITIONS
+from export.graph import ROTARY_FREQUENCIES
 from export.kv_scales import divergence
 from export.oracle import Decoder
 from export.pipeline import export_bundle
@@ -88,17 +91,24 @@ def export(source: str, folder: Path, recipe: str, kv: CacheType) -> Path:
 def disturb(bundle: Path, folder: Path) -> Path:
     """A copy of a bundle's graph, over the same weights, with noise in its rotary tables."""
     model, rng = ir.load(bundle / GRAPH), np.random.default_rng(0)
-    for kind in ("cos", "sin"):
-        value = model.graph.initializers[f"rotary.{kind}"]
-        assert value.const_value is not None
-        table = np.asarray(value.const_value.numpy())
-        noise = 1 + DISTURBANCE * rng.standard_normal(table.shape)
-        value.const_value = ir.tensor((table * noise).astype(np.float32), name=value.name)
+    shape = int(_constant(model, POSITIONS)), len(_constant(model, ROTARY_FREQUENCIES))
+    for node in [node for node in model.graph if node.op_type in {"Cos", "Sin"}]:
+        noise = ir.node("Constant", [], {"value": ir.tensor(1 + DISTURBANCE * rng.standard_normal(shape))})
+        disturbed = ir.node("Mul", [node.outputs[0], noise.outputs[0]])
+        ir.convenience.replace_all_uses_with(node.outputs[0], disturbed.outputs[0])
+        disturbed.replace_input_with(0, node.outputs[0])
+        model.graph.insert_after(node, [noise, disturbed])
     folder.mkdir()
-    # Not before the tables were read: onnx_ir refuses files with two names.
+    # Not before the constants were read: onnx_ir refuses files with two names.
     os.link(bundle / WEIGHTS, folder / WEIGHTS)
     ir.save(model, folder / GRAPH)
     return folder
+
+
+def _constant(model: ir.Model, name: str) -> NDArray[Any]:
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor.numpy()
 
 
 def compare(bundles: dict[str, Path], disturbed: Path) -> list[Result]:
