@@ -98,8 +98,7 @@ def _figures(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/health", "/v1/models", "/openapi.json", "/tokenize"])
-def test_looking_does_not_wake_a_sleeping_model(path: str) -> None:
+def test_looking_does_not_wake_a_sleeping_model() -> None:
     engine = FakeEngine()
     service = make_service(engine, sleep_after_s=0.05)
     with (
@@ -108,9 +107,9 @@ def test_looking_does_not_wake_a_sleeping_model(path: str) -> None:
     ):
         wait_for(lambda: engine.asleep)
         naps = engine.naps
-        response = ask.post(path, json={"content": "Hi"}) if path == "/tokenize" else ask.get(path)
-        assert response.status_code == 200
-        assert (engine.asleep, engine.naps) == (True, naps)
+        for path in ("/metrics", "/health", "/v1/models", "/openapi.json", "/tokenize"):
+            response = ask.post(path, json={"content": "Hi"}) if path == "/tokenize" else ask.get(path)
+            assert (path, response.status_code, engine.asleep, engine.naps) == (path, 200, True, naps)
         assert ask.post("/v1/chat/completions", json=CHAT).status_code == 200
         wait_for(lambda: engine.naps > naps)
 
