@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,15 +103,20 @@ def evaluate(
         raise ConfigError("no suite is given", hint="qwedge eval --list shows those that come with qwedge")
     _check_targets(bundle, url, record=keep)
     _check_comparison(against, baseline, max_drop)
+    for file in (json_file, html_file):
+        _check_writable(file)
     from edge.commands.loading import bundle_of
-    from edge.evaluation import Report, check_recordable, compare, record
+    from edge.evaluation import Report, check_comparable, check_recordable, compare, record
 
     chosen = _chosen(suite, limit, where or [])
     settings = options.settings(config, model__bundle=bundle, engine__threads=threads)
     if keep:
         check_recordable(bundle_of(settings))
     run = _Run(chosen, settings, model, parallel, timeout_s, _read_key(key_file), resume, allow_code)
-    before = None if baseline is None else Report.read(baseline)
+    before = None
+    if baseline is not None:
+        before = Report.read(baseline)
+        check_comparable(chosen, before)
     if against is not None:
         before = run.report(against)
     report = run.report(url)
@@ -139,6 +145,15 @@ def _check_comparison(against: str | None, baseline: Path | None, max_drop: floa
         raise ConfigError("--against and --baseline do not go together", hint="give one of them")
     if max_drop is not None and against is None and baseline is None:
         raise ConfigError("--max-drop needs something to compare with", hint="give --against or --baseline")
+
+
+def _check_writable(file: Path | None) -> None:
+    """Refuse a report's file that cannot be written, before hours of questions are asked for it."""
+    if file is None or str(file) == "-":
+        return
+    place = file if file.exists() else file.parent
+    if file.is_dir() or not place.exists() or not os.access(place, os.W_OK):
+        raise ConfigError(f"{file} cannot be written", hint="choose another file, in a folder that exists")
 
 
 @dataclass(frozen=True)

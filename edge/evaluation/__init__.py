@@ -11,7 +11,7 @@ The format of suites is a part of promptfoo's (docs/evaluation.md). :class:`Repo
 :func:`compare` tells two reports apart, :func:`page` makes an HTML page of both.
 """
 
-from edge.evaluation.compare import Comparison, compare
+from edge.evaluation.compare import Comparison, check_comparable, compare
 from edge.evaluation.html import page
 from edge.evaluation.record import check_recordable, record, recorded_score
 from edge.evaluation.report import Report, Result
@@ -28,6 +28,7 @@ __all__ = [
     "Suite",
     "Target",
     "built_in_suites",
+    "check_comparable",
     "check_recordable",
     "compare",
     "evaluate",

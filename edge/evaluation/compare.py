@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from edge.errors import ConfigError
 from edge.evaluation.report import Report, Result
+from edge.evaluation.suite import Suite
 
 RESAMPLES: Final = 10_000
 SEED: Final = 1
@@ -52,17 +53,26 @@ class Comparison:
         }
 
 
+def check_comparable(suite: Suite, baseline: Report) -> None:
+    """Look whether a baseline has cases of a suite, before the long work.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if not {(case.id, case.digest) for case in suite.cases} & _by_key(baseline).keys():
+        raise _nothing_in_common(suite.name)
+
+
 def compare(report: Report, baseline: Report) -> Comparison:
     """Compare case by case; cases count as the same where question and assertions are.
 
     Raises:
         ConfigError: there are none that both have.
     """
-    before = {(result.id, result.digest): result for result in baseline.results}
+    before = _by_key(baseline)
     pairs = [(result, before[key]) for result in report.results if (key := (result.id, result.digest)) in before]
     if not pairs:
-        hint = "compare reports of the same suite, and of the same version of it"
-        raise ConfigError(f"the baseline has no case of {report.suite}", hint=hint)
+        raise _nothing_in_common(report.suite)
     gained = tuple(now.id for now, then in pairs if now.passed and not then.passed)
     lost = tuple(now.id for now, then in pairs if then.passed and not now.passed)
     return Comparison(
@@ -75,6 +85,15 @@ def compare(report: Report, baseline: Report) -> Comparison:
         interval=_bootstrap(pairs),
         p_value=mcnemar(len(gained), len(lost)),
     )
+
+
+def _by_key(report: Report) -> dict[tuple[str, str], Result]:
+    return {(result.id, result.digest): result for result in report.results}
+
+
+def _nothing_in_common(suite: str) -> ConfigError:
+    hint = "compare reports of the same suite, and of the same version of it"
+    return ConfigError(f"the baseline has no case of {suite}", hint=hint)
 
 
 def mcnemar(gained: int, lost: int) -> float:

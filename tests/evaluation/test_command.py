@@ -101,6 +101,22 @@ def test_a_baseline_says_what_became_worse(qwedge: Run, suite: Path, server: Ser
         assert json.loads(done.stdout)["comparison"]["lost"] == ["2", "3", "4"]
 
 
+def test_what_the_end_needs_is_looked_at_before_any_question(
+    qwedge: Run, suite: Path, server: Served, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("prompts: [hello]\ntests:\n  - assert: [{type: regex, value: '.*'}]\n")
+    assert qwedge(other, "--url", server.url, "--json", tmp_path / "other.json").status == 0
+    steps = server.engine.num_steps
+    done = qwedge(suite, "--url", server.url, "--baseline", tmp_path / "other.json")
+    assert (done.status, "the baseline has no case of counts" in done.stderr) == (2, True)
+    for option in ("--json", "--html"):
+        for file in (tmp_path / "missing" / "r", tmp_path):
+            done = qwedge(suite, "--url", server.url, option, file)
+            assert (done.status, f"{file} cannot be written" in done.stderr) == (2, True)
+    assert server.engine.num_steps == steps
+
+
 def test_parts_of_a_suite_and_going_on(qwedge: Run, suite: Path, server: Served, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     assert "4 of 4 cases" in qwedge(suite, "--url", server.url, "--where", "size=small", "--resume", log).stdout
