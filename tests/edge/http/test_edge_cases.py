@@ -103,7 +103,7 @@ def test_looking_does_not_wake_a_sleeping_model() -> None:
     service = make_service(engine, sleep_after_s=0.05)
     with (
         serving(service, ServerSettings(port=0)) as (host, port),
-        httpx.Client(base_url=f"http://{host}:{port}") as ask,
+        httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as ask,
     ):
         wait_for(lambda: engine.asleep)
         naps = engine.naps
