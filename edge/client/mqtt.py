@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from edge.client.wire import CLOSED, Ended, Event, Lost, Progress, Question, Tell, Text
 from edge.errors import ConflictError, OverloadedError, UnavailableError
-from edge.mqtt.connection import Connection, Identity, Incoming, Outgoing
+from edge.mqtt.connection import Connection
+from edge.mqtt.packets import Identity, Incoming, Outgoing
 from edge.mqtt.topics import (
     PROTOCOL_VERSION,
     Layout,

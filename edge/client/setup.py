@@ -13,7 +13,7 @@ from edge.client.http import HttpTransport
 from edge.client.mqtt import MqttTransport
 from edge.client.wire import Question, Transport
 from edge.errors import ConfigError, RequestError
-from edge.mqtt.connection import Identity
+from edge.mqtt.packets import Identity
 from edge.mqtt.topics import is_segment
 from edge.settings.mqtt import BrokerAddress
 

@@ -11,7 +11,8 @@ from edge.config import Settings
 from edge.doctor.check import UNSEEN_HINT, Check, unseen
 from edge.errors import QwedgeError, UnavailableError
 from edge.mqtt.broker_program import find_mosquitto, mosquitto_version
-from edge.mqtt.connection import Connection, Identity
+from edge.mqtt.connection import Connection
+from edge.mqtt.packets import Identity
 from edge.mqtt.password import read_password
 from edge.mqtt.tls import client_context
 from edge.settings.mqtt import BrokerAddress, MqttSettings

@@ -19,9 +19,10 @@ from typing import Any, Final
 
 from edge.errors import CancelledError, EngineError, QwedgeError, TooLargeError, UnavailableError
 from edge.journal import Journal, Key
-from edge.mqtt.connection import Connection, Outgoing
+from edge.mqtt.connection import Connection
 from edge.mqtt.ledger import Job, Ledger, Reply
 from edge.mqtt.messages import MAX_OUTCOME_BYTES, Accepted, Done, Queued, Started, Tokens
+from edge.mqtt.packets import Outgoing
 from edge.mqtt.stored import pack_reply
 from edge.service import Delta, Event, Failed, Finished, Pooled, PromptScored
 from edge.service import Queued as QueuedEvent

@@ -12,10 +12,11 @@ from edge.management import Management, Operation
 from edge.mqtt import homeassistant
 from edge.mqtt.answers import Answers
 from edge.mqtt.commands import Commands
-from edge.mqtt.connection import Connection, Identity, Incoming, Outgoing
+from edge.mqtt.connection import Connection
 from edge.mqtt.intake import Intake
 from edge.mqtt.ledger import Ledger
 from edge.mqtt.messages import MAX_PAYLOAD_BYTES
+from edge.mqtt.packets import Identity, Incoming, Outgoing
 from edge.mqtt.password import read_password
 from edge.mqtt.pool import Pool
 from edge.mqtt.presence import TEMPERATURE_STEP_C, LoadReporter, make_info, make_load, status_message

@@ -18,9 +18,9 @@ from typing import Final, get_args
 
 from edge.errors import QwedgeError, RequestError
 from edge.management import Kind, Management, Operation
-from edge.mqtt.connection import Incoming, Outgoing
 from edge.mqtt.inbox import Inbox
 from edge.mqtt.messages import Command, CommandStatus, command_error, parse_command
+from edge.mqtt.packets import Incoming, Outgoing
 from edge.mqtt.topics import CommandTopic, Layout
 
 log = logging.getLogger(__name__)

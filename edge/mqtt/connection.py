@@ -1,4 +1,4 @@
-"""One connection to the broker, kept up for good: the only file that imports paho.
+"""One connection to the broker, kept up for good.
 
 A thread of its own connects, reads and writes, and connects again with growing, jittered pauses whenever the link is
 lost. It speaks MQTT 5, and MQTT 3.1.1 to a broker that does not know MQTT 5. Incoming messages are handed to a callback
@@ -13,107 +13,36 @@ from __future__ import annotations
 import logging
 import random
 import socket
-import ssl
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.exception import MQTTException
-from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
-from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge.mqtt import tls
+from edge.mqtt.acknowledging import Acknowledgements
+from edge.mqtt.packets import Identity, Incoming, Outgoing, no_ack
+from edge.mqtt.paho_client import incoming, make_client, publish, subscribe
 from edge.mqtt.trace import Trace
+from edge.mqtt.version import VersionChoice, refusal
 from edge.settings.mqtt import BrokerAddress
 
 log = logging.getLogger(__name__)
 
-MAX_PENDING: Final = 1000
-"""QoS 1 messages that wait for the broker; the next one is dropped."""
-MAX_INFLIGHT: Final = 20
-SESSION_EXPIRY_S: Final = 3600
-"""How long the broker keeps requests for a device that is away (MQTT 5)."""
 BACKOFF_S: Final = (0.25, 3.0)
 """First and longest pause between attempts, before jitter."""
 _LOOP_S: Final = 1.0
 """Longest time between two looks at the clock."""
 _STABLE_S: Final = 5.0
 """A connection that lasted this long starts the backoff anew."""
-_SILENT_ATTEMPTS: Final = 3
-"""Connections closed before any answer after which the other protocol version is tried."""
-_UNSUPPORTED_VERSION: Final = 0x84
 _NO_MATCHING_SUBSCRIBERS: Final = 0x10
-_DO_NOT_SEND: Final = SubscribeOptions.RETAIN_DO_NOT_SEND
 _CLOSED: Final = "closed by the other side"
-_VERSION_NAMES: Final = {MQTTProtocolVersion.MQTTv5: "5", MQTTProtocolVersion.MQTTv311: "3.1.1"}
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """A message to publish."""
-
-    topic: str
-    payload: bytes
-    qos: int
-    retain: bool = False
-    content_type: str = "application/json"
-    """MQTT 5 only."""
-    correlation: bytes | None = None
-    """MQTT 5 only: echoed from the request."""
-    expiry_s: int | None = None
-    """MQTT 5 only: how long the broker may keep the message for somebody who is away."""
-
-
-def _nothing() -> None:
-    """What an acknowledgement does where none is due."""
-
-
-@dataclass(frozen=True)
-class Incoming:
-    """A message that arrived."""
-
-    topic: str
-    payload: bytes | None
-    """None where it was larger than ``max_payload``."""
-    retain: bool
-    response_topic: str | None = None
-    correlation: bytes | None = None
-    expiry_s: int | None = None
-    """What is left of the message's life in seconds."""
-    redelivered: bool = False
-    """The broker has sent it before and was not told that it arrived."""
-    received_at: float = field(default_factory=time.monotonic)
-    ack: Callable[[], None] = field(default=_nothing, compare=False, repr=False)
-    """Tell the broker that the message need not be sent again; from any thread, once. PUBACKs go out in the order of
-    the messages, so one that is never called holds back those behind it."""
-
-
-@dataclass(eq=False)
-class _Unacked:
-    """A message that the broker still keeps for us."""
-
-    mid: int
-    done: bool = False
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who we are to the broker."""
-
-    client_id: str
-    username: str | None = None
-    password: str | None = field(default=None, repr=False)
-    tls: ssl.SSLContext | None = field(default=None, repr=False)
-    """Whom to trust and what certificate to show; without it, the system's CAs and none."""
 
 
 class Connection:
@@ -166,21 +95,19 @@ class Connection:
         self._optional = optional
         self._retained = retained
         self._trace = trace
-        self._client = self._make_client(MQTTProtocolVersion.MQTTv5)
+        self._version = VersionChoice()  # changed by the network thread
+        self._client = self._make_client()
         self._asked: dict[int | None, Sequence[str]] = {}
         """Filters by the number of the packet that subscribes to them."""
         self._ready = threading.Event()
         self._stopping = threading.Event()
         self._abandoned = threading.Event()
         self._thread: threading.Thread | None = None
-        self._ack_lock = threading.Lock()
-        self._unacked: deque[_Unacked] = deque()  # of the present link; guarded by _ack_lock
+        self._acks = Acknowledgements(lambda number: self._client.ack(number, 1))
         # Of the present attempt; the network thread only.
         self._answered = False
         self._reason = ""
         # Of all attempts; the network thread only.
-        self._ever_answered = False
-        self._silent_attempts = 0
         self._last_report = ""
         self._last_reason = ""
 
@@ -192,7 +119,7 @@ class Connection:
     @property
     def protocol(self) -> str:
         """The MQTT version in use: ``5`` or ``3.1.1``."""
-        return _VERSION_NAMES[self._client.protocol]
+        return self._version.name
 
     @property
     def reason(self) -> str:
@@ -257,11 +184,9 @@ class Connection:
             self._client.unsubscribe(sorted(removed))
 
     def _publish(self, message: Outgoing) -> paho.MQTTMessageInfo:
-        client = self._client
         if self._trace is not None:
             self._trace.add("out", message.topic, len(message.payload))
-        properties = _publish_properties(message) if client.protocol == MQTTProtocolVersion.MQTTv5 else None
-        return client.publish(message.topic, message.payload, message.qos, message.retain, properties)
+        return publish(self._client, message)
 
     # --- the network thread -----------------------------------------------------------------------------------------
 
@@ -275,21 +200,21 @@ class Connection:
             self._ready.clear()
             if self._stopping.is_set():
                 return
-            if self._refuses_version_5():
+            if self._version.refused(self._reason):
                 self._change_version()
                 continue
             self._last_reason = self._reason  # of a version that is not spoken, nobody need hear
             stable = was_ready and time.monotonic() - began > _STABLE_S
             self._report_end(was_ready=was_ready, stable=stable)
-            self._count_silence()
+            if self._version.ended(silent=self._reason == _CLOSED and not self._answered):
+                self._change_version()
             attempt = 0 if stable else attempt + 1
             self._stopping.wait(backoff_s(attempt))
 
     def _one_link(self) -> None:
         """Connect and serve the link until it ends."""
         self._asked.clear()
-        with self._ack_lock:
-            self._unacked.clear()  # the broker sends them again
+        self._acks.forget()
         try:
             self._client.reconnect()
             rc = MQTTErrorCode.MQTT_ERR_SUCCESS
@@ -317,20 +242,8 @@ class Connection:
             log.warning("MQTT broker %s: %s; trying again, every %.0f s at most", self._place, report, BACKOFF_S[1])
         self._last_report = report
 
-    def _refuses_version_5(self) -> bool:
-        return self._client.protocol == MQTTProtocolVersion.MQTTv5 and self._reason == _version_reason()
-
-    def _count_silence(self) -> None:
-        """Some brokers just hang up on a version that they do not know: after a few times, try the other one."""
-        silent = self._reason == _CLOSED and not (self._answered or self._ever_answered)
-        self._silent_attempts = self._silent_attempts + 1 if silent else 0
-        if self._silent_attempts == _SILENT_ATTEMPTS:
-            self._silent_attempts = 0
-            self._change_version()
-
     def _change_version(self) -> None:
-        is_5 = self._client.protocol == MQTTProtocolVersion.MQTTv5
-        self._client = self._make_client(MQTTProtocolVersion.MQTTv311 if is_5 else MQTTProtocolVersion.MQTTv5)
+        self._client = self._make_client()
         log.info("MQTT broker %s: going on with MQTT %s", self._place, self.protocol)
 
     @property
@@ -339,37 +252,23 @@ class Connection:
 
     # --- paho -------------------------------------------------------------------------------------------------------
 
-    def _make_client(self, version: MQTTProtocolVersion) -> paho.Client:
-        is_5 = version == MQTTProtocolVersion.MQTTv5
-        client = paho.Client(
-            CallbackAPIVersion.VERSION2, self._identity.client_id, protocol=version,
-            clean_session=None if is_5 else not self._keep_session, reconnect_on_failure=False, manual_ack=True,
-        )  # fmt: skip
-        client.max_queued_messages_set(MAX_PENDING)
-        client.max_inflight_messages_set(MAX_INFLIGHT)
-        if self._identity.username is not None:
-            client.username_pw_set(self._identity.username, self._identity.password)
+    def _make_client(self) -> paho.Client:
+        client = make_client(
+            self._address,
+            self._identity,
+            self._version.version,
+            # paho waits one keepalive before it pings and another for the reply, and looks at the clock once in _LOOP_S
+            keepalive_s=self._keepalive_s - int(_LOOP_S),
+            keep_session=self._keep_session,
+            will=self._will,
+        )
         if self._address.tls:
-            client.tls_set_context(self._identity.tls or tls.default_context())
             client.on_log = self._logged
-        if self._will is not None:
-            client.will_set(self._will.topic, self._will.payload, self._will.qos, self._will.retain)
-        client.on_socket_open = _set_nodelay
-        # With this callback set, paho leaves all writing to the thread that runs loop(): other threads only wake it.
-        client.on_socket_register_write = _leave_to_loop
         client.on_connect = self._connected
         client.on_subscribe = self._subscribed
         client.on_disconnect = self._disconnected
         client.on_publish = self._published
         client.on_message = self._received
-        options: dict[str, Any] = {}
-        if is_5:
-            expiry = SESSION_EXPIRY_S if self._keep_session else 0
-            properties = _properties(PacketTypes.CONNECT, SessionExpiryInterval=expiry)
-            options = {"clean_start": not self._keep_session, "properties": properties}
-        # paho waits one keepalive before it pings and another for the reply, and looks at its clock once in _LOOP_S.
-        keepalive_s = self._keepalive_s - int(_LOOP_S)
-        client.connect_async(self._address.host, self._address.port, keepalive_s, **options)
         return client
 
     def _connected(
@@ -377,25 +276,16 @@ class Connection:
     ) -> None:
         self._answered = True
         if reason.is_failure:
-            self._reason = f"refused by the broker: {reason}"
+            self._reason = refusal(reason)
             return
-        self._ever_answered = True
+        self._version.accepted()
         if self._filters:
             self._subscribe(client, self._filters)
         else:
             self._linked()
 
     def _subscribe(self, client: paho.Client, filters: Sequence[str]) -> None:
-        if client.protocol == MQTTProtocolVersion.MQTTv5:
-            # Retained requests are not sent on subscription, and live ones keep their flag, so that they can be told.
-            _, number = client.subscribe([(topic, self._options(topic)) for topic in filters])
-        else:
-            _, number = client.subscribe([(topic, 1) for topic in filters])
-        self._asked[number] = filters
-
-    def _options(self, topic: str) -> SubscribeOptions:
-        handling = SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE if topic in self._retained else _DO_NOT_SEND
-        return SubscribeOptions(qos=1, retainAsPublished=True, retainHandling=handling)
+        self._asked[subscribe(client, filters, self._retained)] = filters
 
     def _subscribed(
         self, _client: paho.Client, _data: Any, mid: int, reasons: list[ReasonCode], _properties: Properties | None
@@ -436,73 +326,21 @@ class Connection:
             self._on_unheard(mid)
 
     def _received(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
-        ack = self._expect_ack(message.mid) if message.qos else _nothing
+        ack = self._acks.expect(message.mid) if message.qos else no_ack
         if self._trace is not None:
             self._trace.add("in", message.topic, len(message.payload))
         # An exception would end the link before the message is acknowledged, and so bring it back for ever.
         try:
-            self._on_message(self._incoming(message, ack))
+            self._on_message(incoming(message, self._max_payload, ack))
         except Exception:
             log.exception("a message could not be taken")
             ack()
-
-    def _incoming(self, message: paho.MQTTMessage, ack: Callable[[], None]) -> Incoming:
-        properties = message.properties
-        return Incoming(
-            topic=message.topic,
-            payload=bytes(message.payload) if len(message.payload) <= self._max_payload else None,
-            retain=message.retain,
-            response_topic=getattr(properties, "ResponseTopic", None),
-            correlation=getattr(properties, "CorrelationData", None),
-            expiry_s=getattr(properties, "MessageExpiryInterval", None),
-            redelivered=message.dup,
-            ack=ack,
-        )
-
-    def _expect_ack(self, mid: int) -> Callable[[], None]:
-        unacked = _Unacked(mid)
-        with self._ack_lock:
-            self._unacked.append(unacked)
-        return partial(self._ack, unacked)
-
-    def _ack(self, unacked: _Unacked) -> None:
-        """Send the PUBACKs that are due; none for a message of an earlier link: its number may be another's now."""
-        with self._ack_lock:
-            unacked.done = True
-            while self._unacked and self._unacked[0].done:
-                self._client.ack(self._unacked.popleft().mid, 1)
 
 
 def backoff_s(attempt: int) -> float:
     """Pause before the next attempt after ``attempt`` failures in a row: exponential with jitter."""
     first, longest = BACKOFF_S
     return random.uniform(0.5, 1.0) * min(first * 2.0 ** min(attempt, 16), longest)  # noqa: S311 - no secret
-
-
-def _set_nodelay(_client: paho.Client, _data: Any, link: Any) -> None:
-    # Nagle's algorithm against delayed ACKs costs 40 ms on every QoS 1 message.
-    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _leave_to_loop(_client: paho.Client, _data: Any, _link: Any) -> None:
-    """The loop asks paho itself whether there is something to write."""
-
-
-def _publish_properties(message: Outgoing) -> Properties:
-    given = {"CorrelationData": message.correlation, "MessageExpiryInterval": message.expiry_s}
-    values = {name: value for name, value in given.items() if value is not None}
-    return _properties(PacketTypes.PUBLISH, PayloadFormatIndicator=1, ContentType=message.content_type, **values)
-
-
-def _properties(packet_type: int, **values: Any) -> Properties:
-    properties = Properties(packet_type)  # type: ignore[no-untyped-call]
-    for name, value in values.items():
-        setattr(properties, name, value)
-    return properties
-
-
-def _version_reason() -> str:
-    return f"refused by the broker: {ReasonCode(PacketTypes.CONNACK, identifier=_UNSUPPORTED_VERSION)}"
 
 
 def _dropped_rc(message: Outgoing) -> MQTTErrorCode | None:

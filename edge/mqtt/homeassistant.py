@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from edge import __version__
-from edge.mqtt.connection import Incoming, Outgoing
+from edge.mqtt.packets import Incoming, Outgoing
 from edge.mqtt.topics import Layout, RequestId, answers_filter
 from edge.settings.mqtt import DISCOVERY_OFF, DISCOVERY_PREFIX, MqttSettings
 

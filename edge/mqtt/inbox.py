@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import Final
 
-from edge.mqtt.connection import Incoming
+from edge.mqtt.packets import Incoming
 
 MAX_MESSAGES: Final = 256
 MAX_BYTES: Final = 8 << 20

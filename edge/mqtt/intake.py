@@ -31,10 +31,10 @@ from edge.errors import (
 from edge.journal import Journal
 from edge.model import Model
 from edge.mqtt.answers import Answers
-from edge.mqtt.connection import Incoming
 from edge.mqtt.inbox import Inbox
 from edge.mqtt.ledger import Job, Ledger, Reply
 from edge.mqtt.messages import MAX_PAYLOAD_BYTES, Done, parse_request
+from edge.mqtt.packets import Incoming
 from edge.mqtt.resume import MAX_STARTS, Resumer
 from edge.mqtt.stored import pack, pack_reply
 from edge.mqtt.topics import CancelTopic, Layout, RequestId, RequestTopic

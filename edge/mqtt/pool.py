@@ -17,8 +17,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from edge.mqtt.connection import Connection, Identity, Incoming
+from edge.mqtt.connection import Connection
 from edge.mqtt.messages import MAX_PAYLOAD_BYTES
+from edge.mqtt.packets import Identity, Incoming
 from edge.service import Service
 from edge.settings.mqtt import BrokerAddress
 

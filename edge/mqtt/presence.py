@@ -8,8 +8,9 @@ from typing import Final
 
 from edge import __version__
 from edge.management import Management
-from edge.mqtt.connection import Connection, Outgoing
+from edge.mqtt.connection import Connection
 from edge.mqtt.messages import MAX_PAYLOAD_BYTES, Info, Limits, Load, ModelInfo, Status, Versions
+from edge.mqtt.packets import Outgoing
 from edge.mqtt.topics import PROTOCOL_VERSION, Layout
 from edge.service import Service
 

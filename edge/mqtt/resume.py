@@ -19,9 +19,9 @@ from typing import Final, Literal
 from edge.errors import CancelledError, CrashedError, EngineError, OverloadedError, QwedgeError, UnavailableError
 from edge.journal import Entry, Journal
 from edge.mqtt.answers import Answers
-from edge.mqtt.connection import Incoming
 from edge.mqtt.ledger import Job, Ledger
 from edge.mqtt.messages import Done
+from edge.mqtt.packets import Incoming
 from edge.mqtt.stored import is_ours, unpack_job, unpack_message
 from edge.mqtt.topics import Layout
 

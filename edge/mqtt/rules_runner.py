@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from edge.errors import EngineError, OverloadedError, QwedgeError, UnavailableError
-from edge.mqtt.connection import Incoming, Outgoing
 from edge.mqtt.messages import RuleFailure
+from edge.mqtt.packets import Incoming, Outgoing
 from edge.mqtt.rules import Rule, RuleMessage
 from edge.mqtt.rules_gate import Fate, Gate
 from edge.mqtt.topics import Layout

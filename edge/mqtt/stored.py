@@ -7,8 +7,8 @@ import json
 import time
 
 from edge.journal import Entry
-from edge.mqtt.connection import Incoming
 from edge.mqtt.ledger import OWNER, Job, Reply
+from edge.mqtt.packets import Incoming
 from edge.mqtt.topics import Layout, ReplyTopics, RequestId
 
 

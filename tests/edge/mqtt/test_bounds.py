@@ -9,10 +9,10 @@ import pytest
 
 from edge.errors import ConflictError
 from edge.journal import Journal, Limits
-from edge.mqtt.connection import Incoming
 from edge.mqtt.inbox import MAX_BYTES, MAX_MESSAGES, Inbox
 from edge.mqtt.ledger import Job, Ledger, Reply
 from edge.mqtt.messages import Done
+from edge.mqtt.packets import Incoming
 from edge.mqtt.stored import pack, pack_reply
 from edge.mqtt.topics import Layout, RequestId
 from tests.edge.journals import settled

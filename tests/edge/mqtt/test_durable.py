@@ -20,9 +20,10 @@ import edge.journal
 from edge.journal import Entry, Journal
 from edge.journal_file import JournalFile
 from edge.mqtt import EmbeddedBroker, MqttBridge
-from edge.mqtt.connection import Incoming
+from edge.mqtt.acknowledging import Acknowledgements
 from edge.mqtt.ledger import Job, Reply
 from edge.mqtt.messages import Done
+from edge.mqtt.packets import Incoming
 from edge.mqtt.stored import pack
 from edge.mqtt.topics import Layout, RequestId
 from edge.settings.mqtt import MqttSettings
@@ -252,9 +253,10 @@ def test_safe_mode_is_told_in_the_info(broker: EmbeddedBroker, start: StartDevic
 def test_a_stored_request_that_cannot_be_read_is_forgotten(start: StartDevice, leave: Leave, client: Client) -> None:
     broken, whole = stored("1", "x"), stored("2", "y")
     leave(replace(broken, reply=b"\0"), replace(broken, key=replace(broken.key, id="3"), request=b"\0\n{}"), whole)
-    stop(start())
-    device = start()
+    first = start()
     assert text_of(client.done("2")) == "You said: y"
+    stop(first)
+    device = start()
     assert device.bridge.stats().num_running == 0
     client.send("1", chat("z"))
     assert client.done("1").status == 200
@@ -300,13 +302,13 @@ def test_nothing_is_said_before_the_request_is_stored(start: StartDevice, disk: 
     client.send("1", chat("x", stream=True))
     wait_until(lambda: device.engine.num_steps > 3)
     time.sleep(0.2)
-    assert device.bridge._connection._unacked, "the broker still keeps it for us"
+    assert device.bridge._connection._acks._unacked, "the broker still keeps it for us"
     assert client.received == []
     disk.works.set()
     assert client.done("1").status == 200
     assert [e.event for e in client.of("1", "evt")] == ["accepted", "queued", "started"]
     assert "".join(batch.text for batch in client.of("1", "tok")) == "You said: x"
-    wait_until(lambda: not device.bridge._connection._unacked)
+    wait_until(lambda: not device.bridge._connection._acks._unacked)
 
 
 def test_a_message_that_comes_again_over_a_new_link_runs_once(start: StartDevice, disk: Disk, client: Client) -> None:
@@ -325,7 +327,7 @@ def test_a_message_that_comes_again_over_a_new_link_runs_once(start: StartDevice
     client.send("fence", chat("y"))
     client.done("fence")
     assert len(client.of("1", "done")) == 1
-    wait_until(lambda: not device.bridge._connection._unacked)
+    wait_until(lambda: not device.bridge._connection._acks._unacked)
 
 
 def test_a_message_that_may_have_ended_the_process_is_stored_before_it_runs(
@@ -376,18 +378,17 @@ def test_while_the_disk_refuses_requests_are_refused_and_answers_wait(
     assert time.monotonic() - began < 5
     client.send("refused0", chat("y"))
     assert client.done("refused0", 2).status == 200
-    wait_until(lambda: not device.bridge._connection._unacked)
+    wait_until(lambda: not device.bridge._connection._acks._unacked)
 
 
-def test_acknowledgements_go_out_in_the_order_of_the_messages(start: StartDevice, monkeypatch: Any) -> None:
-    connection = start().bridge._connection
+def test_acknowledgements_go_out_in_the_order_of_the_messages() -> None:
     sent: list[int] = []
-    monkeypatch.setattr(connection._client, "ack", lambda mid, _qos: sent.append(mid))
-    first, second, third = (connection._expect_ack(mid) for mid in (11, 12, 13))
+    acks = Acknowledgements(sent.append)
+    first, second, third = (acks.expect(mid) for mid in (11, 12, 13))
     second()
     assert sent == []
     first()
     assert sent == [11, 12]
-    connection._unacked.clear()  # as a new link does
+    acks.forget()  # as a new link does
     third()
     assert sent == [11, 12]

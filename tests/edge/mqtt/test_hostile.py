@@ -10,7 +10,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from edge.mqtt.connection import Incoming, Outgoing
+from edge.mqtt.packets import Incoming, Outgoing
 from tests.edge.mqtt.client import chat, check, text_of
 from tests.edge.mqtt.conftest import Device, MakeDevice, wait_until
 from tests.fakes import FakeEngine

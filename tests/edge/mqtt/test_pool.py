@@ -19,7 +19,7 @@ import pytest
 from edge.client import AsyncClient, Client, Progress
 from edge.errors import OverloadedError, UnavailableError
 from edge.mqtt import EmbeddedBroker, MqttBridge
-from edge.mqtt.connection import Identity
+from edge.mqtt.packets import Identity
 from edge.mqtt.pool import Pool
 from edge.service import Service
 from edge.settings.mqtt import BrokerAddress, MqttSettings
