@@ -209,7 +209,7 @@ def test_bench_reports_consistent_figures(bundle: Path, qwedge: Run) -> None:
 
 def test_serve_answers_and_ctrl_c_lets_running_requests_finish(bundle: Path, tmp_path: Path) -> None:
     with serving(bundle, tmp_path / "log") as server:
-        assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
+        assert httpx.get(f"{server.url}/health", timeout=TIMEOUT_S).json()["status"] == "ok"
         with server.stream(200) as response:
             lines = response.iter_lines()
             next(line for line in lines if line.startswith("data: "))
@@ -288,7 +288,7 @@ def test_a_taken_broker_port_leaves_http_alone_with_a_line_that_says_so(bundle: 
         port = str(taken.getsockname()[1])
         with serving(bundle, tmp_path / "log", "--broker", "embedded", QWEDGE_MQTT_PORT=port) as server:
             assert "mqtt" not in server.ready
-            assert httpx.get(f"{server.url}/health").status_code == 200
+            assert httpx.get(f"{server.url}/health", timeout=TIMEOUT_S).status_code == 200
             assert "HTTP alone, without MQTT" in server.log.read_text()
 
 
@@ -308,11 +308,11 @@ def test_a_journal_without_a_disk_degrades_mqtt_until_there_is_one(bundle: Path,
     obstacle.touch()
     options = {"QWEDGE_MQTT_PORT": "0", "QWEDGE_MQTT_JOURNAL": str(obstacle / "journal")}
     with serving(bundle, tmp_path / "log", "--broker", "embedded", **options) as server:
-        health = httpx.get(f"{server.url}/health")
+        health = httpx.get(f"{server.url}/health", timeout=TIMEOUT_S)
         assert (health.status_code, health.json()["status"]) == (200, "degraded")
         assert health.json()["problem"] == "Not a directory"
         obstacle.unlink()
-        wait_for(lambda: httpx.get(f"{server.url}/health").json()["status"] == "ok")
+        wait_for(lambda: httpx.get(f"{server.url}/health", timeout=TIMEOUT_S).json()["status"] == "ok")
         assert (obstacle / "journal" / "journal.db").exists()
 
 

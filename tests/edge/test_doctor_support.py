@@ -173,6 +173,7 @@ def test_the_running_server_is_asked_and_its_words_are_searched_too(device: Path
         answer = httpx.post(
             f"{server.url}/v1/chat/completions",
             json={"messages": [{"role": "user", "content": "canary prompt of a client"}]},
+            timeout=60,
         )
         assert answer.status_code == 200
         report = examine(write_config(device, server.port), measure=False)

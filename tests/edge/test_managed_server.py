@@ -129,8 +129,9 @@ def test_models_are_switched_verified_and_rolled_back_over_http(server: Server) 
     assert begun.json()["kind"] == "switch"
     assert server.end() == begun.json() | {"state": "done", "step": "", "progress": 1.0}
     assert model(server) == "second"
-    assert [entry["id"] for entry in httpx.get(f"{server.url}/v1/models").json()["data"]] == ["second"]
-    assert httpx.get(f"{server.url}/health").json()["model"] == "second"
+    models = httpx.get(f"{server.url}/v1/models", timeout=TIMEOUT_S).json()["data"]
+    assert [model["id"] for model in models] == ["second"]
+    assert httpx.get(f"{server.url}/health", timeout=TIMEOUT_S).json()["model"] == "second"
     assert server.post("/v1/bundles/first/verify").status_code == 202
     assert server.end()["state"] == "done"
     assert server.post("/v1/bundles/rollback").status_code == 202
@@ -141,23 +142,23 @@ def test_models_are_switched_verified_and_rolled_back_over_http(server: Server) 
 def test_weights_are_unloaded_and_loaded(server: Server) -> None:
     assert server.post("/v1/device/unload").status_code == 204
     deadline = time.monotonic() + TIMEOUT_S
-    while not httpx.get(f"{server.url}/health").json()["asleep"]:
+    while not httpx.get(f"{server.url}/health", timeout=TIMEOUT_S).json()["asleep"]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert server.post("/v1/device/load").status_code == 204
-    assert not httpx.get(f"{server.url}/health").json()["asleep"]
+    assert not httpx.get(f"{server.url}/health", timeout=TIMEOUT_S).json()["asleep"]
 
 
 def test_what_is_not_there_is_refused(server: Server) -> None:
     missing = server.post("/v1/bundles/third/switch")
     assert missing.status_code == 409
     assert missing.json()["error"]["message"] == "there is no bundle third"
-    assert httpx.get(f"{server.url}/v1/bundles/first/switch").status_code == 405
+    assert httpx.get(f"{server.url}/v1/bundles/first/switch", timeout=TIMEOUT_S).status_code == 405
 
 
 def test_a_restart_over_mqtt_is_the_same_process_and_told_to_be_done_when_it_is_back(server: Server) -> None:
     topic = "qwedge/v1/dev/managed/cmd/restart/7"
-    uptime = httpx.get(f"{server.url}/v1/device").json()["uptime_s"]
+    uptime = httpx.get(f"{server.url}/v1/device", timeout=TIMEOUT_S).json()["uptime_s"]
     with Client(server.broker, "operator", "managed", extra=(topic,)) as operator:
         operator.publish(topic, Command(status="init").encode(), retain=True)
         server.wait_ready()
@@ -166,7 +167,7 @@ def test_a_restart_over_mqtt_is_the_same_process_and_told_to_be_done_when_it_is_
         operator.wait(
             lambda: [m for m in operator.received if m.topic == topic and m.value.status == "successful"], TIMEOUT_S
         )
-    assert httpx.get(f"{server.url}/v1/device").json()["uptime_s"] < uptime + TIMEOUT_S
+    assert httpx.get(f"{server.url}/v1/device", timeout=TIMEOUT_S).json()["uptime_s"] < uptime + TIMEOUT_S
     assert model(server) == "first"
 
 
@@ -184,4 +185,4 @@ def test_settings_are_read_anew_where_they_can_be_used(server: Server) -> None:
     server.config.write_text(sound.replace("slots = 2", "slots = 3"))
     server.process.send_signal(signal.SIGHUP)
     server.wait_ready()
-    assert httpx.get(f"{server.url}/health").json()["queue"]["slots"] == 3
+    assert httpx.get(f"{server.url}/health", timeout=TIMEOUT_S).json()["queue"]["slots"] == 3

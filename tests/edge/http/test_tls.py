@@ -61,12 +61,12 @@ def serial(server: Served, context: ssl.SSLContext) -> str:
 def test_a_client_that_trusts_the_ca_checks_name_and_address(serve: Serve, made: Path) -> None:
     server = serve(**https(made))
     assert server.url.startswith("https://")
-    with httpx.Client(verify=trusting(made)) as client:
+    with httpx.Client(verify=trusting(made), timeout=60) as client:
         for host in ("127.0.0.1", "localhost"):
             response = client.post(f"https://{host}:{server.port}/v1/chat/completions", json=CHAT)
             assert response.json()["choices"][0]["message"]["content"] == "You said: Hi"
     with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-        httpx.get(f"{server.url}/health")
+        httpx.get(f"{server.url}/health", timeout=60)
 
 
 def test_streams_pass_through_tls(serve: Serve, made: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_client_without_a_certificate_stays_outside(serve: Serve, made: Path, 
         server.client.get("/health")
     context = trusting(made)
     context.load_cert_chain(strange / "client-hmi-1.pem", strange / "client-hmi-1.key")
-    with pytest.raises(httpx.TransportError), httpx.Client(verify=context) as client:
+    with pytest.raises(httpx.TransportError), httpx.Client(verify=context, timeout=60) as client:
         client.get(f"{server.url}/health")
 
 
@@ -117,7 +117,7 @@ def test_a_certificate_says_who_asks_and_a_key_of_its_name_what_he_may(
     access = Access(KeyRing(keys), ServerSettings(**settings), local=False)
     server = serve(app={"access": access}, **settings)
     caplog.set_level("INFO", "edge.http.guard")
-    with httpx.Client(verify=trusting(made, "hmi-1"), base_url=server.url) as client:
+    with httpx.Client(verify=trusting(made, "hmi-1"), base_url=server.url, timeout=60) as client:
         assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
         wait_for(lambda: "key=hmi-1" in caplog.text)  # the answer is out before it is logged
         assert client.get("/metrics").status_code == 200
