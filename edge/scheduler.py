@@ -16,20 +16,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edge.decode_step import Decoding, Share
+from edge.batch import Batch, engine_failure
+from edge.decode_step import Decoding
 from edge.energy_shares import EnergyShares
 from edge.engine.interface import Engine
 from edge.engine.prefix_cache import PrefixCache
-from edge.errors import CancelledError, DeadlineError, EngineError, OverloadedError, QwedgeError, UnavailableError
+from edge.errors import CancelledError, DeadlineError, OverloadedError, QwedgeError, UnavailableError
 from edge.prefill_step import Prefilling
 from edge.scheduler_stats import Place, SchedulerStats, SlotStats
-from edge.sequence import FinishReason, Sequence, SequenceStatus
+from edge.sequence import Sequence, SequenceStatus
 from edge.slots import Slots
 from edge.throttle import Throttle
 
@@ -37,8 +34,6 @@ __all__ = ["Place", "Scheduler", "SchedulerStats", "SlotStats"]
 
 log = logging.getLogger(__name__)
 
-_EWMA = 0.2
-"""Weight of the newest request in the running mean that retry hints and ETAs are made from."""
 _REST_AFTER_S = 1.0
 """Seconds of idleness after which memory that was in use is given back."""
 
@@ -75,7 +70,8 @@ class Scheduler:
         self._energy = EnergyShares(energy_j)  # the engine's thread only
         self._decoding = Decoding(engine, draft_tokens)  # the engine's thread only
         self._slots = Slots(engine, prefixes or PrefixCache(0), kv_cache_bytes)  # the engine's thread only
-        self._prefilling_step = Prefilling(engine, self._slots, self._throttle)  # the engine's thread only
+        prefilling = Prefilling(engine, self._slots, self._throttle)
+        self._batch = Batch(engine, self._slots, prefilling, self._decoding, self._energy)
         self._sleep_after_s = sleep_after_s
         self._max_queue = max_queue
         self._changed = threading.Condition()
@@ -83,12 +79,8 @@ class Scheduler:
         self._accepting = False  # guarded by _changed
         self._unload = False  # guarded by _changed: the weights are to leave the memory with the next idleness
         self._stopping = False  # guarded by _changed
-        self._running: list[Sequence] = []  # the engine's thread only, like all below
-        self._prefilling: Sequence | None = None
-        self._asleep = False
-        self._num_preempted = 0
+        self._asleep = False  # the engine's thread only, like all below
         self._progress_at = time.monotonic()
-        self._mean_request_s = 1.0
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -161,7 +153,7 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """The state right now; cheap enough for every health check."""
         with self._changed:
-            active = self._active()
+            active = self._batch.active
             busy = bool(active or self._waiting)
             return SchedulerStats(
                 num_waiting=len(self._waiting),
@@ -172,7 +164,7 @@ class Scheduler:
                 seconds_since_progress=time.monotonic() - self._progress_at if busy else 0.0,
                 asleep=self._asleep,
                 kv_bytes=self._slots.num_bytes(active),
-                num_preempted=self._num_preempted,
+                num_preempted=self._batch.num_preempted,
                 num_drafted=self._decoding.num_drafted,
                 num_accepted=self._decoding.num_accepted,
                 throttle=self._throttle.state,
@@ -192,7 +184,7 @@ class Scheduler:
                     tokens_per_s=sequence.timings().tokens_per_s,
                     age_s=now - sequence.submitted_at,
                 )
-                for sequence in self._active()
+                for sequence in self._batch.active
                 if sequence.slot >= 0
             ]
 
@@ -204,7 +196,7 @@ class Scheduler:
     def find(self, request_id: str) -> Place | None:
         """Where a request is, of several sequences the one that is furthest; None where it is not known any more."""
         with self._changed:
-            places = [(None, sequence) for sequence in self._active()] + list(enumerate(self._waiting))
+            places = [(None, sequence) for sequence in self._batch.active] + list(enumerate(self._waiting))
             found = (self._place(sequence, at) for at, sequence in places if sequence.request_id == request_id)
             return next(found, None)
 
@@ -218,17 +210,12 @@ class Scheduler:
             num_output_tokens=sequence.num_output_tokens,
         )
 
-    def _active(self) -> list[Sequence]:
-        """The sequences that have a slot."""
-        prefilling = self._prefilling
-        return [*self._running, *([prefilling] if prefilling else [])]
-
     def _idle(self) -> bool:
-        return not (self._waiting or self._running or self._prefilling)
+        return not (self._waiting or self._batch.active)
 
     def _eta_s(self, position: int) -> float:
         """Seconds until a sequence at ``position`` may start, from the mean duration of recent requests."""
-        return (position + 1) * self._mean_request_s / self._engine.slots
+        return (position + 1) * self._batch.mean_s / self._engine.slots
 
     def _run(self) -> None:
         while self._await_work():
@@ -239,7 +226,7 @@ class Scheduler:
             except Exception as error:  # whatever goes wrong, the service lives on
                 if not isinstance(error, QwedgeError):
                     log.exception("the engine failed")
-                    error = _failure()
+                    error = engine_failure()
                 self._fail_all(error)
         self._fail_all(UnavailableError("the server shut down", hint="send the request again", retry_after_s=5))
 
@@ -292,11 +279,10 @@ class Scheduler:
         began = time.monotonic()
         self._reap(began)
         self._admit()
-        self._make_room()
-        if self._running:
-            self._guarded(self._decode, self._running)
-        if self._prefilling is not None:
-            self._guarded(self._prefill, [self._prefilling])
+        for sequence in self._batch.make_room():
+            with self._changed:
+                self._waiting.appendleft(sequence)
+        self._batch.step()
         self._progress_at = time.monotonic()
         self._throttle.rest(self._progress_at - began)
 
@@ -306,45 +292,23 @@ class Scheduler:
             ended = [sequence for sequence in self._waiting if _verdict(sequence, now)]
             for sequence in ended:
                 self._waiting.remove(sequence)
-        for sequence in [*ended, *self._active()]:
+        for sequence in [*ended, *self._batch.active]:
             if error := _verdict(sequence, now):
-                self._fail(sequence, error)
+                self._batch.fail(sequence, error)
         if ended:
             self._announce_positions()
 
     def _admit(self) -> None:
         """Move the oldest waiting sequence into prefill when there is a slot, and room in the budget."""
-        if self._prefilling is not None or not self._slots.any_free:
+        if self._batch.prefilling is not None or not self._slots.any_free:
             return
         with self._changed:
-            if not self._waiting or not self._slots.has_room(self._active(), self._waiting[0]):
+            if not self._waiting or not self._slots.has_room(self._batch.active, self._waiting[0]):
                 return
             sequence = self._waiting.popleft()
-            self._prefilling = sequence
-        sequence.status = SequenceStatus.PREFILL
-        if is_new := sequence.started_at is None:
-            sequence.started_at = time.monotonic()
-        self._guarded(partial(self._slots.take, sequence, self._running), [sequence])
-        if is_new and sequence.status is SequenceStatus.PREFILL:
-            sequence.num_cached_tokens = sequence.num_computed_tokens
-            sequence.consumer.started()
+            self._batch.prefilling = sequence
+        self._batch.begin(sequence)
         self._announce_positions()
-
-    def _make_room(self) -> None:
-        """Take the slot of the youngest sequences until the next step fits into the budget; the oldest always fits."""
-        step = self._engine.rows + (self._engine.prefill_chunk if self._prefilling else 0)
-        while len(active := self._active()) > 1 and not self._slots.holds(active, step):
-            self._preempt(max(active, key=lambda sequence: sequence.started_at or 0.0))
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Send a sequence back to the head of the queue; it will be computed again, and go on where it was."""
-        self._slots.keep(sequence)
-        self._release(sequence)
-        sequence.status = SequenceStatus.WAITING
-        sequence.num_computed_tokens = 0
-        self._num_preempted += 1
-        with self._changed:
-            self._waiting.appendleft(sequence)
 
     def _announce_positions(self) -> None:
         with self._changed:
@@ -352,110 +316,16 @@ class Scheduler:
                 if sequence.started_at is None:
                     sequence.consumer.queued(position, self._eta_s(position))
 
-    def _prefill(self) -> None:
-        """Prefill one chunk; after the last one the first token is there."""
-        sequence = self._prefilling
-        assert sequence is not None
-        last = self._prefilling_step.run(sequence, shares=bool(self._running))
-        self._energy.charge([sequence])
-        self._slots.keep_snapshot(sequence)
-        if sequence.num_computed_tokens == len(sequence.prompt_ids):
-            sequence.prompt_reader = None
-            self._prefilling = None
-            self._running.append(sequence)
-            sequence.status = SequenceStatus.DECODE
-            if sequence.max_tokens == 0:
-                self._finish(sequence, "length")
-            elif not sequence.output_ids:  # else they were generated before the slot was taken away
-                self._next_token(sequence, last)
-
-    def _decode(self) -> None:
-        """At least one token for every running sequence."""
-        shares = self._decoding.step(self._running)
-        self._energy.charge(self._running)
-        for share, logits in shares:
-            self._guarded(partial(self._take, share, logits), [share.sequence])
-
-    def _take(self, share: Share, logits: NDArray[np.float32]) -> None:
-        """Sample the next tokens from the logits [len(share.ids), padded_vocab], as far as guesses are right."""
-        sequence = share.sequence
-        sequence.num_computed_tokens += len(share.known)
-        if not share.is_complete:
-            return
-        num_right = 0
-        for position, row in enumerate(logits[len(share.known) - 1 :]):
-            self._next_token(sequence, row)
-            guess = share.draft.ids[position : position + 1] if position < share.num_drafted else ()
-            if sequence.status is SequenceStatus.FINISHED or (sequence.output_ids[-1],) != guess:
-                break
-            sequence.num_computed_tokens += 1
-            num_right += 1
-        self._decoding.settle(share, num_right)
-
-    def _next_token(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
-        """Sample from ``logits`` [padded_vocab] and let the token take effect."""
-        token = sequence.sampler.sample(logits)
-        sequence.output_ids.append(token)
-        if sequence.first_token_at is None:
-            sequence.first_token_at = time.monotonic()
-        if token in sequence.eos_ids:
-            self._finish(sequence, "stop")
-        elif reason := sequence.consumer.token(token):
-            self._finish(sequence, reason)
-        elif sequence.num_output_tokens >= sequence.max_tokens or sequence.num_tokens >= self._engine.context_length:
-            self._finish(sequence, "length")
-
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._slots.keep(sequence)
-        self._release(sequence)
-        timings = sequence.timings()
-        total = timings.prefill_s + timings.decode_s
-        self._mean_request_s += _EWMA * (total - self._mean_request_s)
-        sequence.consumer.finished(reason, timings)
-
-    def _fail(self, sequence: Sequence, error: QwedgeError) -> None:
-        if sequence.slot >= 0 and isinstance(error, CancelledError | DeadlineError):
-            self._slots.keep(sequence)  # the work was sound, only nobody waited for the end
-        self._release(sequence)
-        sequence.consumer.failed(error, sequence.timings())
-
     def _fail_all(self, error: QwedgeError) -> None:
         with self._changed:
             waiting = list(self._waiting)
             self._waiting.clear()
-        for sequence in [*self._active(), *waiting]:
-            self._fail(sequence, error)
-
-    def _release(self, sequence: Sequence) -> None:
-        """Take a sequence off its slot, if it has one."""
-        if sequence is self._prefilling:
-            self._prefilling = None
-        elif sequence in self._running:
-            self._running.remove(sequence)
-        self._slots.give_back(sequence)
-        sequence.status = SequenceStatus.FINISHED
-
-    def _guarded(self, work: Callable[[], None], sequences: list[Sequence]) -> None:
-        """Run engine work; a failure ends the sequences it was for, and only those."""
-        try:
-            work()
-        except QwedgeError as error:
-            failure: QwedgeError = error
-        except Exception:  # whatever the engine throws, the service lives on
-            log.exception("the engine failed")
-            failure = _failure()
-        else:
-            return
-        for sequence in list(sequences):
-            self._fail(sequence, failure)
+        for sequence in [*self._batch.active, *waiting]:
+            self._batch.fail(sequence, error)
 
 
 def _phase(sequence: Sequence) -> Literal["prefill", "decode"]:
     return "prefill" if sequence.status is SequenceStatus.PREFILL else "decode"
-
-
-def _failure() -> EngineError:
-    return EngineError("the engine failed on this request", hint="see the server's log; try again")
 
 
 def _verdict(sequence: Sequence, now: float) -> QwedgeError | None:

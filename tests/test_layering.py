@@ -57,6 +57,7 @@ LAYERS = (
         "edge.adapters",
         "edge.scheduler",
         "edge.scheduler_stats",
+        "edge.batch",
         "edge.decode_step",
         "edge.energy_shares",
         "edge.planning",
