@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from edge.bundle import GRAPH, KVLayout
 from edge.errors import ConfigError
 from export.architectures import architecture_for
-from export.architectures.decoder import Decoder
+from export.architectures.decoder import Built, Decoder
 from export.calibration import Calibration, CalibrationText
 from export.checkpoint import Checkpoint
 from export.graph import GraphBuilder
@@ -52,6 +52,7 @@ class Graph:
 
     model: ir.Model
     architecture: Decoder
+    built: Built
     context_length: int
     """Tokens it has rotary tables for."""
     kv: KVLayout
@@ -98,7 +99,7 @@ def build_graph(
         weights = Weights(checkpoint, recipe, file, advance)
         observe = Calibration(folder, token_ids(checkpoint, calibration), length).observe if calibration else None
         builder = GraphBuilder(weights, LoraPlaces().adapt if lora else None, observe)
-        bytes_per_token = architecture.build(builder, length).bytes_per_token
+        built = architecture.build(builder, length)
         model = builder.model(architecture.model_type)
     assert weights.parameter_count == architecture.parameter_count()
     ir.save(model, folder / GRAPH)
@@ -108,10 +109,11 @@ def build_graph(
     return Graph(
         model=model,
         architecture=architecture,
+        built=built,
         context_length=length,
         kv=architecture.kv_layout(),
         parameter_count=weights.parameter_count,
-        weight_bytes_per_token=bytes_per_token,
+        weight_bytes_per_token=built.bytes_per_token,
         row_multiple=max(recipe.row_multiple, row_multiple(weights.kept.values())),
         kept=kept,
     )

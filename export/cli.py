@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from edge.bundle import Target
+from edge.bundle import Manifest, Target
 from edge.errors import ConfigError
 from export.explain import recipes_as_json, recipes_as_text
 from export.progress import Progress
@@ -58,6 +58,9 @@ def export(
         list[Path] | None,
         typer.Option(metavar="DIR", help="Add a LoRA adapter as PEFT saves it to the weights for good. Repeatable."),
     ] = None,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="Keep the head of multi-token prediction (Qwen3.5), as a second graph.")
+    ] = False,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model name that requests use.  [default: from the source]")
     ] = None,
@@ -103,8 +106,8 @@ def export(
     with console_progress() as progress:
         exported, oracle = _export(
             source, output, recipe=recipe, kv=kv, target=target, calibrate=calibrate,
-            adapters=_adapters(adapter or []), merge=merge or [], name=name, context=context, counter=counter,
-            sign=sign, report=report, verify=verify, offline=offline, progress=progress,
+            adapters=_adapters(adapter or []), merge=merge or [], mtp=mtp, name=name, context=context,
+            counter=counter, sign=sign, report=report, verify=verify, offline=offline, progress=progress,
         )  # fmt: skip
     _print_report(exported, oracle, as_json=as_json)
 
@@ -119,6 +122,7 @@ def _export(
     calibrate: str | None,
     adapters: dict[str, Path],
     merge: list[Path],
+    mtp: bool,
     name: str | None,
     context: int | None,
     counter: int,
@@ -147,7 +151,7 @@ def _export(
         exported = export_bundle(
             checkpoint, output, recipe_named(recipe), progress=progress, name=name, context=context, kv=kv,
             target=target, calibration=calibration, adapters=adapters, licence=licence, counter=counter, key=key,
-            oracle=oracle, report=report,
+            oracle=oracle, report=report, mtp=mtp,
         )  # fmt: skip
     return exported, oracle
 
@@ -192,6 +196,16 @@ def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: boo
         print(f"counter    {manifest.counter}")
     print(f"size       {size / 1e6:,.1f} MB, {manifest.weight_bytes_per_token / 1e6:,.1f} MB read per token")
     print(f"context    {manifest.context_length:,} tokens, {manifest.kv.bytes_per_token:,} bytes of cache each")
+    _print_options(manifest)
+    print(f"kernels    largest relative difference {test['kernel_difference']:.1e}")
+    if oracle:
+        print(f"oracle     {oracle['oracle']} {oracle['version']}: {oracle['max_difference']:.1e} in the logits")
+    print(f"self-test  {test['prompt']!r} -> {test['next_text']!r}")
+    print(f"time       {', '.join(f'{phase} {seconds:.1f} s' for phase, seconds in report.seconds.items())}")
+
+
+def _print_options(manifest: Manifest) -> None:
+    """What only some bundles have."""
     if manifest.state:
         print(f"state      {manifest.state.bytes_per_slot:,} bytes for each sequence")
     if manifest.target != "cpu":
@@ -201,13 +215,10 @@ def _print_report(report: Report, oracle: dict[str, Any] | None, *, as_json: boo
     if quality := manifest.measured.get("quality"):
         change = quality["perplexity"] / quality["reference_perplexity"] - 1
         print(f"quality    KL {quality['kl']:.4f}, same first choice {quality['top1']:.1%}, perplexity {change:+.1%}")
+    if head := manifest.recipe.get("mtp"):
+        print(f"mtp        {head['parameter_count']:,} parameters, guesses {manifest.measured['mtp']['next_text']!r}")
     for adapter in manifest.adapters:
         print(f"adapter    {manifest.name}:{adapter.name}, rank {adapter.rank}")
-    print(f"kernels    largest relative difference {test['kernel_difference']:.1e}")
-    if oracle:
-        print(f"oracle     {oracle['oracle']} {oracle['version']}: {oracle['max_difference']:.1e} in the logits")
-    print(f"self-test  {test['prompt']!r} -> {test['next_text']!r}")
-    print(f"time       {', '.join(f'{phase} {seconds:.1f} s' for phase, seconds in report.seconds.items())}")
 
 
 def _print_catalog(*, as_json: bool) -> None:

@@ -23,7 +23,7 @@ from export.checkpoint import Checkpoint, GenerationDefaults, Origin, StoredTens
 from export.files import DAMAGED, WeightFile, shown
 from export.generation import END_OF_TURN, generation_defaults
 from export.gguf_header import GGUFHeader, GGUFTensor, read_header
-from export.gguf_qwen3_5 import restore
+from export.gguf_qwen3_5 import name_prediction, restore
 from export.gguf_tokenizer import GGUFTokenizer, rebuild_tokenizer, repair_template
 from export.text_part import text_tensors
 
@@ -132,7 +132,7 @@ def open_gguf(path: Path, origin: Origin) -> Checkpoint:
         stored, table_notes = _tensors(header, architecture, file, tokenizer.num_ids)
         config = _config(metadata, name, stored, path.name)
         if architecture.has_linear_attention:
-            stored, skipped = text_tensors(config, _mark_prediction(config["num_hidden_layers"], stored))
+            stored, skipped = text_tensors(config, name_prediction(config["num_hidden_layers"], stored))
             stored = restore(config, stored)
             notes += skipped
         return Checkpoint(
@@ -170,13 +170,6 @@ def _tensors(
         stored[EMBEDDING] = head
     what = f"kept the finer one ({kept.info.dtype}, not {dropped.info.dtype})"
     return stored, [f"token_embd.weight and output.weight are one tied table quantized twice: {what}"]
-
-
-def _mark_prediction(num_layers: int, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Name what predicts several tokens at once as the folder does: llama.cpp appends it to the layers."""
-    last = re.compile(r"(?:model\.layers|blk)\.(\d+)\.")
-    layers = {name: match and int(match[1]) for name in stored for match in [last.match(name)]}
-    return {f"mtp.{name}" if (layers[name] or 0) >= num_layers else name: stored[name] for name in stored}
 
 
 def _hf_name(name: str, architecture: GGUFArchitecture) -> str:
@@ -256,7 +249,9 @@ def _linear_config(metadata: Mapping[str, Any], name: str, config: Mapping[str, 
     rotated = _number(metadata, f"{name}.rope.dimension_count", int, file)
     linear["partial_rotary_factor"] = rotated / config["head_dim"]
     beyond = metadata.get(f"{name}.{_MTP_LAYERS}")
-    linear["num_hidden_layers"] = max(1, config["num_hidden_layers"] - (beyond if type(beyond) is int else 0))
+    if type(beyond) is int and beyond > 0:
+        linear["num_hidden_layers"] = max(1, config["num_hidden_layers"] - beyond)
+        linear["mtp_num_hidden_layers"] = beyond
     return linear
 
 

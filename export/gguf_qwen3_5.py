@@ -3,6 +3,7 @@
 - Norms are stored as the factor itself, 1 + weight; but the norm of linear attention is that already.
 - ``ssm_a`` is ``-exp(A_log)``.
 - The convolution has no axis of length one.
+- Multi-token prediction is one more layer behind the others.
 - Value heads of linear attention are tiled: first the first one of every key head, then the second of every key head.
   The checkpoint has them grouped by key head.
 
@@ -11,6 +12,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,7 +23,26 @@ from numpy.typing import NDArray
 from export.checkpoint import StoredTensor
 
 Floats = NDArray[np.float32]
+_LAYER = re.compile(r"(?:model\.layers|blk)\.(\d+)\.(.+)")
+_PREDICTION = {
+    "nextn.eh_proj.weight": "fc.weight",
+    "nextn.enorm.weight": "pre_fc_norm_embedding.weight",
+    "nextn.hnorm.weight": "pre_fc_norm_hidden.weight",
+    "nextn.shared_head_norm.weight": "norm.weight",
+}
+"""What the layer of multi-token prediction has beside a usual one."""
+_NORM = re.compile(r"(?<!linear_attn\.)norm(_embedding|_hidden)?\.weight$")
 _TILED_ROWS = ("in_proj_z.weight", "in_proj_b.weight", "in_proj_a.weight", "A_log", "dt_bias")
+
+
+def name_prediction(num_layers: int, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Name multi-token prediction as the folder does.
+
+    Args:
+        num_layers: of the text; those behind are multi-token prediction.
+        stored: what the file holds; usual tensors of layers are under Hugging Face names.
+    """
+    return {_prediction(name, num_layers): tensor for name, tensor in stored.items()}
 
 
 def restore(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -36,9 +57,17 @@ def restore(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> di
     return {name: heads.grouped(name, _values(name, tensor)) for name, tensor in stored.items()}
 
 
+def _prediction(name: str, num_layers: int) -> str:
+    match = _LAYER.match(name)
+    if match is None or int(match[1]) < num_layers:
+        return name
+    index, part = int(match[1]) - num_layers, match[2]
+    return f"mtp.{_PREDICTION[part]}" if part in _PREDICTION and not index else f"mtp.layers.{index}.{part}"
+
+
 def _values(name: str, tensor: StoredTensor) -> StoredTensor:
     """Undo what was done to each number, and to the shape."""
-    if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+    if _NORM.search(name):
         return _changed(tensor, _minus_one)
     if name.endswith("A_log"):
         return _changed(tensor, _log_of_minus)

@@ -306,10 +306,14 @@ class GraphBuilder:
         return ir.Model(self._graph, ir_version=_IR_VERSION, producer_name="qwedge")
 
     def _alias(self, value: ir.Value, name: str, shape: Sequence[int]) -> ir.Value:
+        """The same bytes under another name and shape, in whichever data file they are."""
         tensor = value.const_value
         assert isinstance(tensor, ir.ExternalTensor)
-        assert tensor.offset is not None
-        return self._file.initializer(name, tensor.dtype, shape, tensor.offset)
+        same = ir.ExternalTensor(
+            tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(shape), name=name,
+            base_dir=tensor.base_dir,
+        )  # fmt: skip
+        return ir.Value(name=name, shape=same.shape, type=ir.TensorType(same.dtype), const_value=same)
 
     def _constant(self, name: str, array: NDArray[np.int64] | NDArray[np.float32] | NDArray[np.float64]) -> ir.Value:
         tensor = ir.tensor(array, name=name)

@@ -38,13 +38,14 @@ from export.checkpoint import Checkpoint
 from export.kv_scales import cache_test, calibrate, quantize_cache
 from export.lora import copy_adapters
 from export.manifest import describe_recipe, facts, model_name, write_text_side
+from export.mtp import MtpGraph, build_mtp, multi_token_prediction, skipped_mtp
 from export.progress import Progress, step
 from export.quantize.recipes import Recipe, recipe_named
 from export.report import Quality, Row, built_in_windows, check_folder, compare, describe, new_report
 from export.report_page import write_report
 from export.staging import disk_errors, staging_folder
 from export.targets import check_range, check_target, retarget
-from export.verify import check_kernels, self_test
+from export.verify import check_kernels, mtp_self_test, self_test
 
 SELF_TEST_PROMPT = "The capital of France is"
 
@@ -77,6 +78,7 @@ def export_bundle(
     key: PrivateKey | None = None,
     oracle: dict[str, Any] | None = None,
     report: Path | None = None,
+    mtp: bool = False,
 ) -> Report:
     """Turn a checkpoint into a verified bundle at ``destination``.
 
@@ -96,11 +98,12 @@ def export_bundle(
         key: signs the manifest; None = nobody does.
         oracle: what :func:`export.oracle.verify_against` measured, for the manifest.
         report: folder of a report that gets a row for what the recipe costs; None = it is not measured.
+        mtp: whether the checkpoint's head of multi-token prediction becomes a second graph.
 
     Raises:
         CheckpointError: the checkpoint is damaged or does not match its config.
         AdapterError: an adapter is damaged, of an unsupported kind, or made for another model.
-        ConfigError: name, context, target or destination cannot be used.
+        ConfigError: name, context, target or destination cannot be used, or there is no head to keep.
         ExportError: a verification failed, or the disk refused.
     """
     clock = _Clock()
@@ -108,6 +111,7 @@ def export_bundle(
     architecture = architecture_for(checkpoint.config)
     states = architecture.state_layout() is not None
     check_target(target, kv=kv, adapters=bool(adapters), states=states)
+    predictor = multi_token_prediction(checkpoint) if mtp else None
     known = None if report is None else check_folder(report, new_report(checkpoint, served_as))
     with staging_folder(destination) as staging, disk_errors():
         # Before the long work: they may turn out to be of another model.
@@ -117,13 +121,16 @@ def export_bundle(
                 checkpoint, staging, recipe, progress=progress, context=context, lora=bool(entries),
                 calibration=calibration,
             )  # fmt: skip
+            head = None
+            if predictor is not None:
+                head = build_mtp(predictor, graph, checkpoint, staging, recipe, progress=progress)
             write_text_side(checkpoint, staging)
         measured: dict[str, Any] = {}
         if kv == "int8":
             with clock.phase("calibrate"):
                 graph, measured["kv"] = _with_int8_cache(graph, checkpoint, staging, progress)
         with clock.phase("verify"):
-            measured["self_test"] = _verify(graph, checkpoint, staging, progress)
+            measured |= _verify(graph, head, checkpoint, staging, progress)
         if known is not None:
             with clock.phase("report"):
                 row = _row(recipe, calibration, graph, staging, _quality(graph, checkpoint, staging, progress))
@@ -139,7 +146,7 @@ def export_bundle(
             manifest = Manifest(
                 name=served_as,
                 target=target,
-                recipe=describe_recipe(recipe, calibration, graph),
+                recipe=describe_recipe(recipe, calibration, graph, head),
                 source=source,
                 files=files,
                 adapters=entries,
@@ -151,8 +158,13 @@ def export_bundle(
             _publish(staging, destination.resolve(), manifest, key)
         if report is not None and known is not None:
             write_report(report, known)
-    notes = (*checkpoint.notes, graph.kept.note()) if graph.kept else checkpoint.notes
-    return Report(destination, manifest, clock.seconds, notes)
+    return Report(destination, manifest, clock.seconds, _notes(checkpoint, graph, head))
+
+
+def _notes(checkpoint: Checkpoint, graph: Graph, head: MtpGraph | None) -> tuple[str, ...]:
+    """What the user should know, one sentence each."""
+    skipped = skipped_mtp(checkpoint) if head is None else []
+    return (*checkpoint.notes, *skipped, *([graph.kept.note()] if graph.kept else []))
 
 
 def _with_int8_cache(
@@ -178,7 +190,10 @@ def _for_gpu(
     return replace(graph, kv=kv), measured
 
 
-def _verify(graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Progress) -> dict[str, Any]:
+def _verify(
+    graph: Graph, head: MtpGraph | None, checkpoint: Checkpoint, staging: Path, progress: Progress
+) -> dict[str, Any]:
+    """What was measured, by the names in the manifest."""
     if checkpoint.vocab_ids() > graph.architecture.padded_vocab_size:
         raise ExportError("the tokenizer has more ids than the model", hint="do tokenizer and weights belong together?")
     tokenizer = Tokenizer.from_file(str(staging / TOKENIZER))
@@ -186,8 +201,14 @@ def _verify(graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Progr
     with step(progress, "verifying the bundle", None):
         difference = check_kernels(graph.model)
         tested = self_test(graph.model, staging, prompt_ids)
-    text = {"prompt": SELF_TEST_PROMPT, "next_text": tokenizer.decode([tested.next_id])}
-    return {"kernel_difference": difference, **text, **asdict(tested)}
+        text = {"prompt": SELF_TEST_PROMPT, "next_text": tokenizer.decode([tested.next_id])}
+        measured = {"self_test": {"kernel_difference": difference, **text, **asdict(tested)}}
+        if head is not None:
+            difference = check_kernels(head.model)
+            drafted = mtp_self_test(head.model, graph.model, staging, tested)
+            text = {"next_text": tokenizer.decode([drafted.next_id])}
+            measured["mtp"] = {"kernel_difference": difference, **text, **asdict(drafted)}
+    return measured
 
 
 def _quality(graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Progress) -> Quality:

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge.errors import ExportError
-from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, present_name
+from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, HIDDEN_STATES, present_name
 
 DEFECT = "this is a defect of qwedge or of onnxruntime: please report it"
 Array = NDArray[np.float32]
@@ -30,6 +30,15 @@ def embed(model: ir.Model, folder: Path, ids: Sequence[int]) -> Array:
     """What goes into the first layer [1, tokens, hidden]."""
     segment = Segment(model, folder, ["input_ids"], [f"{HIDDEN}.0"])
     return segment.run({"input_ids": np.array([ids], np.int64)})[0]
+
+
+def hidden_states(model: ir.Model, folder: Path, ids: Sequence[int]) -> Array:
+    """What the layers make of every token [1, tokens, hidden], normalized."""
+    x = embed(model, folder, ids)
+    for index in range(num_layers(model)):
+        x = Layer(model, folder, index).append(x)
+    source = f"{HIDDEN}.{num_layers(model)}"
+    return Segment(model, folder, [source], [HIDDEN_STATES]).run({source: x})[0]
 
 
 def final_hidden(model: ir.Model, folder: Path, x: Array, positions: Sequence[int]) -> Array:

@@ -1,4 +1,4 @@
-"""The text part of a checkpoint that can do more: Qwen3.5 also sees, and predicts several tokens at once.
+"""The text part of a checkpoint that also sees, as Qwen3.5 does.
 
 What is left reads like a checkpoint of text alone: one flat config, and tensors named ``model.layers.…``.
 """
@@ -12,8 +12,7 @@ from edge.errors import CheckpointError
 
 _FAMILY = "qwen3_5"
 _TEXT_PREFIX = "model.language_model."
-_SKIPPED = {"model.visual.": "vision", "mtp.": "multi-token prediction"}
-"""What tensors are for that have no place in a graph of the text, by their names' start."""
+_VISION_PREFIX = "model.visual."
 
 Stored = TypeVar("Stored")
 
@@ -37,7 +36,7 @@ def text_config(config: Mapping[str, Any], keep: str = "") -> dict[str, Any]:
 
 
 def text_tensors(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
-    """The tensors of the text part under the names of a text model, and a note on those that are skipped.
+    """The tensors of the text part under the names of a text model, and a note on those of vision, which are skipped.
 
     Args:
         config: of the text part.
@@ -49,14 +48,11 @@ def text_tensors(config: Mapping[str, Any], stored: Mapping[str, Stored]) -> tup
     if not str(config.get("model_type", "")).startswith(_FAMILY):
         return dict(stored), []
     kept: dict[str, Stored] = {}
-    skipped = dict.fromkeys(_SKIPPED.values(), 0)
-    for name, tensor in stored.items():
-        if part := next((part for start, part in _SKIPPED.items() if name.startswith(start)), None):
-            skipped[part] += 1
-            continue
+    text = {name: tensor for name, tensor in stored.items() if not name.startswith(_VISION_PREFIX)}
+    for name, tensor in text.items():
         short = f"model.{name.removeprefix(_TEXT_PREFIX)}" if name.startswith(_TEXT_PREFIX) else name
         if short in kept:
             raise CheckpointError(f"tensor {short} stands there twice, as {name} too", hint="fetch the files again")
         kept[short] = tensor
-    counts = [f"{count} tensors of {part}" for part, count in skipped.items() if count]
-    return kept, [f"only the text part is exported; skipped: {', '.join(counts)}"] if counts else []
+    count = len(stored) - len(text)
+    return kept, [f"only the text part is exported: {count} tensors of vision are skipped"] if count else []

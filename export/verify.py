@@ -18,10 +18,21 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edge.errors import ExportError
-from export.graph import COARSE_LOGITS
+from export.graph import COARSE_LOGITS, HIDDEN, HIDDEN_STATES
 from export.quantize.blockwise import QuantizedRows, dequantize_rows
 from export.quantize.recipes import Blockwise
-from export.segments import DEFECT, Layer, check_finite, embed, final_hidden, num_layers, refusals, rescored
+from export.segments import (
+    DEFECT,
+    Layer,
+    Segment,
+    check_finite,
+    embed,
+    final_hidden,
+    hidden_states,
+    num_layers,
+    refusals,
+    rescored,
+)
 
 KERNEL_TOLERANCE = 1e-5
 """Largest difference between kernel and dequantized product, relative to the product's largest value."""
@@ -42,6 +53,16 @@ class SelfTest:
     """The most likely token after the prompt."""
     chunked_difference: float
     """Largest difference of a hidden state between one prefill and prefill plus decode, relative to the largest."""
+
+
+@dataclass(frozen=True)
+class MtpTest:
+    """What running the head of multi-token prediction over the same prompt showed."""
+
+    next_id: int
+    """Its guess of the token after :attr:`SelfTest.next_id`."""
+    chunked_difference: float
+    """As in :class:`SelfTest`."""
 
 
 def check_kernels(model: ir.Model) -> float:
@@ -82,6 +103,28 @@ def self_test(model: ir.Model, folder: Path, prompt_ids: Sequence[int]) -> SelfT
         drift = max(drift, difference)
     logits = head_logits(model, folder, final_hidden(model, folder, x, [len(prompt_ids) - 1]))
     return SelfTest(list(prompt_ids), int(logits.argmax()), drift)
+
+
+def mtp_self_test(head: ir.Model, main: ir.Model, folder: Path, tested: SelfTest) -> MtpTest:
+    """Run the head of multi-token prediction over the prompt that the model was tested with.
+
+    Args:
+        head: its graph.
+        main: that of the model.
+        folder: where both lie.
+        tested: what the model made of the prompt.
+
+    Raises:
+        ExportError: onnxruntime refuses the graph, or an output is not finite.
+    """
+    hidden = hidden_states(main, folder, tested.prompt_ids)
+    # Each position with the token that follows it; the last is followed by the model's own guess.
+    ids = np.array([[*tested.prompt_ids[1:], tested.next_id]], np.int64)
+    first = Segment(head, folder, ["input_ids", HIDDEN_STATES], [f"{HIDDEN}.0"])
+    (x,) = first.run({"input_ids": ids, HIDDEN_STATES: hidden})
+    x, drift = _run_twice(Layer(head, folder, 0), x)
+    logits = head_logits(head, folder, final_hidden(head, folder, x, [ids.size - 1]))
+    return MtpTest(int(logits.argmax()), drift)
 
 
 def _run_twice(layer: Layer, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:

@@ -45,9 +45,10 @@ _DTYPES = {
 class DataFile:
     """The external data file: tensors follow each other, and each is written once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = WEIGHTS) -> None:
         self._folder = folder
-        self._file = (folder / WEIGHTS).open("wb")
+        self._name = name
+        self._file = (folder / name).open("wb")
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +89,7 @@ class DataFile:
         """An initializer over bytes of this file; two may share the same bytes."""
         length = int(np.prod(shape)) * dtype.itemsize
         tensor = ir.ExternalTensor(
-            WEIGHTS, int(offset), int(length), dtype, shape=ir.Shape(shape), name=name, base_dir=self._folder
+            self._name, int(offset), int(length), dtype, shape=ir.Shape(shape), name=name, base_dir=self._folder
         )
         return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
 

@@ -145,25 +145,13 @@ class Decoder(ABC):
         if self.tied and found.get(_HEAD) == expected[_EMBEDDING]:
             # Some checkpoints save the tied head a second time.
             found = {name: shape for name, shape in found.items() if name != _HEAD}
-        hint = (
-            f"the config says {self.model_type} with {self.num_layers} layers: do config and weights belong together?"
-        )
-        if missing := sorted(expected.keys() - found.keys()):
-            raise CheckpointError(f"the checkpoint lacks {_some(missing)}", hint=hint)
-        if extra := sorted(found.keys() - expected.keys()):
-            raise CheckpointError(f"the checkpoint holds tensors with no place in the model: {_some(extra)}", hint=hint)
-        wrong = [
-            f"{name} is {list(found[name])} instead of {list(expected[name])}"
-            for name in sorted(expected)
-            if found[name] != expected[name]
-        ]
-        if wrong:
-            raise CheckpointError(f"tensors of the wrong shape: {_some(wrong)}", hint=hint)
+        layers = f"{self.model_type} with {self.num_layers} layers"
+        compare_tensors(expected, found, f"the config says {layers}: do config and weights belong together?")
 
     def build(self, graph: GraphBuilder, context_length: int) -> Built:
         """Add the whole model to ``graph`` with rotary tables for ``context_length`` positions."""
         embedding = self._table(graph, "embed", _EMBEDDING, is_head=self.tied)
-        rotary = graph.rotary_tables(self.rotary_dim, self.rope_theta, rotary_positions(context_length))
+        rotary = self.rotary(graph, context_length)
         shape: list[int | str] = ["batch", "sequence", self.hidden_size]
         x = graph.cut(graph.rows(graph.input_ids, embedding), f"{HIDDEN}.0", shape)
         for layer in range(self.num_layers):
@@ -172,6 +160,10 @@ class Decoder(ABC):
         graph.output(x, HIDDEN_STATES, ir.DataType.FLOAT, shape)
         head = embedding if self.tied else self._table(graph, "lm_head", _HEAD, is_head=True)
         return Built(graph.matrix_bytes + self.head(graph, x, head), embedding, head)
+
+    def rotary(self, graph: GraphBuilder, context_length: int) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines for the positions of so many tokens."""
+        return graph.rotary_tables(self.rotary_dim, self.rope_theta, rotary_positions(context_length))
 
     def _layer(self, graph: GraphBuilder, layer: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]) -> ir.Value:
         prefix = layer_prefix(layer)
@@ -230,6 +222,25 @@ class Decoder(ABC):
             reason = f"num_hidden_layers is {self.num_layers}"
         if reason:
             raise CheckpointError(f"this model cannot be exported: {reason}", hint="check config.json")
+
+
+def compare_tensors(expected: Shapes, found: Mapping[str, tuple[int, ...]], hint: str) -> None:
+    """Compare a checkpoint's tensors with those that it should hold.
+
+    Raises:
+        CheckpointError: tensors are missing, left over or of another shape; names them, with ``hint``.
+    """
+    if missing := sorted(expected.keys() - found.keys()):
+        raise CheckpointError(f"the checkpoint lacks {_some(missing)}", hint=hint)
+    if extra := sorted(found.keys() - expected.keys()):
+        raise CheckpointError(f"the checkpoint holds tensors with no place in the model: {_some(extra)}", hint=hint)
+    wrong = [
+        f"{name} is {list(found[name])} instead of {list(expected[name])}"
+        for name in sorted(expected)
+        if found[name] != expected[name]
+    ]
+    if wrong:
+        raise CheckpointError(f"tensors of the wrong shape: {_some(wrong)}", hint=hint)
 
 
 def layer_prefix(layer: int) -> str:

@@ -6,7 +6,7 @@ The text part only: of a checkpoint that sees and speaks, ``export.text_part`` t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +24,8 @@ from export.architectures.decoder import (
 )
 from export.graph import GraphBuilder
 
+MTP_PREFIX: Final = "mtp."
+"""Starts the names of the tensors of multi-token prediction, which :mod:`export.architectures.mtp` makes a graph of."""
 _LINEAR, _FULL = "linear_attention", "full_attention"
 _L2_EPSILON = 1e-6
 """Of the normalization of queries and keys, in the sum of squares."""
@@ -83,6 +85,14 @@ class Qwen3_5(Decoder):  # noqa: N801 - the makers' name, whose dot is a version
             key_dim=self.key_dim,
             value_dim=self.value_dim,
         )
+
+    def check(self, found: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare a checkpoint's tensors, but for those of multi-token prediction, with :meth:`tensors`.
+
+        Raises:
+            CheckpointError: tensors are missing, left over or of another shape; names them.
+        """
+        super().check({name: shape for name, shape in found.items() if not name.startswith(MTP_PREFIX)})
 
     def attention_tensors(self, layer: int) -> Shapes:
         """Six tensors of full attention (the query's rows hold its gate too), or nine of linear attention."""

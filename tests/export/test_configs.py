@@ -17,6 +17,7 @@ from edge.bundle import KVLayout, StateLayout
 from export.architectures import architecture_for
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.graph import GraphBuilder
+from export.mtp import multi_token_prediction
 from export.quantize.blockwise import quantize_rows
 from export.quantize.recipes import RECIPES, Blockwise, Float32, Format
 from export.weights import Change, DataFile, Halves, Matrix, Rounding, Weights
@@ -146,7 +147,8 @@ def test_a_graph_of_the_right_size(name: str, recipe: str, tmp_path: Path) -> No
         bytes_per_token = architecture.build(graph, CONTEXT).bytes_per_token
         model = graph.model(name)
     assert architecture.parameter_count() == weights.parameter_count == PARAMETERS[name]
-    matrices = sum(math.prod(info.shape) for info in checkpoint.tensors.values() if len(info.shape) == 2)
+    own = {tensor: info.shape for tensor, info in checkpoint.tensors.items() if not tensor.startswith("mtp.")}
+    matrices = sum(math.prod(shape) for shape in own.values() if len(shape) == 2)
     table = math.prod(checkpoint.tensors["model.embed_tokens.weight"].shape)
     if recipe == "fp32":
         # Every matrix once; an untied embedding not at all.
@@ -170,11 +172,19 @@ def test_a_sequence_takes_as_much_state_however_long_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", MTP_PARAMETERS)
-def test_what_is_skipped(name: str, tmp_path: Path) -> None:
-    config = json.loads((CONFIGS / f"{name}.json").read_text("utf-8"))
-    mtp = {tensor: shape for tensor, shape in tiny.shapes(config).items() if tensor.startswith("mtp.")}
-    assert sum(map(math.prod, mtp.values())) == MTP_PARAMETERS[name]
-    with open_published(name, tmp_path / "m") as checkpoint:
-        note = "only the text part is exported; skipped: 2 tensors of vision, 15 tensors of multi-token prediction"
-        assert checkpoint.notes == (note,)
-        assert not any(tensor.startswith(("mtp.", "model.visual.")) for tensor in checkpoint.tensors)
+def test_a_head_of_multi_token_prediction_of_the_right_size(name: str, tmp_path: Path) -> None:
+    with open_published(name, tmp_path / "m") as checkpoint, DataFile(tmp_path) as file:
+        assert checkpoint.notes == ("only the text part is exported: 2 tensors of vision are skipped",)
+        head, recipe = multi_token_prediction(checkpoint), RECIPES["fp32"]
+        main = architecture_for(checkpoint.config).build(
+            GraphBuilder(UnreadWeights(checkpoint, recipe, file, lambda _: None)), CONTEXT
+        )
+        weights = UnreadWeights(checkpoint, recipe, file, lambda _: None)
+        graph = GraphBuilder(weights)
+        bytes_per_token = head.build(graph, main, CONTEXT)
+    assert head.parameter_count() == weights.parameter_count == MTP_PARAMETERS[name]
+    shapes = [info.shape for tensor, info in checkpoint.tensors.items() if tensor.startswith("mtp.")]
+    table = math.prod(checkpoint.tensors["model.embed_tokens.weight"].shape)
+    assert bytes_per_token == 4 * (sum(math.prod(shape) for shape in shapes if len(shape) == 2) + table)
+    assert len([value for value in graph.model(name).graph.inputs if str(value.name).startswith("past")]) == 2
+    assert head.kv_layout() == LAYOUTS[name][0].model_copy(update={"layers": 1})

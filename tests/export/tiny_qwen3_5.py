@@ -114,7 +114,8 @@ def random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> NDArr
 def as_llama_cpp(config: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, Any]:
     """Weights as llama.cpp's converter changes them before it writes a GGUF, under its names of linear attention.
 
-    Written from its description (https://github.com/ggml-org/llama.cpp/pull/19468), head by head.
+    Written from its description (https://github.com/ggml-org/llama.cpp/pull/19468), head by head. Multi-token
+    prediction gets its new names (``enorm``, ``hnorm``) before norms are told by theirs.
     """
     key_heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
     per_key = value_heads // key_heads
@@ -127,7 +128,7 @@ def as_llama_cpp(config: Mapping[str, Any], tensors: Mapping[str, NDArray[np.flo
 
     def change(name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
         part = name.partition("linear_attn.")[2]
-        if name.endswith("norm.weight") and part != "norm.weight":
+        if (name.endswith("norm.weight") and part != "norm.weight") or "pre_fc_norm" in name:
             return values + np.float32(1.0)
         if part in ("in_proj_qkv.weight", "conv1d.weight"):
             values = np.concatenate([values[:keys], tile(values[keys:])])
