@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise, product
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -33,17 +35,30 @@ def factor(x: Array, parts: int = 3) -> Array:
     return hessian.factor("test")
 
 
+def damped(x: Array) -> NDArray[np.float64]:
+    """What :func:`factor` factors."""
+    hessian: NDArray[np.float64] = (x.T @ x).astype(np.float64)
+    hessian += np.eye(len(hessian)) * np.trace(hessian) * (1 / len(x) + 0.4 / len(hessian))
+    return hessian
+
+
+def squares(w: Array, rounded: Array, hessian: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``E H E^T`` of each row."""
+    errors = (w - rounded).astype(np.float64)
+    return np.asarray(((errors @ hessian) * errors).sum(axis=1))
+
+
 def error(w: Array, rounded: Array, x: Array) -> float:
     return float(np.linalg.norm((rounded - w) @ x.T) / np.linalg.norm(w @ x.T))
 
 
 @pytest.mark.parametrize("columns", [32, 96, 896, 1120])
-def test_the_factor_is_that_of_the_damped_hessian(columns: int) -> None:
+def test_the_damped_hessian_and_its_factor_share_an_array(columns: int) -> None:
     x = inputs(700, columns)
-    damped = (x.T @ x).astype(np.float64)
-    damped += np.eye(columns) * np.trace(damped) / len(x)
-    found = np.tril(factor(x))
-    np.testing.assert_allclose(found, np.linalg.cholesky(damped), atol=1e-5 * float(found.max()))
+    expected, found = damped(x), factor(x)
+    lower, upper = np.tril(found[:, :-1]), np.triu(found[:, 1:])
+    np.testing.assert_allclose(lower, np.linalg.cholesky(expected), atol=1e-5 * float(lower.max()))
+    np.testing.assert_allclose(upper, np.triu(expected), atol=1e-5 * float(upper.max()))
 
 
 @pytest.mark.parametrize(("columns", "form"), [(64, B32), (896, B128), (1120, B32), (1120, Blockwise(4, 16))])
@@ -54,14 +69,14 @@ def test_products_with_new_inputs_are_closer_than_by_rounding_to_nearest(columns
     assert error(w, found, unseen) < 0.9 * error(w, nearest, unseen)
 
 
-def test_it_follows_the_definition() -> None:
-    """Each column, from the last, is rounded after the errors so far were projected onto it."""
+def test_it_follows_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any descent each column, from the last, is rounded after the errors so far were projected onto it."""
+    monkeypatch.setattr("export.quantize.gptq._SWEEPS", 0)
     columns, form = 64, B32
     w, x = weights(5, columns), inputs(900, columns)
     quantized = gptq_rows(w, factor(x), form)
     rounded = dequantize_rows(quantized, form, columns).astype(np.float64)
-    hessian = (x.T @ x).astype(np.float64)
-    hessian += np.eye(columns) * np.trace(hessian) / len(x)
+    hessian = damped(x)
     for column in range(columns):
         # The best value of a column, given what became of all later ones and with all earlier ones free.
         later = slice(column, columns)
@@ -73,6 +88,39 @@ def test_it_follows_the_definition() -> None:
         inside = np.abs(wanted - rounded[:, column]) <= 0.5001 * step
         low, high = rounded[:, : 32 * (column // 32 + 1)][:, -32:].min(axis=1), rounded[:, later].max(axis=1)
         assert (inside | (wanted < low) | (wanted > high)).mean() == 1.0
+
+
+@pytest.mark.parametrize(("columns", "form"), [(64, B32), (640, B128), (1120, Blockwise(4, 16, symmetric=True))])
+def test_no_sweep_makes_the_error_larger(columns: int, form: Blockwise, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = weights(24, columns), inputs(3 * columns, columns)
+    root, hessian, found = factor(x), damped(x), []
+    for sweeps in range(4):
+        monkeypatch.setattr("export.quantize.gptq._SWEEPS", sweeps)
+        found.append(squares(w, dequantize_rows(gptq_rows(w, root, form), form, columns), hessian))
+    assert all((after <= 1.0001 * before).all() for before, after in pairwise(found))
+    assert found[3].sum() < 0.9 * found[0].sum()
+
+
+def test_in_the_end_no_other_code_and_no_other_scale_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are tried, one at a time."""
+    monkeypatch.setattr("export.quantize.gptq._SWEEPS", 60)
+    w, x = weights(8, 64), inputs(400, 64)
+    hessian = damped(x)
+    quantized = gptq_rows(w, factor(x), B32)
+    rounded = dequantize_rows(quantized, B32, 64)
+    least = 0.9999 * squares(w, rounded, hessian)
+    assert quantized.zero_points is not None
+    zero_points = np.stack([quantized.zero_points[:, 0] & 15, quantized.zero_points[:, 0] >> 4], axis=1)
+    for column in range(64):
+        block = column // 32
+        for code in range(16):
+            other = rounded.copy()
+            other[:, column] = quantized.scales[:, block] * (code - zero_points[:, block].astype(np.float32))
+            assert (squares(w, other, hessian) >= least).all()
+    for block, change in product(range(2), (0.999, 1.001)):
+        other = rounded.copy()
+        other[:, 32 * block : 32 * block + 32] *= change
+        assert (squares(w, other, hessian) >= least).all()
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
