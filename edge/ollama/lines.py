@@ -40,7 +40,7 @@ class LineWriter:
         self._choice = Choice(model, wanted, generation, index=0)
         self._failure: Failed | None = None
 
-    def lines(self, event: Event) -> Iterator[dict[str, Any]]:
+    def events(self, event: Event) -> Iterator[dict[str, Any]]:
         """The lines to send for an event of the service; an error where the request failed."""
         if isinstance(event, Failed):
             self._failure = event

@@ -8,10 +8,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from edge.anthropic import MessagesRequest, MessageWriter, parse_count, parse_messages, to_chat
+from edge.http.answering import NAMED_EVENTS, respond
 from edge.http.caller import answer_events
-from edge.http.disconnect import unless_disconnected
-from edge.http.event_stream import EventStream
-from edge.http.named_events import complete, server_sent
 from edge.model import Model
 from edge.openai import parse_body, prepare
 from edge.service import GenerationRequest, Service
@@ -24,10 +22,7 @@ def anthropic_routes(service: Service) -> list[Route]:
         """The model's next message in a conversation, streamed with ``"stream": true``."""
         wanted, generation, writer = await run_in_threadpool(_read, service.model, await request.body())
         stream = answer_events(request, service, [generation], wanted.model)
-        if wanted.stream:
-            first = await anext(stream)  # a refusal is raised here, while the status can still say so
-            return EventStream(server_sent(writer, first, stream))
-        return JSONResponse(await unless_disconnected(request.receive, complete(writer, stream)))
+        return await respond(request, writer, stream, NAMED_EVENTS if wanted.stream else None)
 
     async def count_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a request has."""

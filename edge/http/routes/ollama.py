@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -15,9 +14,9 @@ from starlette.routing import Route
 
 from edge import __version__
 from edge.errors import RequestError
+from edge.http.answering import LINES, respond
 from edge.http.caller import answer_events, caller_of
 from edge.http.disconnect import unless_disconnected
-from edge.http.event_stream import LineStream, to_json
 from edge.http.routes.embeddings import read_inputs
 from edge.model import Model
 from edge.ollama import (
@@ -41,8 +40,6 @@ from edge.ollama import (
 from edge.openai import parse_body
 from edge.openai.embeddings import EmbeddingRequest, prepare_embedding, unit_vector
 from edge.service import Event, Failed, GenerationRequest, Service
-
-log = logging.getLogger(__name__)
 
 API_VERSION: Final = "0.13.0"
 """The version of Ollama whose API this is: clients refuse to talk to older ones than they know."""
@@ -121,10 +118,7 @@ async def _generate(service: Service, schema: type[ChatBody | GenerateBody], req
         return JSONResponse(await _load(service, request, body))
     writer, generation = await run_in_threadpool(_prepare, service.model, body)
     stream = answer_events(request, service, [generation], served_name(body.model))
-    if body.streams:
-        first = await anext(stream)  # a refusal is raised here, while the status can still say so
-        return LineStream(_lines(writer, first, stream))
-    return JSONResponse(await unless_disconnected(request.receive, _complete(writer, stream)))
+    return await respond(request, writer, stream, LINES if body.streams else None)
 
 
 async def _body(service: Service, schema: type[AnyBody], request: Request) -> AnyBody:
@@ -179,26 +173,3 @@ async def _events_of(stream: AsyncGenerator[tuple[int, Event], None]) -> Sequenc
         if isinstance(event, Failed):
             raise event.error
     return told
-
-
-async def _complete(writer: LineWriter, stream: AsyncGenerator[tuple[int, Event], None]) -> dict[str, Any]:
-    async with aclosing(stream):
-        async for _, event in stream:
-            for _told in writer.lines(event):
-                pass  # the answer grows with what a stream would tell
-    return writer.body()
-
-
-async def _lines(
-    writer: LineWriter, first: tuple[int, Event], rest: AsyncGenerator[tuple[int, Event], None]
-) -> AsyncGenerator[bytes, None]:
-    async with aclosing(rest):
-        yield _tell(writer, first[1])
-        async for _, event in rest:
-            yield _tell(writer, event)
-            if isinstance(event, Failed):
-                log.info("an answer ended in mid-stream: %s", event.error.code)
-
-
-def _tell(writer: LineWriter, event: Event) -> bytes:
-    return b"".join(to_json(line) + b"\n" for line in writer.lines(event))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
+from edge.http.answering import NAMED_EVENTS, respond
 from edge.http.caller import answer_events
-from edge.http.disconnect import unless_disconnected
-from edge.http.event_stream import EventStream
-from edge.http.named_events import complete, server_sent
 from edge.model import Model
 from edge.openai import parse_body, prepare
 from edge.openai.responses import ResponseRequest, ResponseWriter, own_names, parse_response, to_chat
@@ -25,10 +23,7 @@ def response_routes(service: Service) -> list[Route]:
         wanted, generation, writer = await run_in_threadpool(_read, service.model, await request.body())
         stream = answer_events(request, service, [generation], wanted.model)
         with own_names():
-            if wanted.stream:
-                first = await anext(stream)  # a refusal is raised here, while the status can still say so
-                return EventStream(server_sent(writer, first, stream))
-            return JSONResponse(await unless_disconnected(request.receive, complete(writer, stream)))
+            return await respond(request, writer, stream, NAMED_EVENTS if wanted.stream else None)
 
     return [Route("/v1/responses", responses, methods=["POST"])]
 
