@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,9 +31,11 @@ from edge.errors import (
     UnavailableError,
 )
 from edge.http.access import is_queued
+from edge.http.body import again, read_body
 from edge.http.caller import Exchange
 from edge.http.disconnect import unless_disconnected
 from edge.http.rights import OWNER
+from edge.http.shared_answer import SharedAnswer
 from edge.journal import Entry, Journal, Key, Then
 
 log = logging.getLogger(__name__)
@@ -42,15 +43,12 @@ log = logging.getLogger(__name__)
 HEADER: Final = "idempotency-key"
 MAX_STARTS: Final = 2
 """How often a request may be at work when the process ends; after that it is not run again."""
-MAX_ANSWER_BYTES: Final = 4 << 20
-"""A longer answer is not kept."""
 FORGET_S: Final = 24 * 3600.0
 """After so long nobody sends a request again whose answer a crash has prevented."""
 SETTLE_S: Final = 10.0
 """Seconds that an answer waits for a disk that does not take it."""
 _KEY: Final = re.compile(r'(?P<quote>"?)(?P<key>[\x21\x23-\x5b\x5d-\x7e]{1,255})(?P=quote)')
 """A string of structured fields (RFC 8941), or, as most clients send it, bare."""
-_REPLAYED: Final = (b"idempotent-replayed", b"true")
 
 
 class Idempotency:
@@ -68,7 +66,7 @@ class Idempotency:
         self._check_room = check_room
         self._opening = asyncio.Lock()
         self._starts: dict[Key, int] | None = None  # of requests that a crash has interrupted; None until it is open
-        self._runs: dict[Key, _Run] = {}
+        self._runs: dict[Key, SharedAnswer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,12 +77,12 @@ class Idempotency:
             return
         exchange: Exchange = scope["state"]["exchange"]
         key = Key(exchange.caller.identity or OWNER, _checked(given))
-        body = await _read(receive)
+        body = await read_body(receive)
         fingerprint = hashlib.sha256(scope["path"].encode() + b"\0" + body).digest()
         run = self._runs.get(key)
         replayed = run is not None
         if run is None:
-            run = self._runs[key] = _Run(fingerprint, exchange)
+            run = self._runs[key] = SharedAnswer(fingerprint, exchange)
             task = asyncio.create_task(self._answer(key, run, scope, body))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -93,7 +91,7 @@ class Idempotency:
             await unless_disconnected(receive, run.follow(send, replayed=replayed))
         exchange.model = run.exchange.model
 
-    async def _answer(self, key: Key, run: _Run, scope: Scope, body: bytes) -> None:
+    async def _answer(self, key: Key, run: SharedAnswer, scope: Scope, body: bytes) -> None:
         """Fill a run: from the journal, or by the application."""
         stays = False
         try:
@@ -113,9 +111,9 @@ class Idempotency:
             if not stays:
                 del self._runs[key]
 
-    async def _work(self, run: _Run, scope: Scope, body: bytes) -> None:
+    async def _work(self, run: SharedAnswer, scope: Scope, body: bytes) -> None:
         try:
-            await self._app(scope, _Replay(body), run.take)
+            await self._app(scope, again(body, _stays), run.take)
         except Exception:  # our own fault, whatever it is: the journal must hear of the end all the same
             log.exception("%s failed", run.exchange.id)
             run.fail(_fault())
@@ -159,7 +157,7 @@ class Idempotency:
             raise CrashedError("the server has ended twice while it worked on this request", hint=hint)
         await _durable(lambda then: self._journal.start(key, starts + 1, then))
 
-    async def _settle(self, key: Key, run: _Run) -> bool:
+    async def _settle(self, key: Key, run: SharedAnswer) -> bool:
         """Enter the answer, or forget the request where there is none that could be kept.
 
         Returns:
@@ -178,107 +176,10 @@ class Idempotency:
         return True
 
 
-class _Run:
-    """An answer while it is made, for all who wait for it; on the event loop only.
-
-    Args:
-        fingerprint: of the request.
-        exchange: of the request that came first.
-    """
-
-    def __init__(self, fingerprint: bytes, exchange: Exchange) -> None:
-        self.fingerprint = fingerprint
-        self.exchange = exchange
-        self._messages: list[Message] = []
-        self._last: Message | None = None  # held back until the journal has the answer
-        self._is_replay = False
-        self._error: QwedgeError | None = None
-        self._ended = False
-        self._changed = asyncio.Event()
-
-    async def take(self, message: Message) -> None:
-        """What the application sends."""
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            self._last = message
-            return
-        self._messages.append(message)
-        self._wake()
-
-    def replay(self, stored: bytes) -> None:
-        """Take a stored answer."""
-        head, _, body = stored.partition(b"\n")
-        start: dict[str, Any] = json.loads(head)
-        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in start["headers"]]
-        self._messages = [{"type": "http.response.start", "status": start["status"], "headers": headers}]
-        self._last = {"type": "http.response.body", "body": body, "more_body": False}
-        self._is_replay = True
-        self.end()
-
-    def outcome(self) -> bytes | None:
-        """The answer to be stored; None where a copy may try again."""
-        if not self._messages or self._messages[0]["status"] != 200 or self._last is None or self.exchange.failed:
-            return None
-        parts = [message.get("body", b"") for message in (*self._messages[1:], self._last)]
-        if sum(map(len, parts)) > MAX_ANSWER_BYTES:
-            log.warning("%s is not kept: its answer is longer than %d bytes", self.exchange.id, MAX_ANSWER_BYTES)
-            return None
-        start = self._messages[0]
-        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in start["headers"]]
-        return json.dumps({"status": start["status"], "headers": headers}).encode() + b"\n" + b"".join(parts)
-
-    def fail(self, error: QwedgeError) -> None:
-        """There is no answer, or no more of it."""
-        self._error = error
-        self.end()
-
-    def end(self) -> None:
-        """The answer is complete, or there is none."""
-        if self._last is not None and not self._ended:
-            self._messages.append(self._last)
-        self._ended = True
-        self._wake()
-
-    async def follow(self, send: Send, *, replayed: bool) -> None:
-        """Send the answer from its beginning to its end.
-
-        Raises:
-            QwedgeError: there is none.
-        """
-        position = 0
-        while True:
-            changed = self._changed
-            for message in self._messages[position:]:
-                position += 1
-                await send(_marked(message) if replayed or self._is_replay else dict(message))
-            if self._ended and position == len(self._messages):
-                break
-            if position == len(self._messages):
-                await changed.wait()
-        if self._error is not None:
-            raise self._error
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-
-class _Replay:
-    """Receives a body that has been read, from a client that does not go away."""
-
-    def __init__(self, body: bytes) -> None:
-        self._messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def __call__(self) -> Message:
-        if not self._messages:
-            await asyncio.Event().wait()
-        return self._messages.pop()
-
-
-def _marked(message: Message) -> Message:
-    """A message of an answer that was made for an earlier request."""
-    if message["type"] != "http.response.start":
-        return dict(message)
-    return {**message, "headers": [*message["headers"], _REPLAYED]}
+async def _stays() -> Message:
+    """What comes after the body from a client that does not go away: nothing, ever."""
+    nothing: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+    return await nothing
 
 
 def _checked(given: str) -> str:
@@ -293,17 +194,6 @@ def _check_same(known: bytes, fingerprint: bytes) -> None:
     if known != fingerprint:
         hint = "a new request needs a new key"
         raise ReusedKeyError("this Idempotency-Key was used for another request", hint=hint)
-
-
-async def _read(receive: Receive) -> bytes:
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise CancelledError("the client went away")
-        body += message.get("body", b"")
-        if not message.get("more_body", False):
-            return bytes(body)
 
 
 async def _durable(change: Callable[[Then], None]) -> None:

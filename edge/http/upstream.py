@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge import __version__
 from edge.errors import CancelledError, ConfigError, OverloadedError, QwedgeError, UpstreamError
+from edge.http.body import again, read_body
 from edge.http.caller import Exchange
 from edge.http.disconnect import unless_disconnected
 from edge.openai import parse_body
@@ -62,11 +63,11 @@ class Upstreams:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
             await self._app(scope, receive, send)
             return
-        body = await _read(receive)
+        body = await read_body(receive)
         model = await run_in_threadpool(_model_of, body)
         upstream = self._by_model.get(model)
         if upstream is None or model == self._service.model.manifest.name:
-            await self._app(scope, _again(body, receive), send)
+            await self._app(scope, again(body, receive), send)
             return
         exchange: Exchange = scope["state"]["exchange"]
         exchange.caller.check_model(model)
@@ -227,27 +228,6 @@ def _model_of(body: bytes) -> str:
     except QwedgeError:
         return ""
     return model if isinstance(model, str) else ""
-
-
-async def _read(receive: Receive) -> bytes:
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise CancelledError("the client went away")
-        body += message.get("body", b"")
-        if not message.get("more_body", False):
-            return bytes(body)
-
-
-def _again(body: bytes, receive: Receive) -> Receive:
-    """A channel whose body has been read, as it was before."""
-    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive_again() -> Message:
-        return waiting.pop() if waiting else await receive()
-
-    return receive_again
 
 
 def _read_key(settings: UpstreamSettings) -> str:

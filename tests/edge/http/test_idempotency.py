@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
-from edge.http import idempotency
+from edge.http import idempotency, shared_answer
 from edge.http.access import Access
-from edge.http.idempotency import OWNER
 from edge.http.keys import Key as ClientKey
 from edge.http.keys import KeyRing, add_key, hash_key
+from edge.http.rights import OWNER
 from edge.journal import Entry, Journal, Key
 from edge.settings.server import ServerSettings
 from tests.edge.journals import settled
@@ -250,6 +250,6 @@ def test_the_journal_is_opened_when_it_is_needed(start: Callable[..., Served], f
 
 
 def test_an_answer_that_is_too_long_is_not_kept(start: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idempotency, "MAX_ANSWER_BYTES", 10)
+    monkeypatch.setattr(shared_answer, "MAX_ANSWER_BYTES", 10)
     server = start()
     assert text(ask(server)) != text(ask(server))
