@@ -49,8 +49,9 @@ CREATE TABLE requests (
     outcome BLOB                  -- NULL until it is answered
 )
 """
-_CLOCK_SET_AFTER: Final = 1_735_689_600.0
-"""2025-01-01: a wall clock that stands before it was not set yet, and says nothing about how much time passed."""
+_CLOCK_SET: Final = (1_735_689_600.0, 2_524_608_000.0)
+"""2025-01-01 to 2050-01-01: a wall clock beyond either was not set yet, or lost its battery (many then begin in 2070 or
+2099), and says nothing about how much time passed."""
 
 Statement = tuple[str, tuple[Any, ...]]
 
@@ -74,11 +75,12 @@ class Moment:
     def seconds_to(self, later: Moment) -> float:
         """The time that has passed, never negative: exact until the machine starts anew, then by the wall clock.
 
-        A wall clock that was not set yet, or was set back, tells nothing: 0 then.
+        A wall clock that was not set, or was set back, tells nothing: 0 then.
         """
         if self.boot == later.boot:
             return max(0.0, later.uptime - self.uptime)
-        if self.wall < _CLOCK_SET_AFTER:
+        begin, end = _CLOCK_SET
+        if self.wall < begin or later.wall > end:
             return 0.0
         return max(0.0, later.wall - self.wall)
 

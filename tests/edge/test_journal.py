@@ -235,6 +235,7 @@ NOON = 1_800_000_000.0
         (Moment(NOON, "a", 50), Moment(NOON - 30, "b", 5), 0),
         (Moment(0, "a", 50), Moment(NOON, "b", 5), 0),
         (Moment(NOON, "a", 50), Moment(0, "b", 5), 0),
+        (Moment(NOON, "a", 50), Moment(4_070_908_800, "b", 5), 0),  # 2099: a clock without a battery
     ],
 )
 def test_time_passes_whatever_happens_to_the_clock(accepted: Moment, now: Moment, age_s: float) -> None:
