@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final
 
+from edge.client.devices import Devices
 from edge.client.wire import CLOSED, Ended, Event, Lost, Progress, Question, Tell, Text
 from edge.errors import ConflictError, OverloadedError, UnavailableError
 from edge.mqtt.connection import Connection
@@ -105,10 +106,7 @@ class MqttTransport:
         self._calls: dict[str, _Call] = {}
         self._started = False
         self._ever_ready = threading.Event()
-        self._statuses: dict[str, str] = {}
-        self._models: dict[str, list[str]] = {}
-        """What each device serves."""
-        self._status_changed = threading.Condition()
+        self._devices = Devices()
         self._strays: deque[int] = deque(maxlen=MAX_ABANDONED)
         """Messages that reached nobody, before their sender could note their numbers."""
         self._abandoned: deque[str] = deque(maxlen=MAX_ABANDONED)
@@ -132,9 +130,7 @@ class MqttTransport:
     def check(self) -> None:
         """See :class:`~edge.client.wire.Transport`: the retained statuses tell who is there."""
         self.connect()
-        with self._status_changed:
-            if not self._status_changed.wait_for(self._somebody_is_there, STATUS_S):
-                raise self._absence()
+        self._devices.check(self.root, self.device, self.pool, STATUS_S)
 
     def call(self, question: Question, tell: Tell) -> _Call:
         """See :class:`~edge.client.wire.Transport`."""
@@ -219,10 +215,7 @@ class MqttTransport:
             case "status":
                 self._status(owner, payload.decode())
             case "info":
-                models = [str(model["id"]) for model in json.loads(payload)["models"]]
-                with self._status_changed:
-                    self._models[owner] = models
-                    self._status_changed.notify_all()
+                self._devices.heard_models(owner, [str(model["id"]) for model in json.loads(payload)["models"]])
             case _:
                 self._answer(owner, kind, payload)
 
@@ -236,33 +229,13 @@ class MqttTransport:
             self.cancel(request_id, {event.device})
 
     def _status(self, device: str, status: str) -> None:
-        with self._status_changed:
-            before = self._statuses.get(device)
-            self._statuses[device] = status
-            self._status_changed.notify_all()
-        if status == before or (before is None and status == "online"):
-            return
-        for call in self._running():
-            call.status_changed(device, online=status == "online")
+        if self._devices.heard_status(device, status):
+            for call in self._running():
+                call.status_changed(device, online=status == "online")
 
     def _running(self) -> list[_Call]:
         with self._lock:
             return list(self._calls.values())
-
-    def _online(self) -> list[str]:
-        return sorted(device for device, status in self._statuses.items() if status == "online")
-
-    def _somebody_is_there(self) -> bool:
-        online = self._online()
-        return self.device in online or any(self.pool in self._models.get(device, ()) for device in online)
-
-    def _absence(self) -> UnavailableError:
-        online = [f"{device} ({', '.join(self._models.get(device, ()))})" for device in self._online()]
-        hint = f"online are {', '.join(online[:8])}" if online else f"no device is online below {self.root}/"
-        if self.device is None:
-            return UnavailableError(f"no device that serves {self.pool} is online", hint=hint)
-        known = "is offline" if self.device in self._statuses else "is not known at this broker"
-        return UnavailableError(f"the device {self.device} {known}", hint=hint)
 
 
 class _Call:
