@@ -187,14 +187,14 @@ class GraphBuilder:
             rounding = self._observe(self, x, name, form) if self._observe else quantize_rows
             matrix = self.weights.matrix(name, sources, form, rounding)
         self.matrix_bytes += matrix.num_bytes
-        inputs = x
-        if matrix.order is not None:
-            inputs = self.op("Gather", [x, self._constant(f"{name}.order", matrix.order)], axis=-1)
-        product = self.matmul(inputs, matrix, self.vector(f"{name}.bias", bias) if bias else None)
+        product = self.matmul(x, matrix, self.vector(f"{name}.bias", bias) if bias else None)
         return product if self._adapt is None else self._adapt(self, x, product, sources)
 
     def matmul(self, x: ir.Value, matrix: Matrix, bias: Tensor = None) -> ir.Value:
-        """``x @ matrix.T + bias`` for x [..., columns]."""
+        """``x @ matrix.T + bias`` for x [..., columns], of which the matrix may have some only, or in another order."""
+        if matrix.order is not None:
+            order = self._constant(f"{matrix.parts[0].name}.order", matrix.order)
+            x = self.op("Gather", [x, order], axis=-1)
         if not isinstance(matrix.form, Blockwise):
             product = self.op("FusedMatMul", [x, self._register(matrix.parts[0])], contrib=True, transB=1)
             return product if bias is None else self.op("Add", [product, bias])
@@ -233,6 +233,10 @@ class GraphBuilder:
         if scales.dtype == ir.DataType.FLOAT16 and name not in self._cast:
             self._cast[name] = self.op("Cast", [scales], to=ir.DataType.FLOAT)
         return self._cast.get(name, scales), zero_points[0] if zero_points else None
+
+    def coarse(self, x: ir.Value, matrix: Halves) -> ir.Value:
+        """About ``x @ matrix.T`` for x [positions, columns]; the nearer, the more of x is in the corrected columns."""
+        return self.op("Add", [self.matmul(x, matrix.upper), self.matmul(x, matrix.correction)])
 
     def rescored(self, coarse: ir.Value, x: ir.Value, matrix: Matrix | Halves, candidates: int) -> ir.Value:
         """Logits whose largest few are exact.

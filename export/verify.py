@@ -143,9 +143,9 @@ def head_logits(model: ir.Model, folder: Path, x: NDArray[np.float32]) -> NDArra
         ExportError: onnxruntime refuses the head, or the logits are not finite.
     """
     # In two stages, the product with the whole vocabulary makes the coarse logits.
-    product = next((node for node in model.graph if node.outputs[0].name == COARSE_LOGITS), None)
-    logits = _product(product or _logits_node(model), x)
-    if product is not None:
+    coarse = next((node for node in model.graph if node.outputs[0].name == COARSE_LOGITS), None)
+    logits = _product(coarse or _logits_node(model), x)
+    if coarse is not None:
         parts = range(0, len(x), _RESCORED_ROWS)
         logits = np.concatenate(
             [rescored(model, folder, x[i : i + _RESCORED_ROWS], logits[i : i + _RESCORED_ROWS]) for i in parts]
@@ -161,8 +161,13 @@ def _logits_node(model: ir.Model) -> ir.Node:
 
 
 def _product(node: ir.Node, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What a node makes of ``x`` and its matrix, some rows of the matrix at a time."""
-    parts = []
+    """What a node makes of ``x`` and its matrix, some rows of the matrix at a time; or the sum of two such nodes."""
+    if node.op_type == "Add":
+        first, second = (value.producer() for value in node.inputs if value is not None)
+        assert first is not None
+        assert second is not None
+        return _product(first, x) + _product(second, x)
+    x, parts = _columns(node, x), []
     weights = node.inputs[1]
     assert weights is not None
     assert weights.const_value is not None
@@ -175,6 +180,17 @@ def _product(node: ir.Node, x: NDArray[np.float32]) -> NDArray[np.float32]:
         else:
             parts.append(x @ _rows(weights, start, stop).T)
     return np.concatenate(parts, axis=1)
+
+
+def _columns(node: ir.Node, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Those columns of ``x`` that go into a product."""
+    gather = None if node.inputs[0] is None else node.inputs[0].producer()
+    if gather is None or gather.op_type != "Gather" or gather.attributes["axis"].as_int() != -1:
+        return x
+    chosen = gather.inputs[1]
+    assert chosen is not None
+    assert chosen.const_value is not None
+    return x[:, chosen.const_value.numpy()]
 
 
 def _form(node: ir.Node) -> Blockwise:

@@ -28,6 +28,8 @@ from export.quantize.recipes import Blockwise, Float32, Format, Recipe
 
 CHUNK_ELEMENTS = 4 << 20
 """Float32 values of one chunk: 16 MiB, some five times that while it is quantized."""
+_CORRECTION = Blockwise(bits=4, block=32, symmetric=True)
+"""Of 32 columns: the format whose products have the same bits in any number of rows."""
 _ALIGN = 4096
 """Tensors start on a page, so that onnxruntime can map them."""
 Rounding = Callable[[NDArray[np.float32], Blockwise], QuantizedRows]
@@ -127,6 +129,8 @@ class Halves:
 
     upper: Matrix
     lower: Matrix
+    correction: Matrix
+    """What the upper half lacks in a few of the columns, to be multiplied with too."""
 
     @property
     def rows(self) -> int:
@@ -134,9 +138,9 @@ class Halves:
         return self.upper.rows
 
     @property
-    def num_bytes(self) -> int:
-        """In the data file."""
-        return self.upper.num_bytes + self.lower.num_bytes
+    def row_bytes(self) -> int:
+        """Of a row that is looked up."""
+        return (self.upper.num_bytes + self.lower.num_bytes) // self.rows
 
 
 class _Writer:
@@ -226,6 +230,10 @@ class Weights:
         """Of a tensor of the checkpoint."""
         return self._checkpoint.tensors[source].shape
 
+    def values(self, source: str) -> NDArray[np.float32]:
+        """A small tensor of the checkpoint, to choose by."""
+        return self._checkpoint.rows(source)
+
     def vector(self, name: str, sources: Sequence[str], change: Change | None = None) -> ir.Value:
         """One float32 initializer out of one or more small tensors, end to end, after ``change``."""
         values = np.concatenate([self._read(source, 0, None) for source in sources])
@@ -245,18 +253,22 @@ class Weights:
         self._counted.update(sources)
         return matrix
 
-    def halves(self, name: str, source: str, form: Blockwise) -> Halves:
-        """A tensor as an 8-bit matrix in two halves, to nearest."""
+    def halves(self, name: str, source: str, form: Blockwise, corrected: NDArray[np.int64]) -> Halves:
+        """A tensor as an 8-bit matrix in two halves, to nearest, with a correction for the columns ``corrected``."""
         shape = self._stacked_shape([source])
         block = form.fit(shape[1]).block
         upper = self._writer(f"{name}.upper", shape, Blockwise(4, block))
         lower = self._writer(f"{name}.lower", shape, Blockwise(4, block, symmetric=True))
+        correction = self._writer(f"{name}.correction", (shape[0], len(corrected)), _CORRECTION)
         for chunk in self._chunks([source]):
-            for writer, rows in zip((upper, lower), quantize_halves(chunk, block), strict=True):
-                writer.add(rows)
+            coarse, rest = quantize_halves(chunk, block)
+            upper.add(coarse)
+            lower.add(rest)
+            lacking = chunk - dequantize_rows(coarse, Blockwise(4, block), shape[1])
+            correction.add(quantize_rows(lacking[:, corrected], _CORRECTION))
         self._counted.add(source)
-        coarse = upper.finish()
-        return Halves(coarse, lower.finish(scales=coarse.parts[1:2]))
+        whole = upper.finish()
+        return Halves(whole, lower.finish(scales=whole.parts[1:2]), replace(correction.finish(), order=corrected))
 
     def stored_matrix(self, name: str, sources: Sequence[str]) -> Matrix | None:
         """The matrix with the integers that the checkpoint has; None where it has none, or none that kernels take."""

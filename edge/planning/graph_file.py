@@ -59,26 +59,33 @@ def read_shape(bundle: Path, manifest: Manifest) -> Shape:
 
 def _shape(nodes: list[_Node], sizes: Sizes, manifest: Manifest) -> Shape:
     products = Counter(_product(node, sizes) for node in nodes if _multiplies(node, sizes))
-    head = max((product for product in products if product.rows == manifest.padded_vocab_size), key=_columns)
-    layers = tuple(replace(product, count=count) for product, count in products.items() if product != head)
+    heads = sorted((each for each in products if each.rows == manifest.padded_vocab_size), key=_columns)
+    layers = tuple(replace(product, count=count) for product, count in products.items() if product not in heads)
     head_table = manifest.recipe.get("head")
     return Shape(
         name=manifest.name,
         recipe=str(manifest.recipe.get("name", "?")),
         layers=layers,
-        head=head,
+        head=heads[-1],
+        correction=heads[0] if len(heads) > 1 else None,
         table=_table(nodes, sizes, manifest.padded_vocab_size),
         candidates=int(head_table.get("candidates", 0)) if isinstance(head_table, dict) else 0,
         num_layers=manifest.kv.layers + (manifest.state.layers if manifest.state else 0),
         num_heads=max(node.attributes["num_heads"] for node in nodes if node.op_type == "GroupQueryAttention"),
-        hidden_size=head.columns,
+        hidden_size=heads[-1].columns,
         vocab_size=manifest.vocab_size,
         context_length=manifest.context_length,
         kv=manifest.kv,
         state=manifest.state,
-        converted_bytes=sum(4 * math.prod(sizes.get(node.inputs[0], [0])) for node in nodes if node.op_type == "Cast"),
+        converted_bytes=sum(4 * math.prod(size) for size in _converted(nodes, sizes)),
         disk_bytes=sum(entry.size for entry in manifest.files),
     )
+
+
+def _converted(nodes: list[_Node], sizes: Sizes) -> list[list[int]]:
+    """Shapes of the scales that are stored in another type."""
+    found = [sizes.get(node.inputs[0], []) for node in nodes if node.op_type == "Cast"]
+    return [size for size in found if len(size) == 2]
 
 
 def _columns(product: Product) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from edge.bundle import KVLayout, Manifest, StateLayout
+from edge.bundle.rotary import rotary_positions
 from edge.planning.shape import Product, Shape
 from edge.settings.engine import EngineSettings
 
@@ -134,6 +135,7 @@ def predict_memory(shape: Shape, serving: Serving, *, int8: bool = True, fills: 
     fixed = (
         Part("weights, packed", sum(packed_bytes(product, int8=int8) for product in shape.products)),
         Part("scales, converted", shape.converted_bytes),
+        Part("rotary tables", _FLOAT * rotary_positions(serving.context) * shape.kv.head_dim),
         Part("onnxruntime", _SESSION_BYTES),
         Part("tokenizer", _BYTES_PER_ID * shape.vocab_size),
         Part("Python and libraries", _PYTHON_BYTES),

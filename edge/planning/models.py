@@ -120,6 +120,9 @@ class Part(_Model):
         return Format(self.bits, self.block)
 
 
+_CORRECTION = Part(bits=_COARSE_BITS, block=32, symmetric=True)
+
+
 class KnownRecipe(_Model):
     """One recipe of ``recipes.toml``."""
 
@@ -133,6 +136,8 @@ class KnownRecipe(_Model):
     table: Part
     candidates: int = 0
     """Rows of the table with exact logits, where the head reads the upper halves of its codes first."""
+    corrected: int = 0
+    """Columns of the table for which those halves are corrected."""
     scales: Literal["float16", "float32"]
     """How they are stored; in memory they are float32."""
 
@@ -182,12 +187,17 @@ def _shape(name: str, model: KnownModel, recipe_name: str, recipe: KnownRecipe) 
     table = _product(model.vocab, model.hidden_size, recipe.table.form())
     head = replace(table, form=replace(table.form, bits=_COARSE_BITS)) if recipe.candidates else table
     parts = [*layers, *[(recipe.table, table)] * (1 if model.tied else 2)]
+    correction = None
+    if recipe.candidates:
+        correction = _product(model.vocab, recipe.corrected, _CORRECTION.form())
+        parts.append((_CORRECTION, correction))
     converted = 0 if recipe.scales == "float32" else _FLOAT_BYTES
     return Shape(
         name=name,
         recipe=recipe_name,
         layers=tuple(product for _, product in layers),
         head=head,
+        correction=correction,
         table=table,
         candidates=recipe.candidates,
         num_layers=model.layers,

@@ -77,6 +77,8 @@ class Shape:
     """What every token is multiplied by."""
     head: Product
     """What only positions that get logits are multiplied by."""
+    correction: Product | None
+    """And a few of their channels, where the head is in two stages."""
     table: Product
     """The embedding: single rows are read, straight from the file."""
     candidates: int
@@ -99,7 +101,12 @@ class Shape:
     @property
     def products(self) -> tuple[Product, ...]:
         """What a decode step computes."""
-        return (*self.layers, self.head)
+        return (*self.layers, *self.heads)
+
+    @property
+    def heads(self) -> tuple[Product, ...]:
+        """What is computed of a position that gets logits."""
+        return (self.head,) if self.correction is None else (self.head, self.correction)
 
     @property
     def padded_vocab_size(self) -> int:

@@ -133,7 +133,7 @@ def _prefill(shape: Shape, machine: Machine, num_tokens: int) -> Prefill:
     activations = 4 * width * shape.num_layers * num_tokens / (machine.read_gbs * 1e9)
     chunks = math.ceil(num_tokens / 256)
     return Prefill(
-        weights=products + _read_s(shape.head, machine),
+        weights=products + sum(_read_s(product, machine) for product in shape.heads),
         attention=attended / (_PROMPT_ATTENTION * machine.attention_gflops * 1e9),
         state=num_tokens * _state_s(shape, machine) / _PROMPT_STATE,
         rest=activations + chunks * (shape.num_layers * _LAYER_S + _STEP_S) / machine.speed,

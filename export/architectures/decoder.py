@@ -11,20 +11,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from edge.bundle import KVLayout, StateLayout
 from edge.bundle.rotary import rotary_positions
 from edge.errors import CheckpointError
 from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, HIDDEN_STATES, MIDDLE, GraphBuilder
 from export.quantize.recipes import Blockwise, Format
-from export.weights import Halves, Matrix
+from export.weights import Halves, Matrix, Weights
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor names and shapes, as the checkpoint stores them."""
 Table = Matrix | Halves
 """Embedding or head in the data file: in two halves, where logits come in two stages."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FINAL_NORM = "model.norm.weight"
 _MOST_LAYERS = 1024
 """Ten times the deepest model: a damaged config must not list tensors without end."""
 
@@ -93,7 +96,11 @@ class Decoder(ABC):
 
     def norm(self, graph: GraphBuilder, x: ir.Value, weight: str) -> ir.Value:
         """RMS normalization of ``x`` over its last axis by a tensor of the checkpoint."""
-        return graph.rms_norm(x, weight, self.rms_norm_eps)
+        return graph.rms_norm(x, weight, self.rms_norm_eps, self.norm_weights)
+
+    def norm_weights(self, stored: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What :meth:`norm` multiplies by, of what the checkpoint has."""
+        return stored
 
     def head_norm(self, graph: GraphBuilder, x: ir.Value, weight: str, size: int) -> ir.Value:
         """Normalize each head of ``x`` [batch, sequence, size] by itself."""
@@ -114,7 +121,7 @@ class Decoder(ABC):
     def tensors(self) -> Shapes:
         """Every tensor the checkpoint must hold, and no other."""
         table = (self.padded_vocab_size, self.hidden_size)
-        shapes: Shapes = {_EMBEDDING: table, "model.norm.weight": (self.hidden_size,)}
+        shapes: Shapes = {_EMBEDDING: table, _FINAL_NORM: (self.hidden_size,)}
         for layer in range(self.num_layers):
             shapes |= self.attention_tensors(layer) | self.mlp_tensors(layer_prefix(layer))
         if not self.tied:
@@ -156,7 +163,7 @@ class Decoder(ABC):
         x = graph.cut(graph.rows(graph.input_ids, embedding), f"{HIDDEN}.0", shape)
         for layer in range(self.num_layers):
             x = graph.cut(self._layer(graph, layer, x, rotary), f"{HIDDEN}.{layer + 1}", shape)
-        x = self.norm(graph, x, "model.norm.weight")
+        x = self.norm(graph, x, _FINAL_NORM)
         graph.output(x, HIDDEN_STATES, ir.DataType.FLOAT, shape)
         head = embedding if self.tied else self._table(graph, "lm_head", _HEAD, is_head=True)
         return Built(graph.matrix_bytes + self.head(graph, x, head), embedding, head)
@@ -185,7 +192,7 @@ class Decoder(ABC):
     def _table(self, graph: GraphBuilder, name: str, source: str, *, is_head: bool) -> Table:
         weights, form = graph.weights, graph.weights.recipe.table
         if is_head and weights.recipe.head is not None and isinstance(form, Blockwise):
-            return weights.halves(name, source, form)
+            return weights.halves(name, source, form, self._largest_channels(weights, weights.recipe.head.corrected))
         return weights.matrix(name, [source], form)
 
     def head(self, graph: GraphBuilder, x: ir.Value, table: Table) -> int:
@@ -206,9 +213,14 @@ class Decoder(ABC):
         if isinstance(table, Matrix):
             return graph.matmul(x, table), table.num_bytes
         assert head is not None
-        coarse = graph.cut(graph.matmul(x, table.upper), COARSE_LOGITS, ["positions", self.padded_vocab_size])
-        candidate_bytes = table.num_bytes * head.candidates // table.rows
-        return graph.rescored(coarse, x, table, head.candidates), table.upper.num_bytes + candidate_bytes
+        coarse = graph.cut(graph.coarse(x, table), COARSE_LOGITS, ["positions", self.padded_vocab_size])
+        num_bytes = table.upper.num_bytes + table.correction.num_bytes + table.row_bytes * head.candidates
+        return graph.rescored(coarse, x, table, head.candidates), num_bytes
+
+    def _largest_channels(self, weights: Weights, count: int) -> NDArray[np.int64]:
+        """Channels of the final hidden state that are largest, told by what normalization multiplies them by."""
+        factors = np.abs(self.norm_weights(weights.values(_FINAL_NORM)))
+        return np.sort(np.argsort(-factors, kind="stable")[:count])
 
     def _check_sizes(self) -> None:
         reason = ""

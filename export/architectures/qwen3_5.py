@@ -122,9 +122,9 @@ class Qwen3_5(Decoder):  # noqa: N801 - the makers' name, whose dot is a version
             f"{prefix}k_norm.weight": (self.head_dim,),
         }
 
-    def norm(self, graph: GraphBuilder, x: ir.Value, weight: str) -> ir.Value:
-        """RMS normalization whose weight is stored less one."""
-        return graph.rms_norm(x, weight, self.rms_norm_eps, _plus_one)
+    def norm_weights(self, stored: Array) -> Array:
+        """They are stored less one."""
+        return stored + np.float32(1.0)
 
     def attention(self, graph: GraphBuilder, layer: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]) -> ir.Value:
         """Full or linear attention, as the config says of the layer."""
@@ -288,10 +288,6 @@ def _refuse_other_attention(config: Mapping[str, Any]) -> None:
         raise CheckpointError("full attention without an output gate is not supported", hint=_HINT)
     if config.get("attention_bias"):
         raise CheckpointError("attention with biases is not supported", hint=_HINT)
-
-
-def _plus_one(weight: Array) -> Array:
-    return weight + np.float32(1.0)
 
 
 def _minus_exp(a_log: Array) -> Array:

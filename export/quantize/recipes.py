@@ -48,11 +48,14 @@ Format = Blockwise | Float32
 class TwoStage:
     """A head that reads the upper halves of the table's 8-bit codes, and the rest for the rows of the best tokens only.
 
-    The logits of the candidates are exact products with the table; all others stay coarse.
+    The logits of the candidates are exact products with the table; all others stay coarse, but for the part of the
+    input's largest channels, where most of the error would be.
     """
 
     candidates: int
     """Tokens per position whose logits are exact."""
+    corrected: int = 32
+    """Channels for which coarse logits are corrected."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class Recipe:
             return {"format": "table"}
         assert isinstance(self.table, Blockwise)
         coarse = _describe(Blockwise(4, self.table.block))
-        return {"format": "two-stage", "coarse": coarse, "candidates": self.head.candidates}
+        return {"format": "two-stage", "coarse": coarse, **asdict(self.head)}
 
 
 def is_sensitive(layer: int, num_layers: int) -> bool:

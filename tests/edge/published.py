@@ -56,7 +56,7 @@ class Row:
         shape = shape_of(self.model)
         layers, head = (Format(bits, block=1, block_bytes=0) for bits in self.bits)
         parts = tuple(replace(product, form=layers) for product in shape.layers)
-        return replace(shape, layers=parts, head=_in(shape.head, head), candidates=0)
+        return replace(shape, layers=parts, head=_in(shape.head, head), correction=None, candidates=0)
 
     def _machine(self) -> Machine:
         if self.board is not None:

@@ -135,6 +135,7 @@ def test_the_recipes_are_those_of_the_export() -> None:
         assert (recipe.value is None) == ("value" not in forms)
         assert recipe.scales == described["scales"]
         assert recipe.candidates == described["head"].get("candidates", 0)
+        assert recipe.corrected == described["head"].get("corrected", 0)
 
 
 def test_every_model_of_the_catalog_is_known() -> None:
@@ -170,7 +171,7 @@ def test_shapes_are_those_of_the_published_configs(name: str) -> None:
 def test_a_graph_is_read_as_what_the_tables_say(model: str, recipe: str, tmp_path: Path) -> None:
     read, known = read_shape(*built(model, recipe, tmp_path)), shape_of(model, recipe)
     assert counted(read) == counted(known)
-    same = ("converted_bytes", "head", "table", "candidates", "num_layers", "num_heads", "hidden_size", "kv", "state")
+    same = ("converted_bytes", "heads", "table", "candidates", "num_layers", "num_heads", "hidden_size", "kv", "state")
     assert [getattr(read, name) for name in same] == [getattr(known, name) for name in same]
     assert read.widest == known.widest
     assert read.attention_flops == known.attention_flops

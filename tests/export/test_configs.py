@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
+from numpy.typing import NDArray
 
 from edge.bundle import KVLayout, StateLayout
 from export.architectures import architecture_for
@@ -82,7 +84,9 @@ class UnreadWeights(Weights):
         if isinstance(form, Float32):
             value = self.file.initializer(name, ir.DataType.FLOAT, [rows, columns], 0)
             return Matrix(rows, columns, form, (value,), rows * columns * 4)
-        form = form.fit(columns)
+        return self._quantized(name, rows, columns, form.fit(columns))
+
+    def _quantized(self, name: str, rows: int, columns: int, form: Blockwise) -> Matrix:
         blocks = -(-columns // form.block)
         shapes = {
             "codes": (ir.DataType.UINT8, [rows, blocks, form.block * form.bits // 8]),
@@ -96,10 +100,16 @@ class UnreadWeights(Weights):
             rows, columns, form, tuple(parts), sum(int(part.const_value.nbytes) for part in parts if part.const_value)
         )
 
-    def halves(self, name: str, source: str, form: Blockwise) -> Halves:
+    def values(self, source: str) -> NDArray[np.float32]:
+        return np.zeros(self.shape(source), np.float32)
+
+    def halves(self, name: str, source: str, form: Blockwise, corrected: NDArray[np.int64]) -> Halves:
         upper = self.matrix(f"{name}.upper", [source], Blockwise(4, form.block))
         lower = self.matrix(f"{name}.lower", [source], Blockwise(4, form.block, symmetric=True))
-        return Halves(upper, replace(lower, parts=(lower.parts[0], upper.parts[1])))
+        shape = (upper.rows, len(corrected))
+        correction = self._quantized(f"{name}.correction", *shape, Blockwise(4, 32, symmetric=True))
+        lower = replace(lower, parts=(lower.parts[0], upper.parts[1]))
+        return Halves(upper, lower, replace(correction, order=corrected))
 
     def _count(self, sources: Sequence[str]) -> None:
         self.parameter_count += sum(math.prod(self.shape(each)) for each in set(sources) - self._counted)

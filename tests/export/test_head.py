@@ -91,6 +91,23 @@ def test_the_coarse_logits_come_from_the_same_weights(head: Head) -> None:
     assert 0.01 < error < 0.15
 
 
+def test_coarse_logits_are_nearly_exact_in_the_channels_that_the_final_norm_makes_largest(tmp_path: Path) -> None:
+    config = tiny.qwen2_config(hidden_size=384, vocab_size=2048)
+    tensors = tiny.random_tensors(config)
+    largest = np.random.default_rng(3).choice(384, 32, replace=False)
+    tensors["model.norm.weight"][largest] *= 16
+    tiny.write_safetensors(tiny.write_folder(tmp_path / "checkpoint", config) / "model.safetensors", tensors)
+    recipe = replace(RECIPES["balanced"], head=TwoStage(CANDIDATES))
+    with open_checkpoint(tmp_path / "checkpoint") as checkpoint:
+        graph = build_graph(checkpoint, tmp_path, recipe, progress=Silent())
+    head = Head(graph, tmp_path, tensors["model.embed_tokens.weight"])
+    exact = table(head.weights)
+    error = head.run(np.eye(384, dtype=np.float32), COARSE_LOGITS) - exact.T
+    sizes = np.linalg.norm(error, axis=1)
+    others = np.setdiff1d(np.arange(384), largest)
+    assert sizes[largest].max() < 0.2 * sizes[others].min()
+
+
 def test_greedy_finds_what_the_table_says_is_best(head: Head) -> None:
     """Float activations: the exact products do not even lose what int8 activations cost the plain head."""
     x = head.hidden(300)
@@ -114,7 +131,8 @@ def test_how_many_positions_there_are_changes_no_bit_of_a_candidate(head: Head, 
 def test_only_the_coarse_copy_is_read_whole(head: Head) -> None:
     architecture = head.graph.architecture
     per_weight = 4 / 8 + 2 / 128 + 0.5 / 128
-    table = 2048 * 384 * per_weight + CANDIDATES * 384 * (1 + 2.5 / 128)
+    correction = 2048 * 32 * (4 / 8 + 2 / 32)
+    table = 2048 * 384 * per_weight + correction + CANDIDATES * 384 * (1 + 2.5 / 128)
     others = sum(math.prod(shape) for name, shape in architecture.tensors().items() if ".layers." in name)
     # Blocks of 32: the coarse head and the candidates' rows are what else a step reads.
     assert head.graph.weight_bytes_per_token == pytest.approx(table + others * (4 / 8 + 2.5 / 32), rel=0.02)
