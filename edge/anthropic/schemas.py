@@ -13,10 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from edge.errors import RequestError
-from edge.openai.schemas import MAX_MESSAGES, MAX_STOP_CHARS, MAX_STOPS, MAX_TOKENS, MAX_TOOLS
+from edge.openai.schemas import MAX_MESSAGES, MAX_NAME, MAX_STOP_CHARS, MAX_STOPS, MAX_TOKENS, MAX_TOOLS
 from edge.openai.wire import Unsupported, Wire, refuse_unsupported, validate
 
-_MAX_NAME = 256
 _UNSUPPORTED: Unsupported = {
     "mcp_servers": (([],), "connect the servers in the client, and send their tools"),
     "container": ((), "leave it out"),
@@ -51,7 +50,7 @@ class ToolUse(Wire):
 
     type: Literal["tool_use"]
     id: str
-    name: Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     input: dict[str, Any]
 
 
@@ -100,7 +99,7 @@ class Message(Wire):
 class Tool(Wire):
     """A tool the model may call."""
 
-    name: Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     description: str | None = None
     input_schema: dict[str, Any]
 
@@ -147,7 +146,7 @@ class OutputConfig(Wire):
 class CountRequest(Wire):
     """Body of ``POST /v1/messages/count_tokens``: what becomes the prompt."""
 
-    model: Annotated[str, Field(max_length=_MAX_NAME)] | None = None
+    model: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     system: str | list[Text] | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None

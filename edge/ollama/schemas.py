@@ -14,10 +14,9 @@ from pydantic import Field, model_validator
 
 from edge.engine.logprobs import MAX_TOP
 from edge.errors import RequestError
-from edge.openai.schemas import MAX_MESSAGES, MAX_TOKENS, MAX_TOOLS
+from edge.openai.schemas import MAX_MESSAGES, MAX_NAME, MAX_TOKENS, MAX_TOOLS
 from edge.openai.wire import Unsupported, Wire, refuse_unsupported, validate
 
-_MAX_NAME = 256
 _LEAVE_OUT = "leave it out"
 _UNSUPPORTED: Unsupported = {
     "images": (([],), "this model reads text: leave images out"),
@@ -61,7 +60,7 @@ class Options(Wire):
 class Named(Wire):
     """A request that concerns one model."""
 
-    model: Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
+    model: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 
 
 class _Generation(Named):

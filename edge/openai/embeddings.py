@@ -15,10 +15,10 @@ from edge.errors import ContextOverflowError, RequestError
 from edge.generation import Event, Failed, GenerationRequest, Pooled
 from edge.model import Model
 from edge.openai.prompts import Prompt, prompt_ids, read_prompts
+from edge.openai.schemas import MAX_NAME
 from edge.openai.wire import Wire, validate
 
 MAX_INPUTS = 2048
-_MAX_NAME = 256
 
 
 class EmbeddingRequest(Wire):
@@ -26,7 +26,7 @@ class EmbeddingRequest(Wire):
 
     input: str | list[Any]
     """Text, token ids, or a batch of such inputs."""
-    model: Annotated[str, Field(max_length=_MAX_NAME)] | None = None
+    model: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
     """``base64``: of little-endian 32-bit floats."""
     dimensions: Annotated[int, Field(ge=1, le=2**20)] | None = None

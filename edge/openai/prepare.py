@@ -12,21 +12,11 @@ from edge.model import Model
 from edge.openai.fill_in import fill_in_ids, fill_in_stops
 from edge.openai.grammar import usable_grammar
 from edge.openai.prompts import Prompt, prompt_ids
-from edge.openai.schemas import ChatRequest, CompletionRequest
+from edge.openai.schemas import SAMPLING_FIELDS, ChatRequest, CompletionRequest
 from edge.openai.thinking import requested_thinking, template_thinking
 from edge.service import GenerationRequest
 
 TOOL_CALL_TAGS = ("<tool_call>", "</tool_call>")
-_SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-)
 
 
 def prepare(model: Model, request: ChatRequest | CompletionRequest) -> tuple[GenerationRequest, ...]:
@@ -88,7 +78,7 @@ def _stops(request: ChatRequest | CompletionRequest, grammar: Grammar | None) ->
 
 
 def _given_sampling(request: ChatRequest | CompletionRequest) -> dict[str, Any]:
-    given = {name: getattr(request, name) for name in _SAMPLING}
+    given = {name: getattr(request, name) for name in SAMPLING_FIELDS}
     if request.logit_bias:
         given["logit_bias"] = _token_biases(request.logit_bias)
     return {name: value for name, value in given.items() if value is not None}

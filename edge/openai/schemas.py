@@ -26,7 +26,8 @@ MAX_CHOICES = 8
 MAX_PROMPTS = 256
 EFFORTS = {"none": 0, "minimal": 0, "low": 512, "medium": 2048, "high": -1, "xhigh": -1, "max": -1}
 """``reasoning_effort`` in tokens; -1 = no limit."""
-_MAX_NAME = 256
+MAX_NAME = 256
+"""Characters of a model's name, or a function's."""
 
 _UNSUPPORTED: Unsupported = {
     "best_of": ((1,), "leave it out"),
@@ -92,7 +93,7 @@ class ToolFunction(Wire):
 
     model_config = ConfigDict(extra="allow")
 
-    name: Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """A JSON schema."""
@@ -120,10 +121,9 @@ class NamedTool(Wire):
     function: FunctionName
 
 
-class _Generation(Wire):
-    """Fields that chat and text completions share."""
+class Sampling(Wire):
+    """How tokens are chosen: fields that all requests share, under the names of the sampler's."""
 
-    model: Annotated[str, Field(max_length=_MAX_NAME)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -132,6 +132,15 @@ class _Generation(Wire):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
+
+
+SAMPLING_FIELDS = tuple(Sampling.model_fields)
+
+
+class _Generation(Sampling):
+    """Fields that chat and text completions share."""
+
+    model: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     logit_bias: dict[str, float] | None = None
     stop: str | list[str] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None

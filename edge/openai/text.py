@@ -15,16 +15,14 @@ from pydantic import Field, model_validator
 
 from edge.errors import RequestError
 from edge.model import Model
-from edge.openai.schemas import MAX_MESSAGES, ChatRequest, Tool
+from edge.openai.schemas import MAX_MESSAGES, MAX_NAME, ChatRequest, Tool
 from edge.openai.wire import Wire, validate
-
-_MAX_NAME = 256
 
 
 class TokenizeRequest(Wire):
     """Body of ``POST /tokenize``: one of the texts, or a conversation."""
 
-    model: Annotated[str, Field(max_length=_MAX_NAME)] | None = None
+    model: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     content: str | None = None
     """The text, as llama.cpp calls it."""
     prompt: str | None = None
@@ -51,7 +49,7 @@ class TokenizeRequest(Wire):
 class DetokenizeRequest(Wire):
     """Body of ``POST /detokenize``."""
 
-    model: Annotated[str, Field(max_length=_MAX_NAME)] | None = None
+    model: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     tokens: list[int]
 
 

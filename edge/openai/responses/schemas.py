@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from edge.engine.logprobs import MAX_TOP
-from edge.openai.schemas import MAX_MESSAGES, MAX_TOKENS, MAX_TOOLS
+from edge.openai.schemas import MAX_MESSAGES, MAX_NAME, MAX_TOKENS, MAX_TOOLS, Sampling
 from edge.openai.wire import Unsupported, Wire, refuse_unsupported, validate
 
-_MAX_NAME = 256
 _SEND_ALL = "send the whole conversation as input: nothing is stored here"
 _UNSUPPORTED: Unsupported = {
     "previous_response_id": ((), _SEND_ALL),
@@ -27,7 +26,7 @@ class FunctionTool(Wire):
     """A function the model may call."""
 
     type: Literal["function"]
-    name: Annotated[str, Field(min_length=1, max_length=_MAX_NAME)]
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """A JSON schema."""
@@ -62,24 +61,16 @@ class ReasoningOptions(Wire):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
 
-class ResponseRequest(Wire):
+class ResponseRequest(Sampling):
     """Body of ``POST /v1/responses``."""
 
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
     """The user's text, or items: messages, calls, outputs of calls, reasoning."""
-    model: Annotated[str, Field(max_length=_MAX_NAME)] | None = None
+    model: Annotated[str, Field(max_length=MAX_NAME)] | None = None
     instructions: str | None = None
     """The system prompt."""
     max_output_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     """Reasoning included."""
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None

@@ -8,23 +8,10 @@ from typing import Any
 
 from edge.errors import RequestError
 from edge.openai.responses.schemas import FunctionTool, NamedFunction, ResponseRequest, TextFormat
-from edge.openai.schemas import ChatRequest, parse_chat
+from edge.openai.schemas import SAMPLING_FIELDS, ChatRequest, parse_chat
 
 _LOGPROBS = "message.output_text.logprobs"
-_SAME = (
-    "model",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "parallel_tool_calls",
-    "enable_thinking",
-    "thinking_budget",
-)
+_SAME = ("model", *SAMPLING_FIELDS, "parallel_tool_calls", "enable_thinking", "thinking_budget")
 """Fields that a chat has under the same name."""
 _NAMES = {"messages": "input", "response_format": "text.format", "max_completion_tokens": "max_output_tokens"}
 """Fields of a chat that a response has under another name."""
