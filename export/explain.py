@@ -19,6 +19,8 @@ _LABELS = {
 
 _AS_STORED = "Where a checkpoint is quantized already, layers keep its integers; only fp32 makes floats of them."
 
+_MTP = "The head of multi-token prediction (--mtp) has a layer's formats, its fc that of the attention output, to nearest."
+
 
 def recipes_as_text() -> str:
     """All recipes, for people."""
@@ -26,7 +28,7 @@ def recipes_as_text() -> str:
     for recipe in RECIPES.values():
         lines = [f"  {label:<21} {text}" for label, text in _lines(recipe)]
         parts.append("\n".join([f"{recipe.name}: {recipe.purpose}", *lines]))
-    return "\n\n".join([*parts, _AS_STORED, f"Measured with {MEASURED_ON}."])
+    return "\n\n".join([*parts, _AS_STORED, _MTP, f"Measured with {MEASURED_ON}."])
 
 
 def recipes_as_json() -> str:
