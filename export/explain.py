@@ -19,7 +19,9 @@ _LABELS = {
 
 _AS_STORED = "Where a checkpoint is quantized already, layers keep its integers; only fp32 makes floats of them."
 
-_MTP = "The head of multi-token prediction (--mtp) has a layer's formats, its fc that of the attention output, to nearest."
+_MTP = (
+    "The head of multi-token prediction (--mtp) has a layer's formats, its fc that of the attention output, to nearest."
+)
 
 
 def recipes_as_text() -> str:
