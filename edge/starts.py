@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 MAX_DEATHS: Final = 3
 """Starts in a row that ended by themselves; the next one is in safe mode."""
+RETRY_AFTER_S: Final = 3600.0
+"""Seconds in safe mode after which a normal start is tried; twice as long after each that ended by itself."""
+MAX_RETRY_AFTER_S: Final = 24 * 3600.0
 
 
 class Starts(BaseModel):
@@ -37,6 +40,8 @@ class Starts(BaseModel):
     """Differs between two starts of the machine."""
     unproven: Annotated[int, Field(ge=0)] = 0
     """Starts in a row that neither worked for a while nor were asked to end, the last one included."""
+    retries: Annotated[int, Field(ge=0)] = 0
+    """Normal starts that safe mode has tried by itself since one worked."""
     ready_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Seconds that the last good start took until it answered."""
 
@@ -72,8 +77,19 @@ class StartCounter:
         self._folder = folder
         self._boot = boot
         self._known = Starts()
+        self._safe = self._retrying = False
         self._held = ExitStack()
         self._writing = threading.Lock()
+
+    @property
+    def is_retry(self) -> bool:
+        """Whether this is a normal start that safe mode tries."""
+        return self._known.retries > 0 and not self._safe
+
+    @property
+    def retry_after_s(self) -> float:
+        """Seconds in safe mode after which to try a normal start."""
+        return min(RETRY_AFTER_S * 2.0 ** min(self._known.retries, 32), MAX_RETRY_AFTER_S)
 
     def begin(self, bundle: str) -> int:
         """Note a start, until :meth:`works`, :meth:`stopped` or the end of the process.
@@ -93,10 +109,14 @@ class StartCounter:
             self._known, now = read_starts(self._folder), {"bundle": bundle, "boot": self._boot}
             same = (self._known.bundle, self._known.boot) == (bundle, self._boot)
             deaths = self._known.unproven if same else 0
-            self._write(self._folder, self._known.model_copy(update={**now, "unproven": deaths + 1}))
+            self._safe = deaths >= MAX_DEATHS
+            retries = self._known.retries if same else 0
+            self._write(
+                self._folder, self._known.model_copy(update={**now, "unproven": deaths + 1, "retries": retries})
+            )
         except OSError as error:
             log.warning("starts are not counted, %s cannot be written: %s", self._folder, error.strerror)
-            self._known = Starts()
+            self._known, self._safe = Starts(), False
             return 0
         return deaths
 
@@ -109,17 +129,28 @@ class StartCounter:
             ready_s: seconds that the start took; None where it never answered.
         """
         with self._writing:
-            if self._folder is None or self._known.unproven == 0:
+            if self._known.unproven == 0 or self._retrying:
                 return
             took = {} if ready_s is None else {"ready_s": ready_s}
-            try:
-                self._write(self._folder, self._known.model_copy(update={"unproven": 0, **took}))
-            except OSError as error:
-                log.warning("%s cannot be written: %s", self._folder, error.strerror)
+            self._note({"unproven": 0, "retries": self._known.retries if self._safe else 0, **took})
+
+    def retry(self) -> None:
+        """The next start is a normal one, and leads back to safe mode if it ends by itself; on any thread."""
+        with self._writing:
+            self._note({"unproven": MAX_DEATHS - 1, "retries": self._known.retries + 1})
+            self._retrying = True
 
     def close(self) -> None:
         """Let another process count."""
         self._held.close()
+
+    def _note(self, update: dict[str, object]) -> None:
+        if self._folder is None:
+            return
+        try:
+            self._write(self._folder, self._known.model_copy(update=update))
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._folder, error.strerror)
 
     def _write(self, folder: Path, starts: Starts) -> None:
         replace_durably(folder / "starts.json", json.dumps(starts.model_dump(), indent=2).encode() + b"\n")

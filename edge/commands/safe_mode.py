@@ -35,9 +35,9 @@ def safe_settings(settings: Settings, context_length: int) -> Settings:
     )
 
 
-def explain(deaths: int) -> str:
+def explain(deaths: int, retry_after_s: float) -> str:
     """Why a device does less than it should."""
     return (
-        f"safe mode: the {deaths} starts before this one ended by themselves; until a restart one request at a time, a"
-        " short context, no adapters and no rules"
+        f"safe mode: the {deaths} starts before this one ended by themselves; one request at a time, a short context,"
+        f" no adapters and no rules until a restart, which it tries by itself after {retry_after_s / 3600:g} h"
     )

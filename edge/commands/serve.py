@@ -131,7 +131,7 @@ def run_server(
 
         stack.callback(service.stop)
         start(service)
-        served.watch(service)
+        served.watch(service, leaving.begin_anew)
         journal = _make_journal(settings.mqtt)
         stack.callback(journal.close)
         management = _make_management(settings, served, service, leaving, read_settings)

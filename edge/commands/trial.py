@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +66,7 @@ class Start:
         path = bundle_of(self.settings) if self.installed is None else self.installed.path
         deaths = self._counter.begin(path.name)
         if deaths >= MAX_DEATHS:
-            self.problem = explain(deaths)
+            self.problem = explain(deaths, self._counter.retry_after_s)
             self.settings = safe_settings(self.settings, read_manifest(path).context_length)
             log.error("%s", self.problem)
 
@@ -83,9 +83,19 @@ class Start:
             self.installed = self._instead_of_active(error)
             return self._load(imports)
 
-    def watch(self, service: Service) -> None:
-        """From now on see whether it works; where the engine stalls on a bundle of the store, leave that and end."""
-        self._watcher = threading.Thread(target=self._watch, args=(service,), name="trial", daemon=True)
+    @property
+    def is_retry(self) -> bool:
+        """Whether safe mode tries to do without itself: whatever ends this start, the next one is safe again."""
+        return self._counter.is_retry
+
+    def watch(self, service: Service, begin_anew: Callable[[], object]) -> None:
+        """From now on see whether it works; where the engine stalls on a bundle of the store, leave that and end.
+
+        Args:
+            service: what is watched.
+            begin_anew: called to try a normal start after a while in safe mode, when nobody is being answered.
+        """
+        self._watcher = threading.Thread(target=self._watch, args=(service, begin_anew), name="trial", daemon=True)
         self._watcher.start()
 
     def ready(self) -> None:
@@ -127,7 +137,7 @@ class Start:
             return load(self.settings, imports=imports)
         return load(self.settings, bundle=self.installed.path, imports=imports)
 
-    def _watch(self, service: Service) -> None:
+    def _watch(self, service: Service, begin_anew: Callable[[], object]) -> None:
         store, name = self.store, "" if self.installed is None else self.installed.name
         works_at = time.monotonic() + WORKS_AFTER_S
         while not self._ended.wait(CHECK_EVERY_S):
@@ -140,6 +150,18 @@ class Start:
                 self._counter.works(self._ready_s)
                 if store is not None:
                     store.healthy(name)
+                if self.problem is not None:
+                    self._leave_safe_mode(service, begin_anew)
+                return
+
+    def _leave_safe_mode(self, service: Service, begin_anew: Callable[[], object]) -> None:
+        retry_at = time.monotonic() + self._counter.retry_after_s
+        while not self._ended.wait(CHECK_EVERY_S):
+            stats = service.stats()
+            if time.monotonic() >= retry_at and not stats.num_running and not stats.num_waiting:
+                log.warning("safe mode has served for a while: a normal start is tried")
+                self._counter.retry()
+                begin_anew()
                 return
 
 
@@ -164,8 +186,11 @@ def starting(settings: Settings) -> Iterator[Start]:
     try:
         yield start
         wanted = True
-    except (KeyboardInterrupt, ConfigError, UnavailableError):
-        wanted = True  # not the bundle's fault
+    except KeyboardInterrupt:
+        wanted = True
+        raise
+    except (ConfigError, UnavailableError):
+        wanted = not start.is_retry  # not the bundle's fault; but safe mode, which tries this start, did without
         raise
     finally:
         start.end(wanted=wanted)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any, cast
 import httpx
 import pytest
 
+from edge import starts
 from edge.commands import trial
 from edge.commands.safe_mode import SAFE_CONTEXT, safe_settings
 from edge.commands.trial import Start, starting
 from edge.config import load_settings
+from edge.errors import ConfigError
 from edge.settings.rules import RuleSettings
 from edge.starts import MAX_DEATHS, StartCounter, Starts, boot_id, read_starts
 from export.checkpoint import open_checkpoint
@@ -118,6 +121,7 @@ class Idle:
     """A service that never stalls."""
 
     stalled = False
+    num_running = num_waiting = 0
 
     def stats(self) -> Idle:
         return self
@@ -128,7 +132,7 @@ def crash(start: Any, before: Callable[[Start], object], kind: type[BaseExceptio
     with suppress(kind), start() as served:
         served.begin()
         before(served)
-        raise kind
+        raise kind("on purpose")
 
 
 class TestStart:
@@ -169,13 +173,49 @@ class TestStart:
 
         def serve_for_a_while(served: Start) -> None:
             served.ready()
-            served.watch(cast("Service", Idle()))
+            served.watch(cast("Service", Idle()), lambda: None)
             wait_for(lambda: read_starts(folder).unproven == 0)
 
         die(folder, "bundle")
         crash(start, serve_for_a_while)
         assert read_starts(folder).unproven == 0
         assert read_starts(folder).ready_s is not None
+
+    @pytest.fixture
+    def tried(self, start: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A start in safe mode that has begun anew by itself."""
+        for name in ("CHECK_EVERY_S", "WORKS_AFTER_S"):
+            monkeypatch.setattr(trial, name, 0.01)
+        monkeypatch.setattr(starts, "RETRY_AFTER_S", 0.05)
+        for _ in range(MAX_DEATHS):
+            die(folder, "bundle")
+        asked = threading.Event()
+        with start() as served:
+            served.begin()
+            assert served.problem is not None
+            served.watch(cast("Service", Idle()), asked.set)
+            assert asked.wait(TIMEOUT_S)
+            served.leaving()
+
+    @pytest.mark.usefixtures("tried")
+    def test_safe_mode_tries_a_normal_start_and_one_that_works_ends_it(self, start: Any, folder: Path) -> None:
+        with start() as served:
+            served.begin()
+            assert served.problem is None
+            served.watch(cast("Service", Idle()), lambda: None)
+            wait_for(lambda: read_starts(folder) == Starts(bundle="bundle", boot=boot_id()))
+
+    @pytest.mark.usefixtures("tried")
+    @pytest.mark.parametrize("kind", [RuntimeError, ConfigError])
+    def test_whatever_ends_that_start_leads_back_to_safe_mode(
+        self, start: Any, folder: Path, kind: type[BaseException]
+    ) -> None:
+        crash(start, lambda served: served.problem, kind)
+        with start() as served:
+            served.begin()
+            assert served.problem is not None
+            assert served.problem.endswith(f"after {2 * starts.RETRY_AFTER_S / 3600:g} h")  # twice as long
+        assert read_starts(folder).retries == 1
 
 
 # --- a real process, killed -----------------------------------------------------------------------------------------
