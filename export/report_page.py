@@ -148,25 +148,29 @@ def _plot(points: Sequence[Point]) -> Iterator[str]:
     yield f'<text x="{_LEFT}" y="{_HEIGHT - 8}">MB of weights on disk and mean KL in nats; lower left is better</text>'
     places = [(x.place(point.megabytes), y.place(point.kl)) for point in points]
     for point, place, label in zip(points, places, _labels(places), strict=True):
-        yield _mark(point, *place, label)
+        yield _mark(point, place, label)
     yield "</svg>\n"
 
 
-def _labels(places: Sequence[tuple[float, float]]) -> list[float]:
-    """Heights of the names beside marks, moved down where they would cover each other."""
-    heights = [0.0] * len(places)
+def _labels(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Where the names of marks begin: to the right, and moved down where they would cover each other."""
+    labels = [(0.0, 0.0)] * len(places)
     done: list[tuple[float, float]] = []
     for x, y, index in sorted(((x, y, index) for index, (x, y) in enumerate(places)), key=lambda mark: mark[1]):
         above = [height for other, height in done if abs(other - x) < _NAME_WIDTH]
-        heights[index] = max([y, *(height + _LINE for height in above)])
-        done.append((x, heights[index]))
-    return heights
+        height = max([y, *(height + _LINE for height in above)])
+        done.append((x, height))
+        # Behind marks that stand in the way.
+        beside = [other for other, level in places if x <= other < x + _LINE and abs(level - height) < _LINE]
+        labels[index] = (max([x, *beside]), height)
+    return labels
 
 
-def _mark(point: Point, x: float, y: float, label: float) -> str:
+def _mark(point: Point, place: tuple[float, float], label: tuple[float, float]) -> str:
+    x, y = place
     shape = (
         f'<rect class="peer" x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10"/>'
         if point.is_peer
         else f'<circle class="own" cx="{x:.1f}" cy="{y:.1f}" r="6"/>'
     )
-    return f'\n{shape}<text x="{x + 10:.1f}" y="{label + 4:.1f}">{escape(point.name)}</text>'
+    return f'\n{shape}<text x="{label[0] + 10:.1f}" y="{label[1] + 4:.1f}">{escape(point.name)}</text>'

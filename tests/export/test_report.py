@@ -61,9 +61,14 @@ def test_a_folder_of_another_model_is_refused_before_the_work(tmp_path: Path, ch
     report = tmp_path / "report"
     export(tmp_path, "quality", report, checkpoint)
     other = tiny.write_folder(tmp_path / "other", tiny.qwen2_config(num_hidden_layers=1))
-    with pytest.raises(ConfigError, match="has the report of tiny"):
-        export(tmp_path / "second", "quality", report, other)
-    assert not (tmp_path / "second").exists()
+    tuned = tiny.write_folder(tmp_path / "tuned", tiny.qwen2_config())
+    tensors = tiny.random_tensors(tiny.qwen2_config())
+    tensors["model.layers.1.mlp.up_proj.weight"] *= np.float32(2)
+    tiny.write_safetensors(tuned / "model.safetensors", tensors)
+    for source in (other, tuned):
+        with pytest.raises(ConfigError, match="has the report of tiny"):
+            export(tmp_path / "second", "quality", report, source)
+        assert not (tmp_path / "second").exists()
     (report / "quality.json").write_text("[]")
     with pytest.raises(ConfigError, match="it is no report"):
         export(tmp_path / "third", "quality", report, checkpoint)
