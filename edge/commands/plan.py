@@ -54,7 +54,7 @@ def plan(
 ) -> None:
     """Predict memory, time to load, tokens a second and joules, and say what fits.
 
-    Exits with 1 where it does not fit. docs/planning.md has the formulas.
+    Exits with 1 where not even one conversation fits. docs/planning.md has the formulas.
     """
     chosen = options.settings(config, engine__context=context, engine__slots=slots)
     shape = _shape(model, recipe, chosen)
@@ -66,8 +66,8 @@ def plan(
 
         print(table(result))
         if not result.fits:
-            print(f"\ndoes not fit. What does: {result.instead}")
-    if not result.fits:
+            print(f"\n{result.verdict()}")
+    if not result.works:
         raise typer.Exit(1)
 
 
@@ -79,6 +79,9 @@ def _plan(shape: Shape, machine: Machine, chosen: Settings, prompt: int, output:
     if serving.context > shape.context_length:
         hint = f"use at most {shape.context_length}"
         raise ConfigError(f"a context of {serving.context} tokens is more than the model has", hint=hint)
+    if prompt + output > shape.context_length:
+        hint = f"prompt and answer have at most {shape.context_length} tokens together"
+        raise ConfigError(f"a prompt of {prompt} tokens is too long for the model", hint=hint)
     return make_plan(shape, machine, serving, prompt_tokens=prompt, output_tokens=output)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from edge.planning.memory import Serving, predict_memory
+from edge.planning.memory import STATES, Serving, kv_bytes, predict_memory
 from edge.planning.models import is_known, known_models, known_recipes, shape_of
 from edge.planning.shape import Shape
 
@@ -28,6 +28,19 @@ def contexts_by_slots(shape: Shape, serving: Serving, limit: int, *, int8: bool)
     """The largest context for 1, 2, 4 and 8 sequences at once, and for as many as are asked for."""
     counts = sorted({*SLOTS, serving.slots})
     return {slots: largest_context(shape, replace(serving, slots=slots), limit, int8=int8) for slots in counts}
+
+
+def cache_budget(shape: Shape, serving: Serving, limit: int, *, int8: bool) -> int | None:
+    """The most MiB that the cache may take (``engine.kv_cache_mb``) with everything else in use.
+
+    None where that does not hold a single conversation: requests that find no room wait, but one must be answered.
+    """
+    work = predict_memory(shape, replace(serving, kv_bytes=0), int8=int8)
+    states = sum(part.num_bytes for part in work.work if part.name == STATES)
+    room = limit - work.peak
+    if room < kv_bytes(shape.kv, serving.context, serving.context):
+        return None
+    return (room + states) >> 20
 
 
 def smaller_recipe(shape: Shape, serving: Serving, limit: int, *, int8: bool) -> Shape | None:

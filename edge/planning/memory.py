@@ -23,6 +23,9 @@ DEFAULT_PREFIX_BYTES = 64 << 20
 DEFAULT_PREFIX_STATES = 4
 """What past prompts may take where the settings do not say it."""
 
+STATES = "states"
+"""The part of :class:`Memory` that is beside the keys and values, in one budget with them."""
+
 # Measured on x86-64 with Python 3.11 and onnxruntime 1.31.1, see docs/planning.md.
 _PYTHON_BYTES = 60_000_000
 _LIBRARY_BYTES = 50_000_000
@@ -142,7 +145,7 @@ def predict_memory(shape: Shape, serving: Serving, *, int8: bool = True, fills: 
     )
     work = (
         Part("keys and values", _cache_bytes(shape, serving, fills)),
-        Part("states", _state_bytes(shape, serving, fills)),
+        Part(STATES, _state_bytes(shape, serving, fills)),
         Part("past prompts", _past_bytes(shape, serving, fills)),
         Part("a step's activations", _scratch_bytes(shape, serving, int8=int8)),
         Part("logits", _logits_bytes(shape, serving, fills)),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edge.planning.fit import contexts_by_slots, smaller_model, smaller_recipe
+from edge.planning.fit import cache_budget, contexts_by_slots, smaller_model, smaller_recipe
 from edge.planning.machine import Machine
-from edge.planning.memory import Memory, Part, Serving, predict_memory
+from edge.planning.memory import STATES, Memory, Part, Serving, predict_memory
 from edge.planning.models import is_known, known_recipes, shape_of
 from edge.planning.shape import Shape
 from edge.planning.speed import Speed, predict_speed
@@ -22,6 +22,8 @@ class RecipeRow:
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     fits: bool
+    kv_cache_mb: int | None
+    """See :attr:`Plan.kv_cache_mb`."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,31 @@ class Plan:
     """Of a known model; none for others."""
     instead: str
     """The next smaller thing that fits, in words; empty where what was asked for does."""
+    kv_cache_mb: int | None
+    """Where not all slots fit when they are full: the largest ``engine.kv_cache_mb`` that does, and holds one."""
 
     @property
     def fits(self) -> bool:
-        """Whether the machine has the memory."""
+        """Whether the machine has the memory for all slots, full."""
         return self.memory.peak <= self.machine.memory_bytes
+
+    @property
+    def works(self) -> bool:
+        """Whether it can be served at all."""
+        return self.fits or self.kv_cache_mb is not None
+
+    def verdict(self) -> str:
+        """What to do where not everything fits; empty where it does."""
+        if self.fits:
+            return ""
+        if self.kv_cache_mb is None:
+            return f"does not fit. What does: {self.instead}"
+        states = sum(part.num_bytes for part in self.memory.work if part.name == STATES)
+        tokens = ((self.kv_cache_mb << 20) - states) // self.shape.kv.bytes_per_token
+        return (
+            f"fits with engine.kv_cache_mb = {self.kv_cache_mb}: {tokens:,} tokens of all conversations at once, then"
+            f" requests wait.\nAll slots full at once fit with {self.instead}"
+        )
 
     def notes(self) -> list[str]:
         """What a reader has to know beside the figures."""
@@ -65,6 +87,7 @@ class Plan:
             "slots": self.serving.slots,
             "fits": self.fits,
             "instead": self.instead,
+            "kv_cache_mb": self.kv_cache_mb,
             "notes": self.notes(),
             "memory": {
                 "available_bytes": self.machine.memory_bytes,
@@ -112,7 +135,13 @@ def make_plan(shape: Shape, machine: Machine, serving: Serving, *, prompt_tokens
         contexts=contexts,
         recipes=_recipes(shape, machine, serving, prompt_tokens),
         instead="" if memory.peak <= limit else _instead(shape, machine, serving, contexts),
+        kv_cache_mb=_kv_cache_mb(shape, machine, serving, memory),
     )
+
+
+def _kv_cache_mb(shape: Shape, machine: Machine, serving: Serving, memory: Memory) -> int | None:
+    limit = machine.memory_bytes
+    return None if memory.peak <= limit else cache_budget(shape, serving, limit, int8=machine.int8)
 
 
 def _recipes(shape: Shape, machine: Machine, serving: Serving, prompt_tokens: int) -> tuple[RecipeRow, ...]:
@@ -121,10 +150,12 @@ def _recipes(shape: Shape, machine: Machine, serving: Serving, prompt_tokens: in
     rows = []
     for recipe in known_recipes():
         other = shape_of(shape.name, recipe)
-        peak = predict_memory(other, serving, int8=machine.int8).peak
+        memory = predict_memory(other, serving, int8=machine.int8)
+        fits = memory.peak <= machine.memory_bytes
         speed = predict_speed(other, machine, prompt_tokens=prompt_tokens)
         rates = (speed.prefill_tokens_per_second, speed.decode_tokens_per_second)
-        rows.append(RecipeRow(recipe, peak, *rates, fits=peak <= machine.memory_bytes))
+        budget = _kv_cache_mb(other, machine, serving, memory)
+        rows.append(RecipeRow(recipe, memory.peak, *rates, fits=fits, kv_cache_mb=budget))
     return tuple(rows)
 
 
@@ -207,7 +238,8 @@ def _recipe_lines(rows: tuple[RecipeRow, ...]) -> list[str]:
 
 def _recipe_line(row: RecipeRow) -> str:
     speeds = f"{row.prefill_tokens_per_second:>10.1f} {row.decode_tokens_per_second:>10.1f}"
-    return f"{row.recipe:<12} {_mb(row.peak_bytes):>10} {speeds}{'' if row.fits else '   does not fit'}"
+    budget = "does not fit" if row.kv_cache_mb is None else f"with kv_cache_mb {row.kv_cache_mb}"
+    return f"{row.recipe:<12} {_mb(row.peak_bytes):>10} {speeds}{'' if row.fits else '   ' + budget}"
 
 
 def _mb(num_bytes: int) -> str:

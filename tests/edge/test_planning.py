@@ -437,9 +437,26 @@ def test_the_command_plans_for_a_board(qwedge: Run) -> None:
     assert re.search(r"^quality +[\d,]+ MB", out, re.MULTILINE)
     status, out, _ = qwedge("plan", "qwen3-1.7b", "--board", "raspberry-pi-5", "--json")
     plan = json.loads(out)
-    assert plan["fits"] == (status == 0)
+    assert (status, plan["fits"]) == (0, False)  # a budget of the cache makes it fit
     assert sum(plan["memory"]["parts"].values()) == plan["memory"]["at_work_bytes"]
     assert sum(plan["decode_seconds"].values()) == pytest.approx(1 / plan["decode_tokens_per_second"])
+
+
+def test_the_budget_of_the_cache_that_is_named_is_the_largest_that_fits(qwedge: Run, tmp_path: Path) -> None:
+    board = ("plan", "qwen3.5-2b", "--board", "raspberry-pi-5", "--memory", "4", "--context", "8192")
+    status, out, _ = qwedge(*board)
+    found = re.search(r"^fits with engine\.kv_cache_mb = (\d+)", out, re.MULTILINE)
+    assert found is not None
+    assert status == 0
+    for budget, fits in ((int(found[1]), True), (int(found[1]) + 1, False)):
+        (tmp_path / "edge.toml").write_text(f"[engine]\nkv_cache_mb = {budget}\n")
+        _, out, _ = qwedge(*board, "--config", str(tmp_path / "edge.toml"), "--json")
+        assert json.loads(out)["fits"] is fits
+
+
+def test_a_prompt_that_no_context_holds_is_refused(qwedge: Run) -> None:
+    status, _, complaint = qwedge("plan", "qwen3-1.7b", "--board", "raspberry-pi-5", "--prompt", "99999")
+    assert (status, complaint.splitlines()[0]) == (2, "error: a prompt of 99999 tokens is too long for the model")
 
 
 def test_what_does_not_fit_is_refused_with_what_does(qwedge: Run) -> None:
