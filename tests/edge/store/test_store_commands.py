@@ -276,7 +276,7 @@ class TestTrial:
         self, start: Start, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(trial, "WORKS_AFTER_S", 0.1)
-        start.watch(cast("Service", Progress()))
+        start.watch(cast("Service", Progress()), lambda: None)
         wait_for(lambda: json.loads((store.folder / "state.json").read_text())["starts"] is None)
         assert json.loads((store.folder / "state.json").read_text())["counters"] == {"tiny": 2}
 
@@ -286,7 +286,7 @@ class TestTrial:
         ends: list[int] = []
         monkeypatch.setattr(os, "_exit", ends.append)
         service = Progress()
-        start.watch(cast("Service", service))
+        start.watch(cast("Service", service), lambda: None)
         assert ends == []
         service.seconds_since_progress = STALLED_AFTER_S + 1
         wait_for(lambda: ends == [trial.EXIT_STALLED])
