@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import edge.cli
 from edge import __version__
 from edge.bundle import REQUIRED_FILES, FileEntry, KVLayout, Manifest, Source, publish_bundle
 from edge.errors import OverloadedError
+from tests.command_line import Run, command_runner
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,31 +27,9 @@ def start(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
 def qwedge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process: quicker than one of its own."""
-    for name in [name for name in os.environ if name.startswith("QWEDGE_")]:
-        monkeypatch.delenv(name)
-
-    def run(*args: str, **environment: str) -> Done:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        status = edge.cli.run(args)
-        return Done(status, *capsys.readouterr())
-
-    return run
+    return command_runner(monkeypatch, capsys)
 
 
 @pytest.fixture

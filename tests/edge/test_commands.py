@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import httpx
 import psutil
 import pytest
 
-import edge.cli
+from tests.command_line import Run, command_runner
 from tests.export import tiny
 from tests.serving import wait_for
 
@@ -40,30 +39,9 @@ def environment(**changes: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("QWEDGE_")} | changes
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
 def qwedge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process, which has the heavy packages loaded already."""
-    for name in [name for name in os.environ if name.startswith("QWEDGE_")]:
-        monkeypatch.delenv(name)
-
-    def run(*args: str, stdin: str = "") -> Done:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        status = edge.cli.run(args)
-        return Done(status, *capsys.readouterr())
-
-    return run
+    return command_runner(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from edge.mqtt.broker import EmbeddedBroker, Guard
 from edge.mqtt.broker_clients import BrokerClient, add_client, hash_password
 from edge.mqtt.broker_config import Owner
 from edge.starts import StartCounter
+from tests.command_line import forget_settings
 from tests.edge.bundles import write_bundle
 
 Doctor = Callable[..., tuple[int, dict[str, Check]]]
@@ -54,8 +55,7 @@ def make_host(tmp_path: Path) -> MakeHost:
 @pytest.fixture
 def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Doctor:
     """Runs the command without its measurements of a second; gives the exit status and the checks by name."""
-    for name in [name for name in os.environ if name.startswith("QWEDGE_")]:
-        monkeypatch.delenv(name)
+    forget_settings(monkeypatch)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr("edge.doctor.memory.MEASURE_S", 0.01)
     monkeypatch.setattr("edge.doctor.memory.MAX_MEASURED", 64 << 20)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-import edge.cli
 from edge.config import ServerSettings
 from export.checkpoint import open_checkpoint
 from export.pipeline import export_bundle
 from export.progress import Silent
 from export.quantize.recipes import recipe_named
+from tests.command_line import Run, command_runner
 from tests.export import tiny
 from tests.fakes import FakeEngine, last_user_message
 from tests.serving import Served, served
@@ -33,28 +31,9 @@ tests:
 """
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Done]
-
-
 @pytest.fixture
 def qwedge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    for name in [name for name in os.environ if name.startswith("QWEDGE_")]:
-        monkeypatch.delenv(name)
-
-    def run(*args: str | Path) -> Done:
-        status = edge.cli.run(["eval", *map(str, args)])
-        return Done(status, *capsys.readouterr())
-
-    return run
+    return command_runner(monkeypatch, capsys, "eval")
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,24 +28,13 @@ from edge.scheduler_stats import STALLED_AFTER_S, SchedulerStats
 from edge.service import Service
 from edge.signing import PrivateKey, Trust, make_keys
 from edge.store import Store, open_source
+from tests.command_line import Run, command_runner
 from tests.edge.bundles import write_bundle
 from tests.export import tiny
 from tests.serving import wait_for
 
 ROOT = Path(__file__).parents[3]
 TIMEOUT_S = 120
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Done]
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +60,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> list[Path]:
 
 @pytest.fixture
 def qwedge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs a command in this process, with a store of its own."""
-    for name in [name for name in os.environ if name.startswith("QWEDGE_")]:
-        monkeypatch.delenv(name)
+    """Runs a command, with a store of its own."""
+    run = command_runner(monkeypatch, capsys)
     monkeypatch.setenv("QWEDGE_MODEL_STORE", str(tmp_path / "store"))
-
-    def run(*args: str | Path, stdin: str = "") -> Done:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        return Done(edge.cli.run([str(arg) for arg in args]), *capsys.readouterr())
-
     return run
 
 
