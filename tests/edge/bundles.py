@@ -29,12 +29,12 @@ FILES = {
 """The weights are longer than what is read at once."""
 
 
-def write_bundle(folder: Path, files: Mapping[str, bytes] = FILES, *, name: str = "tiny", counter: int = 0) -> Path:
-    """Write a bundle that verifies."""
+def write_files(folder: Path, files: Mapping[str, bytes] = FILES, *, name: str = "tiny", counter: int = 0) -> Manifest:
+    """Write all files of a bundle but its manifest, which is given back."""
     folder.mkdir(parents=True)
     for file, content in files.items():
         (folder / file).write_bytes(content)
-    manifest = Manifest(
+    return Manifest(
         schema_version=SCHEMA_VERSION,
         name=name,
         version="1",
@@ -51,5 +51,10 @@ def write_bundle(folder: Path, files: Mapping[str, bytes] = FILES, *, name: str 
         files=[hash_file(folder / file) for file in files],
         min_runtime_version=__version__,
     )
+
+
+def write_bundle(folder: Path, files: Mapping[str, bytes] = FILES, *, name: str = "tiny", counter: int = 0) -> Path:
+    """Write a bundle that verifies."""
+    manifest = write_files(folder, files, name=name, counter=counter)
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2))
     return folder

@@ -20,44 +20,17 @@ from edge.bundle import (
     WEIGHTS,
     KVLayout,
     Manifest,
-    Source,
-    hash_file,
     publish_bundle,
     read_manifest,
     verify_bundle,
 )
 from edge.errors import BundleError
-from tests.edge.bundles import FILES
-
-
-def write_files(folder: Path) -> Manifest:
-    """All files of a bundle but its manifest, and that manifest."""
-    folder.mkdir()
-    for name, content in FILES.items():
-        (folder / name).write_bytes(content)
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        name="tiny",
-        version="1",
-        model_type="qwen2",
-        parameter_count=7,
-        recipe={"name": "int4"},
-        context_length=64,
-        vocab_size=8,
-        padded_vocab_size=16,
-        kv=KVLayout(layers=3, kv_heads=2, head_dim=64),
-        weight_bytes_per_token=5,
-        source=Source(kind="folder", location="tiny"),
-        files=[hash_file(folder / name) for name in FILES],
-        min_runtime_version=__version__,
-    )
+from tests.edge.bundles import FILES, write_bundle, write_files
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    manifest = write_files(tmp_path / "bundle")
-    (tmp_path / "bundle" / MANIFEST).write_text(manifest.model_dump_json())
-    return tmp_path / "bundle"
+    return write_bundle(tmp_path / "bundle")
 
 
 def refusal(bundle: Path) -> str:

@@ -19,6 +19,7 @@ from export.checkpoint import open_checkpoint
 from export.pipeline import export_bundle
 from export.progress import Silent
 from export.quantize.recipes import RECIPES, Blockwise, Projections, Recipe
+from tests.edge.prompts import feed, prompt
 from tests.export import tiny
 
 CONTEXT = 96
@@ -52,20 +53,6 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def engine(bundle: Path) -> Engine:
     return Engine(bundle, read_manifest(bundle), slots=4, context=CONTEXT, draft_tokens=6, threads=1, prefill_chunk=16)
-
-
-def prompt(length: int, seed: int = 0) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(0, tiny.NUM_IDS, length)
-
-
-def feed(engine: Engine, slot: int, ids: NDArray[np.int64], sizes: list[int]) -> NDArray[np.float32]:
-    """Prefill ``ids`` in pieces of the given sizes and return the last logits."""
-    past = 0
-    for size in sizes:
-        logits = engine.prefill(slot, ids[past : past + size], past)
-        past += size
-    assert past == len(ids)
-    return logits.copy()
 
 
 def generate(engine: Engine, ids: NDArray[np.int64], count: int) -> list[int]:

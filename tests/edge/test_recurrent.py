@@ -18,6 +18,7 @@ from export.checkpoint import open_checkpoint
 from export.pipeline import export_bundle
 from export.progress import Silent
 from export.quantize.recipes import RECIPES
+from tests.edge.prompts import feed, prompt
 from tests.export import tiny, tiny_qwen3_5
 
 START, STEPS = 20, 16
@@ -48,20 +49,6 @@ def engine(bundle: Path) -> Engine:
 def make_engine(bundle: Path) -> Engine:
     manifest = Manifest.model_validate_json((bundle / "manifest.json").read_bytes())
     return Engine(bundle, manifest, slots=3, context=96, draft_tokens=6, threads=2, prefill_chunk=32)
-
-
-def prompt(length: int, seed: int = 0) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(0, tiny.NUM_IDS, length)
-
-
-def feed(engine: Engine, slot: int, ids: NDArray[np.int64], sizes: list[int]) -> NDArray[np.float32]:
-    """Prefill ``ids`` in pieces of the given sizes and return the last logits."""
-    past = 0
-    for size in sizes:
-        logits = engine.prefill(slot, ids[past : past + size], past)
-        past += size
-    assert past == len(ids)
-    return logits.copy()
 
 
 Memory = tuple[Cache, NDArray[np.float32]]

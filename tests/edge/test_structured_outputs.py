@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import pytest
 
 from edge.errors import RequestError
-from edge.openai import Answer, parse_chat, parse_completion, prepare
-from edge.service import Service, events
+from edge.openai import parse_chat, prepare
+from edge.service import Service
+from tests.answers import first_choice
 from tests.fakes import FakeEngine, last_user_message, make_service
 
 POINT = {
@@ -40,24 +40,9 @@ def chat(said: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": said}], **fields}
 
 
-def ask(service: Service, body: dict[str, Any]) -> dict[str, Any]:
-    """The first choice of the answer to a request."""
-    request = parse_completion(body) if "prompt" in body else parse_chat(body)
-    generations = prepare(service.model, request)
-    answer = Answer(service.model, request, generations)
-
-    async def collect() -> None:
-        async for index, event in events(service, generations):
-            answer.chunks(index, event)
-
-    asyncio.run(collect())
-    choice: dict[str, Any] = answer.body()["choices"][0]
-    return choice
-
-
 def test_what_fits_stays_what_it_is(service: Service) -> None:
     said = '{"x": 3, "y": "down"}'
-    choice = ask(service, chat(said, response_format=BY_SCHEMA))
+    choice = first_choice(service, chat(said, response_format=BY_SCHEMA))
     assert (choice["message"]["content"], choice["finish_reason"]) == (said, "stop")
 
 
@@ -72,7 +57,7 @@ def test_what_fits_stays_what_it_is(service: Service) -> None:
     ],
 )
 def test_what_does_not_fit_is_brought_into_form(service: Service, fields: dict[str, Any]) -> None:
-    choice = ask(service, chat("Sure! Here is the JSON you wanted", **fields))
+    choice = first_choice(service, chat("Sure! Here is the JSON you wanted", **fields))
     value = json.loads(choice["message"]["content"])
     assert value.keys() == {"x", "y"}
     assert value["x"] in range(10)
@@ -84,7 +69,7 @@ def test_what_does_not_fit_is_brought_into_form(service: Service, fields: dict[s
 )
 def test_any_object(service: Service, fields: dict[str, Any]) -> None:
     said = '{"naïve": [1, {"a": null}], "b": "ü"}'
-    assert ask(service, chat(said, **fields))["message"]["content"] == said
+    assert first_choice(service, chat(said, **fields))["message"]["content"] == said
 
 
 @pytest.mark.parametrize(
@@ -100,18 +85,18 @@ def test_any_object(service: Service, fields: dict[str, Any]) -> None:
     ],
 )
 def test_completions_and_chat_take_the_same_fields(service: Service, fields: dict[str, Any], said: str) -> None:
-    assert ask(service, chat(said, **fields))["message"]["content"] == said
-    assert ask(service, {"prompt": said, **fields})["text"] == said
+    assert first_choice(service, chat(said, **fields))["message"]["content"] == said
+    assert first_choice(service, {"prompt": said, **fields})["text"] == said
 
 
 def test_an_answer_may_be_cut_off(service: Service) -> None:
-    choice = ask(service, chat('{"x": 3, "y": "down"}', response_format=BY_SCHEMA, max_tokens=6))
+    choice = first_choice(service, chat('{"x": 3, "y": "down"}', response_format=BY_SCHEMA, max_tokens=6))
     assert (choice["message"]["content"], choice["finish_reason"]) == ('{"x": ', "length")
 
 
 def test_a_form_leaves_no_thoughts(service: Service) -> None:
     body = chat("<think>", guided_regex="<think>[a-z]{3}")
-    assert ask(service, body)["message"]["content"].startswith("<think>")
+    assert first_choice(service, body)["message"]["content"].startswith("<think>")
     prompt = prepare(service.model, parse_chat(body))[0].prompt_ids
     assert service.model.tokenizer.decode(prompt).endswith("</think>\n\n")
 
@@ -119,7 +104,7 @@ def test_a_form_leaves_no_thoughts(service: Service) -> None:
 @pytest.mark.parametrize("tool_choice", ["required", {"type": "function", "function": {"name": "move"}}])
 def test_a_forced_call_validates(service: Service, tool_choice: Any) -> None:
     said = '<tool_call>\n{"name": "move", "arguments": {"x": 7, "z": "sideways"}}\n</tool_call>'
-    choice = ask(service, chat(said, tools=TOOLS, tool_choice=tool_choice, parallel_tool_calls=False))
+    choice = first_choice(service, chat(said, tools=TOOLS, tool_choice=tool_choice, parallel_tool_calls=False))
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] is None
     (call,) = choice["message"]["tool_calls"]
@@ -130,7 +115,7 @@ def test_a_forced_call_validates(service: Service, tool_choice: Any) -> None:
 
 def test_a_forced_call_without_parameters(service: Service) -> None:
     wanted = {"type": "function", "function": {"name": "halt"}}
-    (call,) = ask(service, chat("no", tools=TOOLS, tool_choice=wanted))["message"]["tool_calls"]
+    (call,) = first_choice(service, chat("no", tools=TOOLS, tool_choice=wanted))["message"]["tool_calls"]
     assert call["function"] == {"name": "halt", "arguments": "{}"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,9 @@ import numpy as np
 import pytest
 
 from edge.engine.thinking import Thinking, ThoughtsFirst
-from edge.openai import Answer, parse_chat, prepare
-from edge.service import Service, events
+from edge.service import Service
 from edge.tokenizer import Tokenizer
+from tests.answers import answer_body
 from tests.fakes import CHAT_TEMPLATE, EOS_ID, VOCAB_SIZE, FakeEngine, byte_tokenizer, make_service
 
 ALWAYS = CHAT_TEMPLATE.replace("{% if enable_thinking is defined and not enable_thinking %}", "<think>\n{% if false %}")
@@ -39,16 +38,8 @@ def serving(reply: str, template: str) -> Iterator[Service]:
 def ask(reply: str, template: str, **fields: Any) -> dict[str, Any]:
     """The answer of a model that would say ``reply``."""
     with serving(reply, template) as service:
-        request = parse_chat({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300, **fields})
-        generations = prepare(service.model, request)
-        answer = Answer(service.model, request, generations)
-
-        async def collect() -> None:
-            async for index, event in events(service, generations):
-                answer.chunks(index, event)
-
-        asyncio.run(collect())
-        return answer.body()
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300, **fields}
+        return answer_body(service, body)
 
 
 def message(body: dict[str, Any]) -> dict[str, Any]:

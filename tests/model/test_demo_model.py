@@ -5,7 +5,6 @@ The bundle of `make model` is used where it is there; else the model is download
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import queue
@@ -20,8 +19,8 @@ from edge.cli import run
 from edge.config import load_settings
 from edge.engine.sampler import SamplingParams
 from edge.loader import load_service
-from edge.openai import Answer, parse_chat, parse_completion, prepare
-from edge.service import Delta, Event, Failed, Finished, GenerationRequest, Service, events
+from edge.service import Delta, Event, Failed, Finished, GenerationRequest, Service
+from tests.answers import first_choice
 
 NAME = "qwen2.5-coder-0.5b-instruct"
 ROOT = Path(__file__).parent.parent.parent
@@ -119,18 +118,7 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Of
 
 def choice(service: Service, body: dict[str, Any]) -> dict[str, Any]:
     """The first greedy choice of what a client would get."""
-    wanted = {"temperature": 0, "max_tokens": 80, **body}
-    request = parse_completion(wanted) if "prompt" in body else parse_chat(wanted)
-    generations = prepare(service.model, request)
-    whole = Answer(service.model, request, generations)
-
-    async def collect() -> None:
-        async for index, event in events(service, generations):
-            whole.chunks(index, event)
-
-    asyncio.run(collect())
-    found: dict[str, Any] = whole.body()["choices"][0]
-    return found
+    return first_choice(service, {"temperature": 0, "max_tokens": 80, **body})
 
 
 def test_it_calls_a_tool(service: Service) -> None:

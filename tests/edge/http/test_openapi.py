@@ -56,6 +56,12 @@ def test_every_route_of_the_api_is_there(server: Served, document: dict[str, Any
             assert operation["responses"], path
 
 
+def test_a_body_is_described_by_its_fields(document: dict[str, Any]) -> None:
+    described = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]
+    schema = document["components"]["schemas"][described["schema"]["$ref"].rsplit("/", 1)[-1]]
+    assert {"messages", "temperature", "stream", "tools"} <= schema["properties"].keys()
+
+
 def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
     references = list(_references(document))
     assert len(references) > 50

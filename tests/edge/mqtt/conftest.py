@@ -17,6 +17,7 @@ import pytest
 from edge.mqtt import EmbeddedBroker, MqttBridge
 from edge.service import Service
 from edge.settings.mqtt import BrokerAddress, MqttSettings
+from tests.edge.mqtt.certificates import Authority
 from tests.edge.mqtt.client import TIMEOUT_S, Client
 from tests.fakes import FakeEngine, make_service
 
@@ -35,6 +36,18 @@ def _mosquitto_is_there() -> None:
 def broker() -> Iterator[EmbeddedBroker]:
     with EmbeddedBroker(0) as broker:
         yield broker
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The plant's CA."""
+    return Authority(tmp_path_factory.mktemp("certificates") / "plant")
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """A CA that nobody here trusts, although it has the same name."""
+    return Authority(tmp_path_factory.mktemp("certificates") / "stranger", "plant")
 
 
 @dataclass(frozen=True)

@@ -33,17 +33,6 @@ ROOT = f"qwedge/v1/dev/{DEVICE}"
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("certificates") / "plant")
-
-
-@pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    """A CA that nobody here trusts."""
-    return Authority(tmp_path_factory.mktemp("certificates") / "stranger", "plant")
-
-
-@pytest.fixture(scope="module")
 def server(authority: Authority) -> Pair:
     return authority.issue("edge-1", "IP:127.0.0.1")
 

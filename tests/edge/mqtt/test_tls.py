@@ -34,16 +34,6 @@ Foreign = Callable[..., BrokerAddress]
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("certificates") / "plant")
-
-
-@pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("certificates") / "stranger", "plant")
-
-
-@pytest.fixture(scope="module")
 def server(authority: Authority) -> Pair:
     return authority.issue("broker", f"DNS:{NAME}")
 
