@@ -114,13 +114,13 @@ def test_scales_with_more_digits_than_float16_lose_none(checkpoint: Checkpoint, 
 def test_halves_written_in_small_chunks_are_those_written_at_once(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    form, files = Blockwise(8, 64), []
+    form, corrected, files = Blockwise(8, 64), np.arange(1, 64, 2), []
     for name, chunk in (("whole", export.weights.CHUNK_ELEMENTS), ("chunks", 64 * 7)):
         monkeypatch.setattr(export.weights, "CHUNK_ELEMENTS", chunk)
         (tmp_path / name).mkdir()
         with DataFile(tmp_path / name) as file:
             weights = Weights(checkpoint, RECIPES["balanced"], file, lambda _: None)
-            halves = weights.halves("m", EMBEDDING, form)
+            halves = weights.halves("m", EMBEDDING, form, corrected)
         assert weights.parameter_count == halves.rows * 64
         files.append((tmp_path / name / WEIGHTS).read_bytes())
     assert files[0] == files[1]
@@ -130,7 +130,17 @@ def test_halves_written_in_small_chunks_are_those_written_at_once(
         np.testing.assert_array_equal(matrix.parts[0].const_value.numpy(), rows.codes)
     # The scales stand there once.
     assert halves.upper.parts[1] is halves.lower.parts[1]
-    assert halves.num_bytes == halves.rows * (64 + 2 + 1)
+    assert halves.row_bytes == 64 + 2 + 1
+    # What the upper half lacks, in 4 bits.
+    lacking = checkpoint.rows(EMBEDDING) - dequantize_rows(upper, Blockwise(4, 64), 64)
+    correction = halves.correction
+    values = [part.const_value.numpy() for part in correction.parts if part.const_value is not None]
+    found = dequantize_rows(
+        QuantizedRows(values[0], values[1].astype(np.float32), None), Blockwise(4, 32, symmetric=True), 32
+    )
+    np.testing.assert_array_equal(correction.order, corrected)
+    furthest = np.abs(lacking[:, corrected]).max(axis=1, keepdims=True)
+    assert (np.abs(found - lacking[:, corrected]) <= furthest / 7 * 0.51).all()
 
 
 def test_a_dequantizing_recipe_stores_what_the_codes_stand_for(checkpoint: Checkpoint, tmp_path: Path) -> None:
