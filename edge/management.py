@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 
 from edge.bundle import Progress
 from edge.engine.sampler import SamplingParams
-from edge.errors import ConflictError, EngineError, QwedgeError, StoreError, UnavailableError
+from edge.errors import ConflictError, EngineError, QwedgeError, RequestError, StoreError, UnavailableError
 from edge.service import Event, Failed, Finished, GenerationRequest, Loaded, Service
 from edge.store import Installed, Store
 
@@ -155,11 +155,12 @@ class Management:
 
         Raises:
             ConflictError: another one is running.
+            RequestError: a switch or a verify of nothing.
             StoreError: there is no store, or no such bundle.
             ConfigError: a reload, and the settings cannot be used.
         """
         if kind in {"switch", "verify"}:
-            name = self._need_store().find(name or "").name
+            name = self._named(name)
         elif kind == "rollback":
             self._need_store()
         elif kind == "reload":
@@ -242,6 +243,12 @@ class Management:
         self._need_store().verify(before.name)
         self._service.switch(lambda: self._load(before))
         self.serving(before)
+
+    def _named(self, name: str | None) -> str:
+        """The whole name of a bundle."""
+        if not name:
+            raise RequestError("no bundle is named", hint="`name` is that of an installed bundle", param="name")
+        return self._need_store().find(name).name
 
     def _need_store(self) -> Store:
         if self._store is None:

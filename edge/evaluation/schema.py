@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edge.evaluation.document import Document, Path
+from edge.violations import violation
 
 MAX_TESTS = 5000
 MAX_PROMPTS = 64
@@ -166,7 +167,7 @@ def parse(kind: type[_Kind], document: Document) -> _Kind:
             hint = {"hint": _HINTS[name]} if name in _HINTS else {}
             raise document.error(path, f"the field {name!r} is not known here", **hint) from None
         field = ".".join(map(str, path)) or "the file"
-        reason = message.removeprefix("Value error, ").replace("Input should", "must").replace("Field ", "is ")
+        reason = violation(message)
         raise document.error(path, f"{field}: {reason[:1].lower()}{reason[1:]}") from None
 
 

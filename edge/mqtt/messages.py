@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edge.errors import QwedgeError, RequestError
 from edge.openai import error_body, parse_body
+from edge.violations import violation
 
 MAX_PAYLOAD_BYTES = 1 << 20
 """Largest request; a larger one is answered with 413."""
@@ -265,4 +266,4 @@ def _parse(kind: type[_Message], payload: bytes, example: str) -> _Message:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         param = ".".join(map(str, first["loc"]))[:64]
         hint = f"send {example}; see docs/mqtt-protocol.md"
-        raise RequestError(f"the field {param!r} is not allowed: {first['msg']}", hint=hint, param=param) from None
+        raise RequestError(f"{param}: {violation(first['msg'])}", hint=hint, param=param) from None

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edge.errors import RequestError
+from edge.violations import violation
 
 Unsupported = Mapping[str, tuple[tuple[Any, ...], str]]
 """Field -> values that ask for nothing (null always does), and the hint for every other value."""
@@ -56,8 +57,7 @@ def _explain(error: ValidationError, body: Mapping[str, Any], fields: frozenset[
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     told = max(errors, key=lambda violation: len(violation["loc"]))
     param = _path(told["loc"], body, fields)
-    reason = told["msg"].removeprefix("Value error, ").replace("Input should", "must").replace("Field ", "is ")
-    return RequestError(f"{param}: {reason}", hint=_HINT, param=param)
+    return RequestError(f"{param}: {violation(told['msg'])}", hint=_HINT, param=param)
 
 
 def _path(location: Sequence[int | str], body: Any, fields: frozenset[str]) -> str:

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from edge.errors import RequestError
 from edge.openai import parse_body
+from edge.violations import violation
 
 
 class Evaluations(Protocol):
@@ -96,4 +97,4 @@ def _parse(body: Mapping[str, Any]) -> EvaluationRequest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         param = ".".join(map(str, first["loc"]))
-        raise RequestError(f"{param}: {first['msg']}", hint="see docs/http-api.md", param=param) from None
+        raise RequestError(f"{param}: {violation(first['msg'])}", hint="see docs/http-api.md", param=param) from None

@@ -49,7 +49,8 @@ def start(server: Served, limit: int = 6) -> dict[str, Any]:
 
 
 def ended(server: Served, run_id: str) -> dict[str, Any]:
-    wait_for(lambda: state(server, run_id)["state"] != "running")
+    # One that was over before it was ended is forgotten then.
+    wait_for(lambda: state(server, run_id).get("state") != "running")
     return state(server, run_id)
 
 
