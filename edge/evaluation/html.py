@@ -108,7 +108,7 @@ def _meter(share: Share) -> str:
 def _took(report: Report) -> Iterator[str]:
     figures = report.figures()
     rows = [
-        (label, f"{value:,.{0 if value >= 100 else 1}f} {unit}".strip())
+        (label, f"{value:,.{0 if value >= 100 or isinstance(value, int) else 1}f} {unit}".strip())
         for name, (label, unit) in _FIGURES.items()
         if (value := figures[name]) is not None
     ]
@@ -135,7 +135,7 @@ def _cases(report: Report, comparison: Comparison | None) -> Iterator[str]:
 
 def _case(result: Result, news: str) -> Iterator[str]:
     word, kind = ("passed", "good") if result.passed else ("failed", "bad")
-    label = result.description or result.question.strip().splitlines()[-1][:120]
+    label = result.description or result.question.strip().rpartition("\n")[2][:120]
     yield f'<details><summary><span class="verdict {kind}">{word}{news}</span> {escape(result.id)}: {escape(label)}'
     yield "</summary>\n"
     yield f"<p>Question</p><pre>{_shown(result.question)}</pre>\n"

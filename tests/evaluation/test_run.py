@@ -273,3 +273,12 @@ def test_the_page_shows_and_escapes(suite: Suite) -> None:
     assert html.count("<details>") == 12
     assert "0.0%" in html
     assert "12 lost" in html
+    assert '<th scope="row">tokens of answers</th><td>24</td>' in html
+
+
+@pytest.mark.parametrize("question", ["", " \n "])
+def test_questions_may_be_blank(tmp_path: Path, question: str) -> None:
+    path = tmp_path / "blank.yaml"
+    test = {"vars": {"x": question}, "assert": [{"type": "regex", "value": "x"}]}
+    path.write_text(json.dumps({"prompts": ["{{x}}"], "tests": [test]}))
+    assert "<summary>" in page(evaluate(load_suite(str(path)), Scripted(str)))
