@@ -26,6 +26,7 @@ from edge.settings.rules import RuleSettings
 from edge.settings.section import Section
 from edge.settings.server import ServerSettings
 from edge.settings.upstream import UpstreamSettings
+from edge.violations import violation
 
 ENV_PREFIX = "QWEDGE_"
 FOREIGN_ENV = frozenset({"QWEDGE_CACHE"})
@@ -138,7 +139,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes", hint="is this a settings file?")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}", hint="check the path of --config") from None
     except UnicodeDecodeError:
@@ -164,7 +165,7 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, _Given]:
 def _explain(error: ValidationError, given: Mapping[str, _Given]) -> ConfigError:
     """The first violation as one line; the rest show up when it is repaired."""
     first = error.errors(include_url=False)[0]
-    reason = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "must").split(", unable")[0]
+    reason = violation(first["msg"])
     if len(first["loc"]) == 1:
         return ConfigError(f"[{first['loc'][0]}] {reason}", hint="docs/configuration.md lists all settings")
     section, field, *inner = map(str, first["loc"])

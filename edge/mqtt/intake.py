@@ -9,6 +9,7 @@ it arrived, and its progress may be published; where the journal cannot take it,
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
@@ -303,14 +304,14 @@ def read(message: Incoming, *, chat: bool) -> Wanted:
 
 
 def _is_plain(payload: bytes) -> bool:
-    return not payload.lstrip(b" \t\r\n").startswith(b"{")
+    return not payload.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n").startswith(b"{")
 
 
 def _text(payload: bytes) -> str:
     """A bare prompt; zeros at its end pad the fixed-length strings of PLCs."""
     hint = "send text or JSON in UTF-8"
     try:
-        text = payload.rstrip(b"\0").decode("utf-8")
+        text = payload.rstrip(b"\0").decode("utf-8-sig")
     except UnicodeDecodeError:
         raise RequestError("the prompt is not valid UTF-8", hint=hint) from None
     if "\0" in text:

@@ -20,7 +20,7 @@ def read_password(path: Path) -> str:
     hint = "mqtt.password_file names a file whose first line is the password"
     path = find_secret(path)
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             password = file.readline(MAX_PASSWORD_BYTES).rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"

@@ -271,7 +271,7 @@ def _text(payload: bytes | None, limit: int) -> str:
     if payload is None or len(payload) > limit:
         raise TooLargeError(f"the payload is larger than {limit} bytes", hint="raise the rule's max_payload_bytes")
     try:
-        text = payload.rstrip(b"\0").decode("utf-8")
+        text = payload.rstrip(b"\0").decode("utf-8-sig")
     except UnicodeDecodeError:
         raise RequestError("the payload is not valid UTF-8", hint="send text or JSON in UTF-8") from None
     if _CONTROL.search(text):

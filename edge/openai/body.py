@@ -37,14 +37,14 @@ def parse_json(payload: bytes) -> Any:
             express (NaN, infinity, a lone surrogate).
     """
     try:
-        text = payload.decode("utf-8")
+        text = payload.decode("utf-8-sig")  # what PowerShell and editors on Windows write begins with a mark
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except UnicodeDecodeError:
         raise RequestError("the body is not valid UTF-8", hint=_HINT) from None
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:
-        where = f" at byte {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise RequestError(f"the body is not valid JSON{where}", hint=_HINT) from None
     _check_tree(value, surrogates="\\u" in text)
     return value

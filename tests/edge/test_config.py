@@ -209,6 +209,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             load_settings(path)
 
 
+def test_a_file_may_begin_with_the_mark_of_windows_editors(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(b"\xef\xbb\xbf[server]\nport = 1234\n")
+    assert load_settings(tmp_path / "x.toml").server.port == 1234
+
+
 def test_a_wrong_flag_is_named_as_typed() -> None:
     assert refusal("engine.slots", 0).startswith("--slots must be greater than or equal to 1")
 

@@ -40,6 +40,7 @@ def model() -> Model:
 class TestParseBody:
     def test_reads_an_object(self) -> None:
         assert parse_body(b'{"a": [1, 2.5, "\\u00e4", "\\ud83d\\ude00"]}') == {"a": [1, 2.5, "ä", "😀"]}
+        assert parse_body(b"\xef\xbb\xbf{}") == {}  # the mark of Windows' editors
 
     @pytest.mark.parametrize(
         "payload",
@@ -57,7 +58,6 @@ class TestParseBody:
             b'{"a": -1e400}',
             b'{"a": "\xff"}',
             b'{"a": "\xed\xa0\x80"}',
-            b'\xef\xbb\xbf{"a": 1}',
             b'{"a": "\\ud800"}',
             b'{"\\udfff": 1}',
             b'{"a": [{"b": "\\ud83d"}]}',

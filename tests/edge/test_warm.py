@@ -112,7 +112,7 @@ GOOD = json.dumps({"prompt": "x"})
         (b"", " is empty"),
         (b"\xff\xfe", " is not UTF-8 text"),
         (f"{GOOD}\n\n[1]", ", line 3: the line is not a JSON object"),
-        (f"{GOOD}\n{{'prompt': 1}}", ", line 2: the line is not valid JSON at byte 1"),
+        (f"{GOOD}\n{{'prompt': 1}}", ", line 2: the line is not valid JSON at character 1"),
         ('{"prompt": "a\\ud800"}', ", line 1: the line holds a lone surrogate"),
         ('{"promt": "a"}', ", line 1: there is no key 'promt'"),
         ('{"prompt": "a", "messages": []}', ", line 1: needs either messages or a prompt"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -177,6 +178,14 @@ def test_the_padding_of_a_plcs_string_is_not_part_of_the_prompt(make_device: Mak
     client = make_device().client()
     client.send("1", b"hello".ljust(254, b"\0"))
     assert text_of(client.done("1")) == "You said: hello"
+
+
+def test_the_mark_that_windows_editors_begin_a_file_with_is_not_part_of_a_request(make_device: MakeDevice) -> None:
+    client = make_device().client()
+    client.send("1", b"\xef\xbb\xbf" + json.dumps(chat("hello")).encode())
+    assert text_of(client.done("1")) == "You said: hello"
+    client.send("2", b"\xef\xbb\xbfhello")
+    assert text_of(client.done("2")) == "You said: hello"
 
 
 def test_bare_text_that_fails_is_answered_with_one_bare_line(make_device: MakeDevice) -> None:
