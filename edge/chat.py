@@ -282,7 +282,7 @@ def _map_strings(value: Any, change: _Shield, *, param: str = "messages", depth:
     if isinstance(value, str):
         # The template engine would replace what is no Unicode without a word.
         if not _is_unicode(value):
-            raise _refusal("a text is not valid Unicode", hint="remove lone surrogates", param=param)
+            raise _refusal("a text is not valid Unicode", hint="send UTF-8, without lone surrogates", param=param)
         return change(value)
     if isinstance(value, list | tuple):
         return [_map_strings(item, change, param=param, depth=depth - 1) for item in value]

@@ -7,11 +7,13 @@ and 70 for a fault of ours.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -34,6 +36,7 @@ from edge.commands import (
     verify,
 )
 from edge.errors import ConfigError, QwedgeError
+from edge.violations import violation
 
 COMMAND_GROUP = "qwedge.commands"
 """Entry points ``name = "module:register"`` that add a command: how `export` joins without `edge` importing it."""
@@ -41,6 +44,8 @@ EXIT_USAGE = 2
 EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
 
+_NOT_OURS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE})
+"""What the machine may refuse to anybody at any time."""
 _ANY_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -82,8 +87,16 @@ def run(args: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """The console script ``qwedge``."""
+    """The program: :mod:`edge.__main__` calls it."""
+    _complete_streams()
     sys.exit(run(sys.argv[1:]))
+
+
+def _complete_streams() -> None:
+    """Where a stream was closed for us, files and sockets must not get its number, nor ``sys.stdout`` be None."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - until the end
 
 
 def _show_version(value: bool) -> None:
@@ -122,8 +135,8 @@ def _register_extension(app: typer.Typer, entry: EntryPoint) -> None:
 
 
 def _usage_message(error: typer.TyperException) -> str:
-    message = error.format_message().rstrip(".")
-    return message[:1].lower() + message[1:]
+    subject, colon, reason = error.format_message().rstrip(".").partition(": ")
+    return f"{subject[:1].lower()}{subject[1:]}{colon}{violation(reason)}"
 
 
 def _command_path(error: typer.TyperException) -> str:
@@ -144,6 +157,9 @@ def _report_fault(error: Exception, *, debug: bool) -> int:
         return _report(f"the Python package {error.name} is not installed", hint, EXIT_USAGE)
     if debug:
         traceback.print_exception(error)
+    if isinstance(error, OSError) and error.errno in _NOT_OURS:
+        place = f"{error.filename}: " if error.filename else ""
+        return _report(f"{place}{error.strerror}", "check disk, device and limits; `qwedge --debug ...` shows more", 1)
     hint = "" if debug else "this is a fault of qwedge; `qwedge --debug ...` shows where it happened"
     text = " ".join(str(error).split())
     print(f"internal error: {type(error).__name__}: {text}", file=sys.stderr)

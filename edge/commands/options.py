@@ -68,11 +68,14 @@ def read_stdin() -> str:
     """A prompt that is not given as an argument.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it is no text.
     """
     if sys.stdin.isatty():
         note("reading the prompt from the terminal; end it with Ctrl-D")
-    text = sys.stdin.read()
+    try:
+        text = sys.stdin.read()
+    except UnicodeDecodeError:
+        raise ConfigError("stdin is not UTF-8 text", hint="convert it: iconv -f latin1 -t utf-8") from None
     if not text.strip():
         raise ConfigError("there is no prompt", hint="give it as an argument or on stdin")
     return text

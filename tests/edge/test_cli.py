@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import subprocess
@@ -77,6 +78,7 @@ def test_version_and_help_go_to_stdout() -> None:
         (("servve",), "error: no such command 'servve'"),
         (("activate",), "error: missing argument 'NAME'"),
         (("verify", "--jsn", "x"), "error: no such option: --jsn"),
+        (("bench", "--repeats", "x"), "error: invalid value for '--repeats': must be a valid integer"),
     ],
 )
 def test_a_wrong_command_line_is_two_lines_and_status_2(args: tuple[str, ...], error: str, qwedge: Run) -> None:
@@ -114,6 +116,8 @@ def command_that(action: str) -> typer.Typer:
             raise KeyboardInterrupt
         if action == "overload":
             raise OverloadedError("the queue is full", hint="try again", retry_after_s=1)
+        if action == "disk":
+            raise OSError(errno.ENOSPC, "No space left on device", "report.json")
         raise RuntimeError("first line\nsecond line")
 
     app.command("go")(go)
@@ -124,7 +128,8 @@ def command_that(action: str) -> typer.Typer:
     ("action", "status", "stderr"),
     [
         ("interrupt", 130, ""),
-        ("overload", 2, "error: the queue is full\nhint: try again\n"),
+        ("overload", 6, "error: the queue is full\nhint: try again\n"),
+        ("disk", 1, "error: report.json: No space left on device\nhint: check disk"),
         ("fault", 70, "internal error: RuntimeError: first line second line\nhint: this is a fault of qwedge"),
     ],
 )
@@ -153,6 +158,30 @@ def test_a_command_whose_extra_is_missing_says_how_to_get_it(
     error, hint = capsys.readouterr().err.splitlines()
     assert "package_that_is_not_there" in error
     assert hint == "hint: pip install 'qwedge[export]'"
+
+
+def test_a_closed_stdin_is_an_empty_one() -> None:
+    line = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "edge", "generate"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, "error: there is no prompt")
+
+
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback() -> None:
+    script = """
+import sys
+import edge.__main__
+
+class Interrupt:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "edge.commands":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt)
+edge.__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
