@@ -197,6 +197,7 @@ class DeadlineError(RequestError):
     code = "deadline_exceeded"
     status = 408
     retryable = True
+    exit_code = 6
 
 
 class ConflictError(RequestError):
@@ -226,6 +227,7 @@ class OverloadedError(RequestError):
     code = "overloaded"
     status = 429
     retryable = True
+    exit_code = 6
 
 
 class RateLimitError(OverloadedError):
