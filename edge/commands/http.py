@@ -64,12 +64,13 @@ def add(
     generate asks the model; read sees metrics, logs and the device; manage changes what is served. A running server
     takes the key at once; from the first one on it answers nobody without a key, not even on this device.
     """
-    from edge.http.keys import MAX_MODELS, Key, add_key, hash_key, new_key
+    from edge.http.keys import MAX_MODELS, MAX_NAME_CHARS, Key, add_key, hash_key, new_key
 
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
         raise ConfigError(f"{name!r} is no name of a key", hint="use 1 to 64 letters, digits, '.', '_' and '-'")
-    if len(model or ()) > MAX_MODELS:
-        raise ConfigError(f"a key names {MAX_MODELS} models at most", hint="leave --model out to allow any")
+    if len(model or ()) > MAX_MODELS or not all(1 <= len(each) <= MAX_NAME_CHARS for each in model or ()):
+        message = f"a key names {MAX_MODELS} models at most, each by 1 to {MAX_NAME_CHARS} characters"
+        raise ConfigError(message, hint="leave --model out to allow any")
     secret = new_key()
     key = Key(
         name=name,

@@ -58,15 +58,18 @@ def show(*, folder: Folder = None, as_json: options.Json = False) -> None:
     from edge.signing import PRIVATE_SUFFIX, Trust
 
     chosen = folder or default_folder()
+    known = Trust(chosen).read_keys() if folder is not None or chosen.exists() else ()
     keys = [
         {"name": key.name, "key_id": key.key_id, "private": (chosen / (key.name + PRIVATE_SUFFIX)).exists()}
-        for key in Trust(chosen).read_keys()
+        for key in known
     ]
     if as_json:
         options.print_json(keys)
         return
     for key in keys:
         print(f"{key['key_id']}  {key['name']}{'  (can sign here)' if key['private'] else ''}")
+    if not keys:
+        options.note(f"there are no keys in {chosen}; `qwedge keys init` makes one")
 
 
 def sign(

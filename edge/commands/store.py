@@ -142,8 +142,11 @@ def remove(name: Name, *, store: options.StoreFolder = None, config: options.Con
 
 def gc(*, store: options.StoreFolder = None, config: options.Config = None) -> None:
     """Remove every bundle but the active one, the one before it and what is being served, and unfinished copies."""
-    for name in _store(config, store).gc():
+    removed = _store(config, store).gc()
+    for name in removed:
         options.note(f"removed {name}")
+    if not removed:
+        options.note("removed no bundle")
 
 
 def _store(config: Path | None, folder: Path | None, trust: Path | None = None) -> Store:

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 MAX_KEYS: Final = 256
 MAX_MODELS: Final = 64
 """Models that one key names."""
+MAX_NAME_CHARS: Final = 256
+"""Of such a model's name."""
 PREFIX: Final = "qwedge-"
 """What keys begin with, so that a scanner finds one that was published by mistake."""
 NAME_PATTERN: Final = r"^[A-Za-z0-9._-]{1,64}$"
@@ -47,7 +49,7 @@ class Key(BaseModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", repr=False)]
     scopes: Annotated[frozenset[Right], Field(min_length=1)]
     models: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], Field(max_length=MAX_MODELS)
+        tuple[Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)], ...], Field(max_length=MAX_MODELS)
     ] = ()
     """Empty: any."""
     rate_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] | None = None

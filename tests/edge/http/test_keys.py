@@ -285,7 +285,15 @@ def test_remove_a_key(add: Callable[..., str], path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    "args", [["no name"], ["x" * 65], ["a", "--rate", "0"], ["a", "--rate", "fast"], ["a", "--scope", "all"]]
+    "args",
+    [
+        ["no name"],
+        ["x" * 65],
+        ["a", "--rate", "0"],
+        ["a", "--rate", "fast"],
+        ["a", "--scope", "all"],
+        ["a", "--model", ""],
+    ],
 )
 def test_what_makes_no_key(args: list[str], path: Path) -> None:
     assert run(["http", "add-key", *args]) == 2
