@@ -41,7 +41,7 @@ one line `hint: ...`.
 | 3 | the checkpoint cannot be read |
 | 4 | the export failed |
 | 5 | the bundle is damaged, no bundle, or not signed by a trusted key |
-| 6 | not available: a port or broker cannot be had |
+| 6 | not available: a port or broker cannot be had; no room, or no answer in time |
 | 7 | the model store refuses: no such bundle, no space, a lower counter, a failed self-test |
 | 70 | a fault of qwedge; `qwedge --debug ...` shows where |
 | 130 | interrupted |
