@@ -113,6 +113,7 @@ def the_answer(client: Client, parts: Any) -> Any:
 @on_broker
 def test_the_announcement_is_retained_until_it_is_taken_back(make_device: MakeDevice) -> None:
     device = make_device(home_assistant=True)
+    announced(device.client(extra=("homeassistant/device/#",)), device)  # it may come while this client subscribes
     late = device.client(extra=("homeassistant/device/#",))
     message = announced(late, device)
     assert message.retain
