@@ -103,7 +103,7 @@ def evaluate(
         raise ConfigError("no suite is given", hint="qwedge eval --list shows those that come with qwedge")
     _check_targets(bundle, url, record=keep)
     _check_comparison(against, baseline, max_drop)
-    for file in (json_file, html_file):
+    for file in (resume, json_file, html_file):
         _check_writable(file)
     from edge.commands.loading import bundle_of
     from edge.evaluation import Report, check_comparable, check_recordable, compare, record
@@ -148,7 +148,7 @@ def _check_comparison(against: str | None, baseline: Path | None, max_drop: floa
 
 
 def _check_writable(file: Path | None) -> None:
-    """Refuse a report's file that cannot be written, before hours of questions are asked for it."""
+    """Refuse a file that cannot be written, before hours of questions are asked for it."""
     if file is None or str(file) == "-":
         return
     place = file if file.exists() else file.parent
@@ -274,7 +274,8 @@ def _print_report(report: Report, comparison: Comparison | None) -> None:
     print(f"{report.suite}: {report.target}")
     print(f"score    {report.score:.1%}, {report.share.passed} of {report.share.count} cases ({low:.1%} to {high:.1%})")
     if report.num_errors:
-        print(f"errors   {report.num_errors} cases got no answer")
+        reason = next(result.error for result in report.results if result.error is not None)
+        print(f"errors   {report.num_errors} cases got no answer, the first: {reason}")
     for key, shares in report.groups().items():
         print(f"{key:<8} {', '.join(f'{value} {share.passed}/{share.count}' for value, share in shares.items())}")
     for name, value in report.metrics().items():
@@ -282,7 +283,8 @@ def _print_report(report: Report, comparison: Comparison | None) -> None:
     figures = report.figures()
     took = {"latency_ms_median": "ms", "tokens_per_second_median": "tokens/s", "completion_tokens": "tokens",
             "energy_j": "J"}  # fmt: skip
-    print(f"took     {', '.join(f'{figures[n]:,.6g} {u}' for n, u in took.items() if figures[n] is not None)}")
+    if known := [f"{figures[name]:,.6g} {unit}" for name, unit in took.items() if figures[name] is not None]:
+        print(f"took     {', '.join(known)}")
     if comparison is not None:
         low, high = comparison.interval
         print(f"against  {comparison.baseline}: {comparison.difference:+.1%} ({low:+.1%} to {high:+.1%}), ", end="")

@@ -13,14 +13,12 @@ from typing import ClassVar
 import pytest
 
 from edge.config import ServerSettings
-from export.checkpoint import open_checkpoint
-from export.pipeline import export_bundle
-from export.progress import Silent
-from export.quantize.recipes import recipe_named
+from export.quantize.recipes import RECIPES
 from tests.command_line import Run, command_runner
 from tests.export import tiny
 from tests.fakes import FakeEngine, last_user_message
 from tests.serving import Served, served
+from tests.tiny_bundles import export_tiny
 
 SUITE = """\
 description: Counts
@@ -89,7 +87,7 @@ def test_what_the_end_needs_is_looked_at_before_any_question(
     steps = server.engine.num_steps
     done = qwedge(suite, "--url", server.url, "--baseline", tmp_path / "other.json")
     assert (done.status, "the baseline has no case of counts" in done.stderr) == (2, True)
-    for option in ("--json", "--html"):
+    for option in ("--json", "--html", "--resume"):
         for file in (tmp_path / "missing" / "r", tmp_path):
             done = qwedge(suite, "--url", server.url, option, file)
             assert (done.status, f"{file} cannot be written" in done.stderr) == (2, True)
@@ -138,9 +136,7 @@ def test_wrong_command_lines_say_what_is_wrong(qwedge: Run, args: tuple[str, ...
 
 
 def test_a_bundle_is_loaded_evaluated_and_compared_with_itself(qwedge: Run, tmp_path: Path) -> None:
-    checkpoint = tiny.write_folder(tmp_path / "checkpoint", tiny.qwen2_config())
-    with open_checkpoint(checkpoint) as opened:
-        export_bundle(opened, tmp_path / "bundle", recipe_named("int8"), progress=Silent(), name="tiny")
+    export_tiny(tmp_path, tiny.qwen2_config(), RECIPES["int8"], name="tiny")
     plain = tmp_path / "plain.yaml"
     plain.write_text("prompts: [hello]\noptions: {max_tokens: 4}\ntests:\n  - assert: [{type: regex, value: '.*'}]\n")
     done = qwedge(plain, "--bundle", tmp_path / "bundle", "--against", tmp_path / "bundle", "--threads", "1")
@@ -149,6 +145,15 @@ def test_a_bundle_is_loaded_evaluated_and_compared_with_itself(qwedge: Run, tmp_
     assert "+0.0% (+0.0% to +0.0%), 0 gained, 0 lost, p 1.00" in done.stdout
     done = qwedge(plain, "--bundle", tmp_path / "bundle", "--model", "tiny:missing", "--threads", "1")
     assert "the model 'tiny:missing' is not served here" in done.stderr
+
+
+def test_why_there_is_no_answer_is_said(qwedge: Run, tmp_path: Path, server: Served) -> None:
+    long = tmp_path / "long.yaml"
+    test = {"vars": {"x": "word " * 40_000}, "assert": [{"type": "equals", "value": "x"}]}
+    long.write_text(json.dumps({"prompts": ["{{x}}"], "tests": [test]}))
+    done = qwedge(long, "--url", server.url)
+    assert re.search(r"errors +1 cases got no answer, the first: .*tokens", done.stdout), done.stdout
+    assert "took" not in done.stdout
 
 
 class OtherServer(BaseHTTPRequestHandler):
