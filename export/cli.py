@@ -216,7 +216,9 @@ def _print_options(manifest: Manifest) -> None:
         change = quality["perplexity"] / quality["reference_perplexity"] - 1
         print(f"quality    KL {quality['kl']:.4f}, same first choice {quality['top1']:.1%}, perplexity {change:+.1%}")
     if head := manifest.recipe.get("mtp"):
-        print(f"mtp        {head['parameter_count']:,} parameters, guesses {manifest.measured['mtp']['next_text']!r}")
+        tested = manifest.measured["mtp"]
+        right = f", right {tested['top1']:.1%} of the time" if "top1" in tested else ""
+        print(f"mtp        {head['parameter_count']:,} parameters, guesses {tested['next_text']!r}{right}")
     for adapter in manifest.adapters:
         print(f"adapter    {manifest.name}:{adapter.name}, rank {adapter.rank}")
 

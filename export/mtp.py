@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import onnx_ir as ir
 
 from edge.bundle import KVLayout
@@ -20,9 +21,12 @@ from export.architectures.mtp import MultiTokenPrediction
 from export.architectures.qwen3_5 import MTP_PREFIX, Qwen3_5
 from export.build import Graph
 from export.checkpoint import Checkpoint
-from export.graph import GraphBuilder
+from export.graph import HIDDEN, HIDDEN_STATES, GraphBuilder
 from export.progress import Progress, step
 from export.quantize.recipes import Recipe
+from export.report import Windows
+from export.segments import Layer, Segment, final_hidden, normalized
+from export.verify import head_logits
 from export.weights import DataFile, Weights
 
 MTP_GRAPH: Final = "mtp.onnx"
@@ -109,6 +113,32 @@ def build_mtp(
     assert weights.parameter_count == head.parameter_count()
     ir.save(model, folder / MTP_GRAPH)
     return MtpGraph(model, head.kv_layout(), weights.parameter_count, bytes_per_token)
+
+
+def share_right(head: ir.Model, main: ir.Model, folder: Path, windows: Windows) -> float:
+    """How often the head's first choice is the model's own, at the scored places of the windows but the last.
+
+    Args:
+        head: its graph.
+        main: that of the model.
+        folder: where both lie.
+        windows: what both read, the head a token less.
+
+    Raises:
+        ExportError: onnxruntime refuses a graph, or an output is not finite.
+    """
+    length = windows.ids.shape[1]
+    first = Segment(head, folder, ["input_ids", HIDDEN_STATES], [f"{HIDDEN}.0"])
+    layer = Layer(head, folder, 0)
+    right = []
+    for ids, x in zip(windows.ids, windows.last_layer(main, folder), strict=True):
+        chosen = head_logits(main, folder, final_hidden(main, folder, x, range(length // 2, length - 1)))
+        layer.clear()
+        y = layer.append(first.run({"input_ids": ids[None, 1:], HIDDEN_STATES: normalized(main, folder, x)[:, :-1]})[0])
+        # The head has the token that the model reads next: from one place before, it guesses the same token.
+        guessed = head_logits(head, folder, final_hidden(head, folder, y, range(length // 2 - 1, length - 2)))
+        right.append(chosen.argmax(axis=1) == guessed.argmax(axis=1))
+    return float(np.mean(right))
 
 
 def _count(tensors: Mapping[str, object]) -> int:

@@ -38,10 +38,10 @@ from export.checkpoint import Checkpoint
 from export.kv_scales import cache_test, calibrate, quantize_cache
 from export.lora import copy_adapters
 from export.manifest import describe_recipe, facts, model_name, write_text_side
-from export.mtp import MtpGraph, build_mtp, multi_token_prediction, skipped_mtp
+from export.mtp import MtpGraph, build_mtp, multi_token_prediction, share_right, skipped_mtp
 from export.progress import Progress, step
 from export.quantize.recipes import Recipe, recipe_named
-from export.report import Quality, Row, built_in_windows, check_folder, compare, describe, new_report
+from export.report import Quality, Row, Windows, built_in_windows, check_folder, compare, describe, new_report
 from export.report_page import write_report
 from export.staging import disk_errors, staging_folder
 from export.targets import check_range, check_target, retarget
@@ -133,8 +133,11 @@ def export_bundle(
             measured |= _verify(graph, head, checkpoint, staging, progress)
         if known is not None:
             with clock.phase("report"):
-                row = _row(recipe, calibration, graph, staging, _quality(graph, checkpoint, staging, progress))
+                windows = built_in_windows(Tokenizer.from_file(str(staging / TOKENIZER)), graph.context_length)
+                row = _row(recipe, calibration, graph, staging, _quality(graph, checkpoint, staging, windows, progress))
                 known, measured["quality"] = known.with_row(row), describe(row.quality)
+                if head is not None:
+                    measured["mtp"]["top1"] = share_right(head.model, graph.model, staging, windows)
         if target != "cpu":
             with clock.phase("target"):
                 ids = measured["self_test"]["prompt_ids"]
@@ -211,9 +214,8 @@ def _verify(
     return measured
 
 
-def _quality(graph: Graph, checkpoint: Checkpoint, staging: Path, progress: Progress) -> Quality:
+def _quality(graph: Graph, checkpoint: Checkpoint, staging: Path, windows: Windows, progress: Progress) -> Quality:
     """What the graph costs against the checkpoint in float32, which lies beside the bundle meanwhile."""
-    windows = built_in_windows(Tokenizer.from_file(str(staging / TOKENIZER)), graph.context_length)
     with tempfile.TemporaryDirectory(prefix=".reference.", dir=staging.parent) as name:
         folder = Path(name)
         reference = build_graph(checkpoint, folder, recipe_named("fp32"), progress=progress)

@@ -75,20 +75,28 @@ class Windows:
             rows += [ids[start : start + length] for start in starts]
         return cls(np.stack(rows))
 
-    def logits(self, model: ir.Model, folder: Path) -> Iterator[Array]:
-        """Logits [scored tokens, vocabulary] of one window after the other, a layer at a time.
+    def last_layer(self, model: ir.Model, folder: Path) -> list[Array]:
+        """The last layer's output [1, tokens, hidden] for each window, a layer at a time.
 
         Raises:
             ExportError: onnxruntime refuses the graph, or a layer's output is not finite.
         """
-        length = self.ids.shape[1]
         windows = [embed(model, folder, cast("list[int]", row.tolist())) for row in self.ids]
         for index in range(num_layers(model)):
             layer = Layer(model, folder, index)
             for number, x in enumerate(windows):
                 layer.clear()
                 windows[number] = layer.append(x)
-        for x in windows:
+        return windows
+
+    def logits(self, model: ir.Model, folder: Path) -> Iterator[Array]:
+        """Logits [scored tokens, vocabulary] of one window after the other.
+
+        Raises:
+            ExportError: as :meth:`last_layer`.
+        """
+        length = self.ids.shape[1]
+        for x in self.last_layer(model, folder):
             yield head_logits(model, folder, final_hidden(model, folder, x, range(length // 2 - 1, length - 1)))
 
     def next_ids(self, window: int) -> NDArray[np.int64]:

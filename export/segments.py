@@ -37,6 +37,11 @@ def hidden_states(model: ir.Model, folder: Path, ids: Sequence[int]) -> Array:
     x = embed(model, folder, ids)
     for index in range(num_layers(model)):
         x = Layer(model, folder, index).append(x)
+    return normalized(model, folder, x)
+
+
+def normalized(model: ir.Model, folder: Path, x: Array) -> Array:
+    """The last layer's output [1, tokens, hidden] after the final norm."""
     source = f"{HIDDEN}.{num_layers(model)}"
     return Segment(model, folder, [source], [HIDDEN_STATES]).run({source: x})[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -26,10 +27,12 @@ from export.architectures.mtp import DRAFT_HIDDEN_STATES
 from export.build import build_graph
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.graph import HIDDEN_STATES, present_name
-from export.mtp import MTP_GRAPH, MTP_WEIGHTS, build_mtp, multi_token_prediction
+from export.mtp import MTP_GRAPH, MTP_WEIGHTS, build_mtp, multi_token_prediction, share_right
+from export.oracle import Decoder
 from export.pipeline import Report, export_bundle
 from export.progress import Silent
 from export.quantize.recipes import RECIPES, Recipe
+from export.report import Windows
 from export.segments import hidden_states
 from tests.export import peft, tiny, tiny_qwen3_5
 from tests.export.mtp_reference import Reference
@@ -285,6 +288,27 @@ class TestBundle:
             np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+def test_how_often_a_guess_is_right(tmp_path: Path) -> None:
+    """Only one channel of what goes into the output table is left, so that model and head choose among two tokens."""
+    config = tiny_qwen3_5.config()
+    tensors = tiny.random_tensors(config)
+    for name in ("model.language_model.norm.weight", "mtp.norm.weight"):
+        tensors[name][1:] = -1.0
+    source = tiny.write_folder(tmp_path / "m", config)
+    tiny.write_safetensors(source / "model.safetensors", tensors, "F32")
+    with open_checkpoint(source) as checkpoint:
+        folder = build_both(checkpoint, tmp_path / "graphs", RECIPES["fp32"])
+    graphs = ir.load(folder / MTP_GRAPH), ir.load(folder / GRAPH)
+    windows = Windows(golden.prompts())
+    right = []
+    for ids in golden.prompts():
+        guessed, _ = Head(folder).append(ids[None, 1:], hidden_states(graphs[1], folder, ids[:-1].tolist()))
+        chosen = Decoder(folder).append(ids)
+        right += [chosen[place].argmax() == guessed[0, place - 1].argmax() for place in range(36, 71)]
+    assert 0.2 < np.mean(right) < 0.8
+    assert share_right(*graphs, folder, windows) == pytest.approx(np.mean(right))
+
+
 class TestRefusals:
     @pytest.fixture(autouse=True)
     def nothing_left(self, tmp_path: Path) -> Iterator[None]:
@@ -343,7 +367,8 @@ class TestRefusals:
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["export", str(write_tiny(tmp_path)), "--offline", "--mtp", "-o", str(tmp_path / "bundle")]
-    assert edge.cli.run(line) == 0
+    measured = ["--report", str(tmp_path / "report"), "--recipe", "fp32", "--context", "32"]
+    assert edge.cli.run([*line, *measured]) == 0
     shown = capsys.readouterr()
-    assert "mtp        92,608 parameters, guesses " in shown.out
+    assert re.search(r"^mtp        92,608 parameters, guesses .*, right \d+\.\d% of the time$", shown.out, re.MULTILINE)
     assert "are skipped: --mtp" not in shown.err
