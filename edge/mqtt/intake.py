@@ -9,16 +9,12 @@ it arrived, and its progress may be published; where the journal cannot take it,
 
 from __future__ import annotations
 
-import codecs
-import hashlib
-import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from edge.errors import (
     DeadlineError,
@@ -26,56 +22,24 @@ from edge.errors import (
     OverloadedError,
     QwedgeError,
     RequestError,
-    TooLargeError,
     UnavailableError,
 )
 from edge.journal import Journal
-from edge.model import Model
 from edge.mqtt.answers import Answers
 from edge.mqtt.inbox import Inbox
 from edge.mqtt.ledger import Job, Ledger, Reply
-from edge.mqtt.messages import MAX_PAYLOAD_BYTES, Done, parse_request
+from edge.mqtt.messages import Done
 from edge.mqtt.packets import Incoming
+from edge.mqtt.payload import Wanted, is_plain, read
 from edge.mqtt.resume import MAX_STARTS, Resumer
 from edge.mqtt.stored import pack, pack_reply
 from edge.mqtt.topics import CancelTopic, Layout, RequestId, RequestTopic
-from edge.openai import Answer, parse_chat, parse_completion, prepare
-from edge.openai.embeddings import EmbeddingAnswer, parse_embedding, prepare_embedding
-from edge.service import GenerationRequest, Service
+from edge.service import Service
 
 log = logging.getLogger(__name__)
 
 FULL_RETRY_S = 1.0
 """When to try again after the inbox was full."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a request asks for, read from either kind of payload."""
-
-    body: dict[str, Any]
-    stream: bool
-    deadline_s: float | None
-    """Seconds from reception."""
-
-    @property
-    def fingerprint(self) -> bytes:
-        """Equal for equal questions; deadline, attempt and streaming may differ between copies."""
-        return hashlib.sha256(json.dumps(self.body, sort_keys=True).encode()).digest()
-
-    def prepare(self, model: Model) -> tuple[Answer | EmbeddingAnswer, Sequence[GenerationRequest]]:
-        """What the service is to do, and what collects its answer: by what the body holds.
-
-        Raises:
-            RequestError: what :func:`edge.openai.parse_chat` and :func:`edge.openai.prepare` raise.
-        """
-        if "input" in self.body:
-            wanted = parse_embedding(self.body)
-            inputs = prepare_embedding(model, wanted)
-            return EmbeddingAnswer(model, wanted, inputs), inputs
-        request = parse_completion(self.body) if "prompt" in self.body else parse_chat(self.body)
-        choices = prepare(model, request)
-        return Answer(model, request, choices), choices
 
 
 class Intake:
@@ -175,7 +139,7 @@ class Intake:
     ) -> None:
         self.num_requests += 1
         request = topic.request
-        plain = message.payload is not None and _is_plain(message.payload)
+        plain = message.payload is not None and is_plain(message.payload)
         reply = Reply(request.id, self._layout.reply(request), plain, message.correlation)
         try:
             reply = replace(reply, topics=self._layout.reply(request, message.response_topic))
@@ -276,49 +240,6 @@ class Intake:
             job.cancelled = True
             if job.ticket is not None:
                 job.ticket.cancel()
-
-
-def read(message: Incoming, *, chat: bool) -> Wanted:
-    """Read a payload: JSON where it begins with ``{``, else the prompt itself.
-
-    Args:
-        message: the request.
-        chat: whether a bare prompt is the user's turn of a chat; else it is completed as it stands.
-
-    Raises:
-        TooLargeError: it is larger than :data:`MAX_PAYLOAD_BYTES`.
-        RequestError: it is empty, malformed, or no UTF-8.
-    """
-    if message.payload is None:
-        hint = "send a shorter prompt"
-        raise TooLargeError(f"the request is larger than {MAX_PAYLOAD_BYTES} bytes", hint=hint)
-    expiry_s = None if message.expiry_s is None else float(message.expiry_s)
-    if _is_plain(message.payload):
-        text = _text(message.payload)
-        body = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
-        return Wanted(body, stream=False, deadline_s=expiry_s)
-    request = parse_request(message.payload)
-    stream = request.stream if request.stream is not None else request.body.get("stream") is True
-    deadlines = [expiry_s, None if request.deadline_ms is None else request.deadline_ms / 1000]
-    return Wanted(request.body, stream, min((d for d in deadlines if d is not None), default=None))
-
-
-def _is_plain(payload: bytes) -> bool:
-    return not payload.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n").startswith(b"{")
-
-
-def _text(payload: bytes) -> str:
-    """A bare prompt; zeros at its end pad the fixed-length strings of PLCs."""
-    hint = "send text or JSON in UTF-8"
-    try:
-        text = payload.rstrip(b"\0").decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise RequestError("the prompt is not valid UTF-8", hint=hint) from None
-    if "\0" in text:
-        raise RequestError("the prompt is binary, not text", hint=hint)
-    if not text.strip():
-        raise RequestError("the prompt is empty", hint="send the prompt as the payload")
-    return text
 
 
 def _remaining_s(deadline_s: float | None, received_at: float) -> float | None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from edge.mqtt import EmbeddedBroker, MqttBridge
-from edge.mqtt.intake import read
 from edge.mqtt.packets import Incoming
+from edge.mqtt.payload import read
 from edge.mqtt.topics import Layout, RequestTopic
 from edge.settings.mqtt import MqttSettings
 from tests.edge.mqtt.conftest import MakeDevice, wait_until
