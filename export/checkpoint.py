@@ -129,6 +129,7 @@ class Checkpoint:
         config: Mapping[str, Any],
         generation: GenerationDefaults,
         stored: Mapping[str, Tensor],
+        opened: list[WeightFile],
         text: Text,
         origin: Origin,
         files: Mapping[str, Path],
@@ -144,7 +145,7 @@ class Checkpoint:
         self._text = text
         self.origin = origin
         self._files = files
-        self._weight_files = {each.file.path: each.file for each in stored.values()}
+        self._opened = opened  # one list for this checkpoint and all that changed() makes of it
 
     def __enter__(self) -> Self:
         return self
@@ -156,8 +157,8 @@ class Checkpoint:
 
     def close(self) -> None:
         """Close the weight files; the second call does nothing."""
-        while self._weight_files:
-            self._weight_files.popitem()[1].close()
+        while self._opened:
+            self._opened.pop().close()
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows [start, stop) of a tensor as C-contiguous float32; a vector's rows are its elements.
@@ -193,6 +194,7 @@ class Checkpoint:
             config=self.config,
             generation=self.generation,
             stored={**self._stored, **tensors},
+            opened=self._opened,
             text=self._text,
             origin=self.origin,
             files={**self._files, **files},

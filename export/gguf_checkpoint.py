@@ -139,6 +139,7 @@ def open_gguf(path: Path, origin: Origin) -> Checkpoint:
             config=config,
             generation=_generation(metadata, config, tokenizer, origin),
             stored=stored,
+            opened=[file],
             text=Text(tokenizer.json, tokenizer.num_ids, template),
             origin=origin,
             files={path.name: path},

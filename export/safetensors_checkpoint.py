@@ -63,6 +63,8 @@ def open_folder(folder: Path, origin: Origin) -> Checkpoint:
             config=config,
             generation=generation,
             stored=stored,
+            # Those too of which nothing is read: a shard may hold nothing but vision.
+            opened=list({tensor.file.path: tensor.file for tensor in everything.values()}.values()),
             text=Text(tokenizer, facts.num_ids, template),
             origin=origin,
             files={path.name: path for path in [*shards, *_read_besides(folder)]},

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from edge.errors import CheckpointError
 from export.checkpoint import Origin, open_checkpoint
-from tests.export import tiny
+from tests.export import tiny, tiny_qwen3_5
 
 
 @pytest.fixture
@@ -226,6 +226,30 @@ def test_a_file_that_shrinks_after_it_was_opened(folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"")
         with pytest.raises(CheckpointError, match="ends at byte"):
             checkpoint.rows("model.norm.weight")
+
+
+def open_files() -> set[str]:
+    """Of this process."""
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def test_every_file_is_closed_once(tmp_path: Path) -> None:
+    """A shard with nothing but vision too, and after a change."""
+    config = tiny_qwen3_5.config()
+    folder = tiny.write_folder(tmp_path / "m", config)
+    parts: dict[str, tiny.Tensors] = {"text": {}, "vision": {}}
+    for name, tensor in tiny.random_tensors(config).items():
+        parts["vision" if "visual" in name else "text"][name] = tensor
+    (folder / "model.safetensors").unlink()
+    for part, tensors in parts.items():
+        tiny.write_safetensors(folder / f"{part}.safetensors", tensors)
+    weight_map = {name: f"{part}.safetensors" for part, tensors in parts.items() for name in tensors}
+    tiny.write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    before = open_files()
+    with open_checkpoint(folder) as checkpoint, checkpoint.changed({}, {}, []) as changed:
+        np.testing.assert_array_equal(changed.rows("model.norm.weight"), checkpoint.rows("model.norm.weight"))
+        assert len(open_files()) == len(before) + 2
+    assert open_files() == before
 
 
 class TestShards:
