@@ -34,6 +34,7 @@ from export.quantize.recipes import RECIPES
 from tests.export import peft, tiny
 from tests.fakes import FakeEngine, make_service
 from tests.serving import serving
+from tests.tiny_bundles import export_tiny
 
 CONFIG = tiny.qwen2_config()
 SHAPES = {name: tensor.shape for name, tensor in tiny.random_tensors(CONFIG).items()}
@@ -47,10 +48,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model called ``tiny`` with the adapter ``one``."""
     folder = tmp_path_factory.mktemp("adapters")
     one = peft.write_adapter(folder / "one", peft.adapter_tensors(SHAPES, 8, seed=1))
-    with open_checkpoint(tiny.write_folder(folder / "tiny", CONFIG)) as checkpoint:
-        export_bundle(
-            checkpoint, folder / "bundle", RECIPES["fp32"], progress=Silent(), name="tiny", adapters={"one": one}
-        )
+    export_tiny(folder, CONFIG, name="tiny", adapters={"one": one})
     return folder / "bundle"
 
 
@@ -180,7 +178,7 @@ def test_owners_of_prefixes() -> None:
 
 
 def test_a_folder_of_adapters_needs_places(bundle: Path, tmp_path: Path) -> None:
-    with open_checkpoint(bundle.parent / "tiny") as checkpoint:
+    with open_checkpoint(bundle.parent / "checkpoint") as checkpoint:
         manifest = export_bundle(checkpoint, tmp_path / "plain", RECIPES["fp32"], progress=Silent()).manifest
     with pytest.raises(BundleError, match="no places for LoRA"):
         load_service(tmp_path / "plain", manifest, load_settings(env=environment(tmp_path)))

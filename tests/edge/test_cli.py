@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import subprocess
 import sys
@@ -15,9 +14,9 @@ import typer
 
 import edge.cli
 from edge import __version__
-from edge.bundle import REQUIRED_FILES, FileEntry, KVLayout, Manifest, Source, publish_bundle
 from edge.errors import OverloadedError
 from tests.command_line import Run, command_runner
+from tests.edge.bundles import write_bundle
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,33 +34,7 @@ def qwedge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """A bundle whose files hold a few bytes each: enough for everything before onnxruntime."""
-    staging = tmp_path / "staging"
-    staging.mkdir()
-    for name in REQUIRED_FILES:
-        (staging / name).write_bytes(name.encode())
-    files = [
-        FileEntry(path=name, size=len(name), sha256=hashlib.sha256(name.encode()).hexdigest())
-        for name in REQUIRED_FILES
-    ]
-    manifest = Manifest(
-        schema_version=1,
-        name="tiny",
-        version="1",
-        model_type="qwen2",
-        parameter_count=1,
-        recipe={"name": "int4"},
-        context_length=64,
-        vocab_size=8,
-        padded_vocab_size=8,
-        kv=KVLayout(layers=1, kv_heads=1, head_dim=8),
-        weight_bytes_per_token=1,
-        source=Source(kind="folder", location="tiny"),
-        files=files,
-        min_runtime_version=__version__,
-    )
-    publish_bundle(staging, tmp_path / "bundle", manifest)
-    return tmp_path / "bundle"
+    return write_bundle(tmp_path / "bundle")
 
 
 def test_version_and_help_go_to_stdout() -> None:
@@ -92,7 +65,7 @@ def test_a_wrong_command_line_is_two_lines_and_status_2(args: tuple[str, ...], e
 def test_verify_accepts_an_exported_bundle(bundle: Path, qwedge: Run) -> None:
     done = qwedge("verify", str(bundle))
     assert (done.status, done.stderr) == (0, "")
-    assert done.stdout.startswith("ok: tiny 1, int4, 4 files")
+    assert done.stdout.startswith("ok: tiny 1, balanced, 5 files")
     assert json.loads(qwedge("verify", str(bundle), "--json").stdout)["ok"] is True
 
 

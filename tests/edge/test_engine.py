@@ -21,6 +21,7 @@ from export.progress import Silent
 from export.quantize.recipes import RECIPES, Blockwise, Projections, Recipe
 from tests.edge.prompts import feed, prompt
 from tests.export import tiny
+from tests.tiny_bundles import export_tiny
 
 CONTEXT = 96
 INT4 = Blockwise(bits=4, block=128)
@@ -35,18 +36,14 @@ EXACT = {
 def export_for_bits(folder: Path, recipe: str, kv: CacheType = "float32") -> Manifest:
     """A bundle wide enough for blocks of 128 to be two in a row."""
     config = tiny.qwen2_config(hidden_size=256, intermediate_size=384)
-    with open_checkpoint(tiny.write_folder(folder / "checkpoint", config)) as checkpoint:
-        return export_bundle(checkpoint, folder / "bundle", EXACT[recipe], kv=kv, progress=Silent()).manifest
+    return export_tiny(folder, config, EXACT[recipe], kv=kv)
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3"])
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An fp32 bundle: batching and chunking must agree to rounding."""
     folder = tmp_path_factory.mktemp(request.param)
-    config = {"qwen2": tiny.qwen2_config, "qwen3": tiny.qwen3_config}[request.param]()
-    checkpoint = open_checkpoint(tiny.write_folder(folder / "checkpoint", config))
-    with checkpoint:
-        export_bundle(checkpoint, folder / "bundle", RECIPES["fp32"], progress=Silent())
+    export_tiny(folder, {"qwen2": tiny.qwen2_config, "qwen3": tiny.qwen3_config}[request.param]())
     return folder / "bundle"
 
 

@@ -20,6 +20,7 @@ from export.pipeline import export_bundle
 from export.progress import Silent
 from export.quantize.recipes import RECIPES
 from tests.export import peft, tiny, tiny_qwen3_5
+from tests.tiny_bundles import export_tiny
 
 CONFIGS = {"qwen2": tiny.qwen2_config(), "qwen3": tiny.qwen3_config(), "qwen3_5": tiny_qwen3_5.text_config()}
 # Different ranks (one that is no multiple of 16, one of two groups), targets and layers.
@@ -58,11 +59,8 @@ def make_case(config: Mapping[str, Any], folder: Path, recipe: str) -> Case:
     for name, options in ADAPTERS.items():
         tensors = peft.adapter_tensors(shapes, **options)
         folders[name] = peft.write_adapter(folder / name, tensors, use_rslora=name == "wide")
-    with open_checkpoint(tiny.write_folder(folder / "checkpoint", config)) as checkpoint:
-        report = export_bundle(
-            checkpoint, folder / "bundle", RECIPES[recipe], progress=Silent(), name="tiny", adapters=folders
-        )
-    return Case(config, folder, report.manifest)
+    manifest = export_tiny(folder, config, RECIPES[recipe], name="tiny", adapters=folders)
+    return Case(config, folder, manifest)
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))

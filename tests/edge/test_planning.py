@@ -39,16 +39,14 @@ from edge.planning.shape import Product, Shape
 from edge.planning.speed import predict_speed
 from export.architectures import architecture_for
 from export.catalog import catalog
-from export.checkpoint import open_checkpoint
 from export.graph import GraphBuilder
-from export.pipeline import export_bundle
-from export.progress import Silent
 from export.quantize.recipes import RECIPES
 from export.weights import DataFile
 from tests.edge import published
 from tests.edge.published import MOST_DEVIATION, Row
 from tests.export import tiny
 from tests.export.test_configs import UnreadWeights, open_published
+from tests.tiny_bundles import export_tiny
 
 ROOT = Path(__file__).parents[2]
 PLANNING = ROOT / "docs" / "planning.md"
@@ -74,8 +72,7 @@ PLENTY = Available(hard=1 << 40, soft=1 << 40, limit="this machine has", residen
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real one of a tiny model."""
     folder = tmp_path_factory.mktemp("planning")
-    with open_checkpoint(tiny.write_folder(folder / "checkpoint", tiny.qwen2_config())) as checkpoint:
-        export_bundle(checkpoint, folder / "bundle", RECIPES["balanced"], progress=Silent())
+    export_tiny(folder, tiny.qwen2_config(), RECIPES["balanced"])
     return folder / "bundle"
 
 

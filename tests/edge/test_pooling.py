@@ -11,13 +11,10 @@ from edge.engine.pooling import Pooler, Pooling
 from edge.engine.sampler import SamplingParams
 from edge.errors import EngineError, RequestError
 from edge.service import Failed, Finished, GenerationRequest, Pooled
-from export.checkpoint import open_checkpoint
-from export.pipeline import export_bundle
-from export.progress import Silent
-from export.quantize.recipes import RECIPES
 from tests.edge.test_scheduler import Client, running
-from tests.export.tiny import qwen3_config, write_folder
+from tests.export.tiny import qwen3_config
 from tests.fakes import FakeEngine, make_service
+from tests.tiny_bundles import export_tiny
 
 PROMPT = np.arange(3, 40, dtype=np.int64)
 
@@ -25,8 +22,7 @@ PROMPT = np.arange(3, 40, dtype=np.int64)
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("pooling")
-    with open_checkpoint(write_folder(folder / "checkpoint", qwen3_config())) as checkpoint:
-        manifest = export_bundle(checkpoint, folder / "bundle", RECIPES["fp32"], progress=Silent()).manifest
+    manifest = export_tiny(folder, qwen3_config())
     return Engine(folder / "bundle", manifest, slots=2, context=64, threads=1, prefill_chunk=16)
 
 

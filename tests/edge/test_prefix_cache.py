@@ -14,13 +14,10 @@ from edge.engine.prefix_cache import MIN_TOKENS, Prefix, PrefixCache
 from edge.metrics import Metrics
 from edge.scheduler import Scheduler
 from edge.service import Delta, Loaded, Service
-from export.checkpoint import open_checkpoint
-from export.pipeline import export_bundle
-from export.progress import Silent
-from export.quantize.recipes import RECIPES
 from tests.edge.test_scheduler import Client
 from tests.export import tiny
 from tests.fakes import FakeEngine, make_model, make_service
+from tests.tiny_bundles import export_tiny
 
 
 def prefix(text: str, identity: str = "") -> Prefix:
@@ -141,8 +138,7 @@ def test_answers_are_the_same_with_and_without_reuse(
     config: dict[str, object], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("prefix")
-    with open_checkpoint(tiny.write_folder(folder / "checkpoint", config)) as checkpoint:
-        manifest = export_bundle(checkpoint, folder / "bundle", RECIPES["fp32"], progress=Silent()).manifest
+    manifest = export_tiny(folder, config)
     conversation = bytes(np.random.default_rng(7).integers(32, 127, 120).tolist()).decode()
     answers: list[list[list[int]]] = []
     for budget in (0, 1 << 20):

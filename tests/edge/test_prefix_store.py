@@ -37,6 +37,7 @@ from export.quantize.recipes import RECIPES
 from tests.edge.test_scheduler import Client
 from tests.export import tiny
 from tests.serving import wait_for
+from tests.tiny_bundles import export_tiny
 
 ROOT = Path(__file__).parents[2]
 MODEL = b"a model"
@@ -507,9 +508,7 @@ def test_a_killed_writer_leaves_whole_files_only(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
-    config = tiny.qwen2_config(max_position_embeddings=1024)
-    with open_checkpoint(tiny.write_folder(folder / "checkpoint", config)) as checkpoint:
-        export_bundle(checkpoint, folder / "bundle", RECIPES["fp32"], progress=Silent())
+    export_tiny(folder, tiny.qwen2_config(max_position_embeddings=1024))
     return folder / "bundle"
 
 

@@ -14,12 +14,10 @@ from edge.engine.engine import Engine
 from edge.engine.kv_cache import Cache
 from edge.engine.state_pool import StatePool
 from edge.errors import ConfigError
-from export.checkpoint import open_checkpoint
-from export.pipeline import export_bundle
-from export.progress import Silent
 from export.quantize.recipes import RECIPES
 from tests.edge.prompts import feed, prompt
-from tests.export import tiny, tiny_qwen3_5
+from tests.export import tiny_qwen3_5
+from tests.tiny_bundles import export_tiny
 
 START, STEPS = 20, 16
 HEADS = {"equal heads": 2, "shared key heads": 4}
@@ -28,8 +26,7 @@ HEADS = {"equal heads": 2, "shared key heads": 4}
 def export(folder: Path, recipe: str, value_heads: int = 4, kv: CacheType = "float32") -> Manifest:
     """A bundle wide enough for blocks of 128 to be two in a row."""
     config = tiny_qwen3_5.config(hidden_size=256, intermediate_size=384, linear_num_value_heads=value_heads)
-    with open_checkpoint(tiny.write_folder(folder / "checkpoint", config)) as checkpoint:
-        return export_bundle(checkpoint, folder / "bundle", RECIPES[recipe], kv=kv, progress=Silent()).manifest
+    return export_tiny(folder, config, RECIPES[recipe], kv=kv)
 
 
 @pytest.fixture(scope="module", params=[("equal heads", "float32"), ("shared key heads", "int8")], ids=" ".join)

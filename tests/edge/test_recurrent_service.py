@@ -30,13 +30,11 @@ from edge.scheduler import Scheduler
 from edge.sequence import Sequence
 from edge.service import Loaded, Service
 from edge.snapshots import TAIL_TOKENS, chunk_end, snapshot_lengths
-from export.checkpoint import open_checkpoint
-from export.pipeline import export_bundle
-from export.progress import Silent
 from export.quantize.recipes import RECIPES
 from tests.edge.test_scheduler import Client, until
 from tests.export import tiny, tiny_qwen3_5
 from tests.fakes import EOS_ID, make_model
+from tests.tiny_bundles import export_tiny
 
 TEXT = "def push(self, item): self.items.append(item)\n"
 CONTEXT = 224
@@ -79,9 +77,7 @@ class Case:
 
 def make_case(folder: Path, recipe: str) -> Case:
     config = tiny_qwen3_5.config(hidden_size=256, intermediate_size=384, linear_num_value_heads=4)
-    with open_checkpoint(tiny.write_folder(folder / "checkpoint", config)) as checkpoint:
-        report = export_bundle(checkpoint, folder / "bundle", RECIPES[recipe], progress=Silent())
-    return Case(folder / "bundle", report.manifest)
+    return Case(folder / "bundle", export_tiny(folder, config, RECIPES[recipe]))
 
 
 @pytest.fixture(scope="module", params=["fp32", "balanced"])

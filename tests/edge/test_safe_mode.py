@@ -25,13 +25,10 @@ from edge.config import load_settings
 from edge.errors import ConfigError
 from edge.settings.rules import RuleSettings
 from edge.starts import MAX_DEATHS, StartCounter, Starts, boot_id, read_starts
-from export.checkpoint import open_checkpoint
-from export.pipeline import export_bundle
-from export.progress import Silent
-from export.quantize.recipes import RECIPES
 from tests.edge.bundles import write_bundle
 from tests.export import tiny
 from tests.serving import wait_for
+from tests.tiny_bundles import export_tiny
 
 if TYPE_CHECKING:
     from edge.service import Service
@@ -244,8 +241,7 @@ def serve(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_service_that_is_killed_three_times_starts_in_safe_mode(tmp_path: Path) -> None:
     """Its folder of adapters does not go with the bundle: as it is configured, it never starts."""
-    with open_checkpoint(tiny.write_folder(tmp_path / "checkpoint", tiny.qwen2_config())) as source:
-        export_bundle(source, tmp_path / "bundle", RECIPES["fp32"], name="tiny", progress=Silent())
+    export_tiny(tmp_path, tiny.qwen2_config(), name="tiny")
     (tmp_path / "adapters").mkdir()
     (tmp_path / "qwedge.toml").write_text(CONFIG.format(folder=tmp_path))
     state = tmp_path / "state" / "edge-7"

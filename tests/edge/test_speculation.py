@@ -16,13 +16,11 @@ from edge.engine.speculation import Draft, PromptLookup, StepCosts, share_out
 from edge.metrics import Metrics
 from edge.scheduler import Scheduler, SchedulerStats
 from edge.service import Delta, Finished, Loaded, Service
-from export.checkpoint import open_checkpoint
-from export.pipeline import export_bundle
-from export.progress import Silent
 from export.quantize.recipes import RECIPES
 from tests.edge.test_scheduler import Client
 from tests.export import tiny
 from tests.fakes import FakeEngine, make_model, make_service
+from tests.tiny_bundles import export_tiny
 
 TEXT = "def push(self, item): self.items.append(item)\n"
 
@@ -167,8 +165,7 @@ def test_answers_of_a_real_engine_stay_the_same(
 ) -> None:
     # A tiny model's steps are all overhead: guess as if they were a large one's.
     monkeypatch.setattr(StepCosts, "of", lambda _, rows: 1 + 0.05 * rows)
-    with open_checkpoint(tiny.write_folder(tmp_path / "checkpoint", config)) as checkpoint:
-        manifest = export_bundle(checkpoint, tmp_path / "bundle", RECIPES[recipe], progress=Silent()).manifest
+    manifest = export_tiny(tmp_path, config, RECIPES[recipe])
     greedy, warm = SamplingParams(), SamplingParams(temperature=0.9, top_p=0.9, seed=3)
     requests: list[dict[str, object]] = [
         {"prompt": TEXT, "sampling": greedy},

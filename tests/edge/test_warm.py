@@ -19,13 +19,10 @@ from edge.metrics import Metrics
 from edge.openai import parse_chat, parse_completion, prepare
 from edge.scheduler import Scheduler
 from edge.service import Event, Failed, Finished, Loaded, Service
-from export.checkpoint import open_checkpoint
-from export.pipeline import export_bundle
-from export.progress import Silent
-from export.quantize.recipes import RECIPES
 from tests.edge.test_commands import serving
 from tests.export import tiny
 from tests.fakes import FakeEngine, make_model
+from tests.tiny_bundles import export_tiny
 
 RULES = "Answer briefly, in the language of the question, and never guess. " * 6
 
@@ -157,9 +154,7 @@ def test_a_failure_of_the_engine_is_told(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("warm")
-    config = tiny.qwen2_config(max_position_embeddings=1024)
-    with open_checkpoint(tiny.write_folder(folder / "checkpoint", config)) as checkpoint:
-        export_bundle(checkpoint, folder / "bundle", RECIPES["fp32"], progress=Silent())
+    export_tiny(folder, tiny.qwen2_config(max_position_embeddings=1024))
     return folder / "bundle"
 
 

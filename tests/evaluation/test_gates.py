@@ -13,20 +13,16 @@ from edge.bundle import read_manifest, sign_bundle
 from edge.commands import gates
 from edge.signing import PrivateKey, Trust, make_keys
 from edge.store import Store
-from export.checkpoint import open_checkpoint
-from export.pipeline import export_bundle
-from export.progress import Silent
-from export.quantize.recipes import recipe_named
+from export.quantize.recipes import RECIPES
 from tests.export import tiny
+from tests.tiny_bundles import export_tiny
 
 EASY = "prompts: [hello]\noptions: {max_tokens: 4}\ntests:\n  - assert: [{type: regex, value: '.*'}]\n"
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    checkpoint = tiny.write_folder(tmp_path / "checkpoint", tiny.qwen2_config())
-    with open_checkpoint(checkpoint) as opened:
-        export_bundle(opened, tmp_path / "bundle", recipe_named("int8"), progress=Silent(), name="tiny")
+    export_tiny(tmp_path, tiny.qwen2_config(), RECIPES["int8"], name="tiny")
     return tmp_path / "bundle"
 
 

@@ -22,13 +22,10 @@ from edge.config import load_settings
 from edge.loader import load_service
 from edge.service import Service
 from edge.settings.server import ServerSettings
-from export.checkpoint import open_checkpoint
 from export.oracle import Decoder
-from export.pipeline import export_bundle
-from export.progress import Silent
-from export.quantize.recipes import RECIPES
 from tests.export import tiny
 from tests.serving import serving
+from tests.tiny_bundles import export_tiny
 
 PATH = "/v1/completions"
 TOLERANCE = 2e-5
@@ -38,8 +35,7 @@ TEXT = "hello wörld <|im_start|>user\n日本 hello<|im_end|>"
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scoring")
-    with open_checkpoint(tiny.write_folder(folder / "tiny", tiny.qwen2_config())) as checkpoint:
-        export_bundle(checkpoint, folder / "bundle", RECIPES["fp32"], progress=Silent())
+    export_tiny(folder, tiny.qwen2_config())
     return folder / "bundle"
 
 
