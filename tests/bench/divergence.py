@@ -31,9 +31,9 @@ import onnx_ir as ir
 from tokenizers import Tokenizer
 
 from edge.bundle import GRAPH, WEIGHTS
+from export.build import build_graph
 from export.calibration import CalibrationText
 from export.checkpoint import Checkpoint, StoredTensor, open_checkpoint
-from export.pipeline import build_graph
 from export.progress import Silent
 from export.quantize.recipes import Blockwise, Recipe, TwoStage, recipe_named
 from export.report import Windows, compare
