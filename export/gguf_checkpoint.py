@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from export.catalog import FAMILY_SAMPLING, catalog, find_by_title
 from export.checkpoint import Checkpoint, GenerationDefaults, Origin, StoredTensor, TensorInfo, Text
 from export.files import DAMAGED, WeightFile, shown
 from export.generation import END_OF_TURN, generation_defaults
-from export.gguf_header import GGUFHeader, GGUFTensor, read_header
+from export.gguf_header import GGUFTensor
+from export.gguf_parts import GGUFParts, read_parts
 from export.gguf_qwen3_5 import name_prediction, restore
 from export.gguf_tokenizer import GGUFTokenizer, rebuild_tokenizer, repair_template
 from export.text_part import text_tensors
@@ -32,7 +34,6 @@ _END_OF_TEXT = "<|endoftext|>"
 _SAME_TABLE = 0.15
 """Two quantizations of one table differ by less than this, relative to its RMS; two tables by about 1.4."""
 _SAMPLED_ROWS = 64
-_SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 
 
@@ -110,58 +111,56 @@ _MTP_LAYERS = "nextn_predict_layers"
 
 
 def open_gguf(path: Path, origin: Origin) -> Checkpoint:
-    """Open a GGUF file.
+    """Open a GGUF file; of one that is split, any part.
 
     Raises:
-        CheckpointError: it is damaged, one part of several, of an unsupported architecture or quantization.
+        CheckpointError: it is damaged, incomplete, of an unsupported architecture or quantization.
     """
-    if _SPLIT_NAME.search(path.name):
-        hint = "merge the parts first: llama-gguf-split --merge FIRST_PART OUTPUT.gguf"
-        raise CheckpointError(f"{path.name} is one part of a split GGUF, which is not supported", hint=hint)
-    header = read_header(path)
-    metadata = header.metadata
+    parts = read_parts(path)
+    metadata = parts.metadata
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         hint = f"supported architectures: {', '.join(ARCHITECTURES)}"
-        raise CheckpointError(f"{path.name} has the architecture {shown(name)}, which is not supported", hint=hint)
-    tokenizer = rebuild_tokenizer(metadata, path.name)
-    template, notes = _template(metadata, path.name)
-    file = WeightFile.open(path)
-    try:
+        raise CheckpointError(f"{parts.name} has the architecture {shown(name)}, which is not supported", hint=hint)
+    tokenizer = rebuild_tokenizer(metadata, parts.name)
+    template, notes = _template(metadata, parts.name)
+    with ExitStack() as stack:
+        files = {part: WeightFile.open(part) for part in parts.headers}
+        for file in files.values():
+            stack.callback(file.close)
         architecture = ARCHITECTURES[name]
-        stored, table_notes = _tensors(header, architecture, file, tokenizer.num_ids)
-        config = _config(metadata, name, stored, path.name)
+        stored, table_notes = _tensors(parts, architecture, files, tokenizer.num_ids)
+        config = _config(metadata, name, stored, parts.name)
         if architecture.has_linear_attention:
             stored, skipped = text_tensors(config, name_prediction(config["num_hidden_layers"], stored))
             stored = restore(config, stored)
             notes += skipped
-        return Checkpoint(
+        checkpoint = Checkpoint(
             config=config,
             generation=_generation(metadata, config, tokenizer, origin),
             stored=stored,
-            opened=[file],
+            opened=list(files.values()),
             text=Text(tokenizer.json, tokenizer.num_ids, template),
-            origin=origin,
-            files={path.name: path},
+            origin=replace(origin, location=parts.name) if len(files) > 1 else origin,
+            files={part.name: part for part in files},
             notes=[*table_notes, *notes],
         )
-    except CheckpointError:
-        file.close()
-        raise
+        stack.pop_all()
+    return checkpoint
 
 
 def _tensors(
-    header: GGUFHeader, architecture: GGUFArchitecture, file: WeightFile, num_ids: int
+    parts: GGUFParts, architecture: GGUFArchitecture, files: Mapping[Path, WeightFile], num_ids: int
 ) -> tuple[dict[str, StoredTensor], list[str]]:
     """Every tensor under its Hugging Face name; one that has none keeps its own, and the architecture reports it."""
     stored: dict[str, StoredTensor] = {}
-    for tensor in header.tensors.values():
+    for path, tensor in parts.tensors():
         name = _hf_name(tensor.name, architecture)
         if name in stored:
-            raise CheckpointError(f"{file.path.name} has tensor {shown(name)} twice", hint=DAMAGED)
-        stored[name] = _stored(tensor, file)
+            raise CheckpointError(f"{path.name} has tensor {shown(name)} twice", hint=DAMAGED)
+        stored[name] = _stored(tensor, files[path])
     if EMBEDDING not in stored:
-        raise CheckpointError(f"{file.path.name} has no token_embd.weight", hint="this is no complete language model")
+        raise CheckpointError(f"{parts.name} has no token_embd.weight", hint="this is no complete language model")
     if HEAD not in stored or not _is_same_table(stored[EMBEDDING], stored[HEAD], num_ids):
         return stored, []
     head = stored.pop(HEAD)

@@ -304,9 +304,45 @@ def test_tensor_table_that_lies(path: Path, kind: int, offset: int | None, expec
     assert expected in fails(path)
 
 
-def test_one_part_of_a_split_file(tmp_path: Path) -> None:
-    path = tiny.write_gguf(tmp_path / "m-00001-of-00002.gguf", tiny.qwen2_config())
-    assert "merge" in fails(path)
+class TestParts:
+    """A file that is split, as llama.cpp names and numbers the parts."""
+
+    @pytest.fixture
+    def parts(self, tmp_path: Path) -> list[Path]:
+        tiny.write_gguf(tmp_path / "m.gguf", tiny.qwen3_config(), kind=Kind.F32, split_max_tensors=10)
+        found = sorted(tmp_path.glob("m-*.gguf"))
+        assert [path.name for path in found] == [f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+        return found
+
+    def test_any_part_opens_the_whole(self, parts: list[Path], tmp_path: Path) -> None:
+        folder = tiny.write_folder(tmp_path / "folder", tiny.qwen3_config())
+        for part in parts:
+            with open_checkpoint(folder) as expected, open_checkpoint(part) as checkpoint:
+                same_tensors(expected, checkpoint)
+                source = checkpoint.hash_files()
+                assert (source.location, list(source.sha256)) == ("m.gguf", [path.name for path in parts])
+
+    def test_a_part_that_is_missing(self, parts: list[Path]) -> None:
+        parts[1].unlink()
+        assert "m-00002-of-00003.gguf is missing" in fails(parts[0])
+
+    def test_a_part_twice(self, parts: list[Path]) -> None:
+        parts[2].write_bytes(parts[1].read_bytes())
+        assert "m-00003-of-00003.gguf says that it is part 1 of 3" in fails(parts[0])
+
+    def test_a_part_of_another_model(self, parts: list[Path], tmp_path: Path) -> None:
+        other = tiny.qwen3_config(num_hidden_layers=3)
+        tiny.write_gguf(tmp_path / "o.gguf", other, kind=Kind.F32, split_max_tensors=16)
+        (tmp_path / "o-00003-of-00003.gguf").replace(parts[2])
+        assert "the parts of m.gguf hold 23 tensors, not 24" in fails(parts[0])
+
+    @pytest.mark.parametrize("count", ["00000", "99999"])
+    def test_numbers_of_parts_that_lie(self, parts: list[Path], count: str) -> None:
+        assert "claims to be one of" in fails(parts[0].rename(parts[0].with_name(f"m-00001-of-{count}.gguf")))
+
+    def test_a_whole_file_that_is_named_like_a_part(self, tmp_path: Path) -> None:
+        path = tiny.write_gguf(tmp_path / "m-00001-of-00001.gguf", tiny.qwen2_config())
+        assert "says that it is part None of None" in fails(path)
 
 
 @pytest.fixture(scope="module")

@@ -181,16 +181,18 @@ def write_gguf(
     seed: int = 0,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0,
     head_kind: gguf.GGMLQuantizationType | None = None,
+    split_max_tensors: int = 0,
 ) -> Path:
     """Write a GGUF with llama.cpp's names; matrices quantized as ``kind``, a separate head as ``head_kind``.
 
     A tied config gets an ``output.weight`` of the same table only where ``head_kind`` asks for it.
+    ``split_max_tensors`` cuts it into parts of so many, with numbers in their names.
     """
     tensors = random_tensors(config, seed)
     if head_kind is not None and "lm_head.weight" not in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     architecture = "qwen35" if _is_qwen3_5(config) else config["model_type"]
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_max_tensors)
     _write_metadata(writer, config)
     if architecture == "qwen35":
         _write_linear_metadata(writer, config)
