@@ -472,7 +472,7 @@ def test_what_does_not_fit_is_refused_with_what_does(qwedge: Run) -> None:
 
 
 def test_a_bundle_is_planned_by_its_graph(qwedge: Run, bundle: Path) -> None:
-    status, out, _ = qwedge("plan", str(bundle), "--board", "rk3588", "--json")
+    status, out, _ = qwedge("plan", str(bundle), "--board", "rk3588", "--prompt", "128", "--output", "32", "--json")
     plan = json.loads(out)
     assert status == 0
     assert plan["model"] == read_manifest(bundle).name
