@@ -76,8 +76,9 @@ def _find(name: str, rules: tuple[Rule, ...]) -> Rule:
     """
     if rule := next((rule for rule in rules if rule.name == name), None):
         return rule
-    known = ", ".join(rule.name for rule in rules) or "none; name a file with --config"
-    raise ConfigError(f"there is no rule {name!r}", hint=f"the rules are {known}")
+    known = ", ".join(rule.name for rule in rules)
+    hint = f"the rules are {known}" if rules else "there are no rules: name a file with --config"
+    raise ConfigError(f"there is no rule {name!r}", hint=hint)
 
 
 def _payload(text: str | None, file: Path | None) -> bytes:

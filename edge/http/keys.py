@@ -190,7 +190,7 @@ class KeyRing:
             RateLimitError: it came too soon.
         """
         if (bucket := self._buckets.get(name)) is not None and (wait_s := bucket.take(self._clock())) > 0:
-            hint = f"the key {name!r} has {bucket.per_minute} requests a minute"
+            hint = f"the key {name!r} is good for {bucket.per_minute}/min"
             raise RateLimitError("too many requests with this key", hint=hint, retry_after_s=wait_s)
 
     def _look(self) -> tuple[int, ...] | None:
