@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.browser import Browser
-from tests.edge.http.page import MARKS
+from tests.edge.http.page import MARKS, open_page
 from tests.serving import Served
 
 pytestmark = MARKS
@@ -94,7 +94,7 @@ def test_markdown_stays_quick_on_odd_text(server: Served, browser: Browser) -> N
 
 def _open(browser: Browser, server: Served) -> None:
     if browser.run("return location.origin") != server.url:
-        browser.open(server.url)
+        open_page(browser, server)
 
 
 def _render(browser: Browser, server: Served, source: str) -> str:
