@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.config import FILE_ONLY, FLAGS, SECTIONS, Settings, environment_name, load_settings
@@ -233,6 +233,7 @@ def test_broker_addresses(broker: str, address: BrokerAddress | None) -> None:
     assert load_settings(None, {}, {"mqtt.broker": broker}).mqtt.address == address
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_any_host_name_becomes_one_topic_level(name: str) -> None:
     device = sanitize_device(name)
@@ -240,6 +241,7 @@ def test_any_host_name_becomes_one_topic_level(name: str) -> None:
 
 
 # An onnxruntime session that another test made may have switched denormals off; hypothesis refuses to draw them then.
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_subnormal=False) | st.text(max_size=5),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.errors import EngineError, ModelNotFoundError, OverloadedError, QwedgeError, RequestError
@@ -77,6 +77,7 @@ class TestParseBody:
     def test_accepts_the_deepest_allowed_nesting(self) -> None:
         assert parse_body(b'{"a":' + b"[" * 62 + b"]" * 62 + b"}")
 
+    @settings(deadline=None)
     @given(st.binary(max_size=200))
     def test_raises_nothing_else(self, payload: bytes) -> None:
         with contextlib.suppress(RequestError):
@@ -579,6 +580,7 @@ def test_blocks_do_not_depend_on_how_the_text_is_cut(text: str, expected: list[P
     assert _merged([*pieces, *parser.flush()]) == expected
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["<think>", "</think>", "<tool_call>", "</tool_call>", CALL, '"', "\\", "\n", "x<"])))
 def test_no_text_is_lost(parts: list[str]) -> None:
     parser = BlockParser(reasoning=False, tools=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -258,6 +258,7 @@ def test_a_file_changed_behind_our_back_is_a_miss(tmp_path: Path, caplog: pytest
     assert len(warnings(caplog)) == 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 1), max_size=12), max_size=8), st.lists(st.integers(0, 1), max_size=12))
 def test_the_longest_match_is_the_longest(tails: list[list[int]], tail: list[int]) -> None:
     def ids(end: list[int]) -> NDArray[np.int64]:

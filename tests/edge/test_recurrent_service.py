@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -396,6 +396,7 @@ def test_what_is_for_everyone_serves_all_who_begin_alike(case: Case) -> None:
         assert cached(Client(service, system + random_text(40, 6), max_tokens=2, identity="alice")) == 78
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(0, 399), st.integers(0, 399))
 def test_snapshots_are_where_they_can_be_of_use(num_tokens: int, known: int, shared: int) -> None:
     lengths = snapshot_lengths(num_tokens, min(known, num_tokens - 1), shared)
@@ -405,6 +406,7 @@ def test_snapshots_are_where_they_can_be_of_use(num_tokens: int, known: int, sha
         assert length % 2 == 0
 
 
+@settings(deadline=None)
 @given(st.integers(2, 300), st.integers(1, 64), st.integers(0, 150), st.integers(0, 150))
 def test_a_prompt_is_read_in_even_steps_to_its_stops(num_tokens: int, most: int, first: int, known: int) -> None:
     stops = tuple(2 * each for each in (first, first + 20) if 2 * each <= num_tokens - TAIL_TOKENS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import paho.mqtt.client as paho
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.config import load_settings
@@ -52,11 +52,13 @@ filters = st.tuples(st.lists(st.sampled_from(["a", "b", "+"]), min_size=1, max_s
 )
 
 
+@settings(deadline=None)
 @given(filters, topics)
 def test_a_filter_matches_what_paho_says(topic_filter: str, topic: str) -> None:
     assert (match(topic_filter, topic) is not None) == paho.topic_matches_sub(topic_filter, topic)
 
 
+@settings(deadline=None)
 @given(filters, filters)
 def test_filters_overlap_exactly_where_some_topic_matches_both(one: str, other: str) -> None:
     names = ("a", "b", "c")
@@ -242,6 +244,7 @@ def test_filters_that_overlap_become_one(names: list[str], subscribed: tuple[str
     assert disjoint(names) == subscribed
 
 
+@settings(deadline=None)
 @given(st.lists(filters, max_size=4), topics)
 def test_every_wanted_topic_is_subscribed_to_and_none_twice(names: list[str], topic: str) -> None:
     found = [each for each in disjoint(names) if match(each, topic) is not None]
