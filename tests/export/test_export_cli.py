@@ -161,9 +161,9 @@ def test_the_catalog(run: Run) -> None:
         (
             ("{source}", "-o", "{output}", "--context", "0"),
             2,
-            "'--context': Input should be greater than or equal",
+            "'--context': must be greater than or equal",
         ),
-        (("{source}", "-o", "{output}", "--context", "4k"), 2, "'--context': Input should be a valid integer"),
+        (("{source}", "-o", "{output}", "--context", "4k"), 2, "'--context': must be a valid integer"),
         (("{source}", "-o", "{output}", "--context", "257"), 2, "this model has 1 to 256 positions"),
         (("{source}", "-o", "{source}"), 2, "exists already"),
         (("{source}/nowhere", "-o", "{output}"), 3, "is no folder, GGUF file, hub id or catalog name"),
