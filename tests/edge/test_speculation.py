@@ -131,7 +131,11 @@ def answer(draft_tokens: int, **options: object) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize("options", [{}, {"max_tokens": 101}, {"stop": ("append",)}, {"max_tokens": 1}])
-def test_guesses_change_the_number_of_steps_and_nothing_else(options: dict[str, object]) -> None:
+def test_guesses_change_the_number_of_steps_and_nothing_else(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The fake engine computes nothing: what its steps take is what else the machine does.
+    monkeypatch.setattr(StepCosts, "of", lambda _, rows: 1 + 0.05 * rows)
     plain, plain_steps = answer(0, **options)
     guessed, guessed_steps = answer(15, **options)
     assert guessed == plain
