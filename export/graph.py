@@ -234,6 +234,14 @@ class GraphBuilder:
             self._cast[name] = self.op("Cast", [scales], to=ir.DataType.FLOAT)
         return self._cast.get(name, scales), zero_points[0] if zero_points else None
 
+    def fit(self, matrix: Matrix | Halves, x: ir.Value, name: str, source: str) -> None:
+        """Round a table that is in the data file already for its use as the head of ``x``, where that is observed."""
+        if self._observe is None or isinstance(matrix, Halves):
+            return
+        rounding = self._observe(self, x, name, matrix.form)
+        if rounding is not quantize_rows:
+            self.weights.round_again(matrix, source, rounding)
+
     def coarse(self, x: ir.Value, matrix: Halves) -> ir.Value:
         """About ``x @ matrix.T`` for x [positions, columns]; the nearer, the more of x is in the corrected columns."""
         return self.op("Add", [self.matmul(x, matrix.upper), self.matmul(x, matrix.correction)])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -269,6 +269,18 @@ class Weights:
         self._counted.add(source)
         whole = upper.finish()
         return Halves(whole, lower.finish(scales=whole.parts[1:2]), replace(correction.finish(), order=corrected))
+
+    def round_again(self, matrix: Matrix, source: str, rounding: Rounding) -> None:
+        """Give a matrix of one tensor other codes, scales and zero points, in its place in the data file."""
+        assert isinstance(matrix.form, Blockwise)
+        tensors = [part.const_value for part in matrix.parts if isinstance(part.const_value, ir.ExternalTensor)]
+        offsets = [tensor.offset or 0 for tensor in tensors]
+        for chunk in self._chunks([source]):
+            rows = rounding(chunk, matrix.form)
+            arrays: list[NDArray[Any]] = [rows.codes, rows.scales]
+            arrays += [] if rows.zero_points is None else [rows.zero_points]
+            places = zip(offsets, arrays, tensors, strict=True)
+            offsets = [self.file.put(at, array.astype(tensor.dtype.numpy())) for at, array, tensor in places]
 
     def stored_matrix(self, name: str, sources: Sequence[str]) -> Matrix | None:
         """The matrix with the integers that the checkpoint has; None where it has none, or none that kernels take."""

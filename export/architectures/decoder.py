@@ -166,6 +166,8 @@ class Decoder(ABC):
         x = self.norm(graph, x, _FINAL_NORM)
         graph.output(x, HIDDEN_STATES, ir.DataType.FLOAT, shape)
         head = embedding if self.tied else self._table(graph, "lm_head", _HEAD, is_head=True)
+        # As rows of an embedding the codes are as good as before: the errors are as large, only other ones.
+        graph.fit(head, x, "lm_head", _EMBEDDING if self.tied else _HEAD)
         return Built(graph.matrix_bytes + self.head(graph, x, head), embedding, head)
 
     def rotary(self, graph: GraphBuilder, context_length: int) -> tuple[ir.Value, ir.Value]:

@@ -19,7 +19,8 @@ from export.checkpoint import open_checkpoint
 from export.graph import GraphBuilder
 from export.progress import Silent
 from export.quantize.recipes import RECIPES, Blockwise, Projections, Recipe, is_sensitive
-from export.segments import Layer, embed, num_layers
+from export.segments import Layer, embed, hidden_states, num_layers
+from export.verify import head_logits
 from tests.export import tiny, tiny_qwen3_5
 
 TEXT = CalibrationText("test", CalibrationText.open(BUILT_IN).text[:4000])
@@ -62,6 +63,25 @@ def test_a_calibrated_graph_is_nearer_to_the_original_on_another_text(shape: str
         graph = build(tmp_path / name, SHAPES[shape], FOUR_BITS, text)
         errors.append(np.linalg.norm(hidden(graph, tmp_path / name, tokens) - expected))
     assert errors[1] < 0.93 * errors[0]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_table_in_four_bits_is_rounded_for_what_goes_into_the_head(tied: bool, tmp_path: Path) -> None:
+    config = tiny.qwen2_config(vocab_size=1024, tie_word_embeddings=tied)
+    recipe = replace(RECIPES["fp32"], name="x", table=Blockwise(4, 32))
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    exact = tiny.random_tensors(config)[name]
+    tokens, errors, sizes = ids(CalibrationText.open(BUILT_IN).text[5000:5240]), [], []
+    for folder, text in ((tmp_path / "nearest", None), (tmp_path / "calibrated", TEXT)):
+        graph = build(folder, config, recipe, text)
+        states = hidden_states(graph.model, folder, tokens)[0]
+        errors.append(np.linalg.norm(head_logits(graph.model, folder, states) - states @ exact.T))
+        sizes.append((folder / WEIGHTS).stat().st_size)
+        found = embed(graph.model, folder, list(range(64)))[0]
+        expected = tiny.random_tensors(config)["model.embed_tokens.weight"][:64]
+        assert np.linalg.norm(found - expected) < 0.12 * np.linalg.norm(expected)
+    assert errors[1] < 0.8 * errors[0]
+    assert sizes[0] == sizes[1]
 
 
 def test_the_same_text_makes_the_same_bytes_and_another_text_makes_others(tmp_path: Path) -> None:
