@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,15 +82,17 @@ def test_the_shell_examples(here: Callable[[str], str]) -> None:
         ).stdout  # fmt: skip
 
     assert shell(ask.splitlines()[0]) == "blue\n"
-    listener = subprocess.Popen(["bash", "-c", f"exec stdbuf -oL {listen.splitlines()[1]} -C 5"],
+    listener = subprocess.Popen(["bash", "-c", f"exec stdbuf -oL {listen.splitlines()[1]} -W 60"],
                                 stdout=subprocess.PIPE, text=True)  # fmt: skip
     with listener:
-        for _ in range(3):  # the listener may not be there yet
-            shell(publish)
         assert listener.stdout is not None
-        text = [line for line in listener.stdout if "/done/text " in line]
-    assert text
-    assert text[0].endswith(" blue\n")
+        shell(publish)
+        while not select.select([listener.stdout], [], [], 0.2)[0]:  # the listener is not there yet
+            shell(publish)
+        shell(publish)
+        text = next((line for line in listener.stdout if "/done/text " in line), "nothing")
+        listener.terminate()
+    assert text.endswith(" blue\n")
 
 
 def test_the_example_of_the_pool(broker: EmbeddedBroker) -> None:
