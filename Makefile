@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
+# Some containers set it: then every process of the tests, hundreds of them, would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 # make run MODEL=qwen3-0.6b PORT=9000
 MODEL ?= qwen2.5-coder-0.5b-instruct
