@@ -22,7 +22,7 @@ from export.quantize.recipes import Float32, Recipe, row_multiple
 from export.weights import DataFile, Weights
 
 DEFAULT_CONTEXT: Final = 32768
-"""Tokens; rotary tables for more cost 8 MB each 32k and no small device has the cache for it."""
+"""Tokens: no small device has the cache for more."""
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Measured:
     perplexity_change: float
     """Relative to float32."""
     megabytes: int
-    """Of weights and rotary tables on disk."""
+    """Of the file of weights."""
 
 
 @dataclass(frozen=True)
