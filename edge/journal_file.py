@@ -49,6 +49,15 @@ CREATE TABLE requests (
     outcome BLOB                  -- NULL until it is answered
 )
 """
+_TYPES: Final = {
+    **dict.fromkeys(("owner", "id", "boot"), "('text')"),
+    **dict.fromkeys(("starts", "delivered", "size"), "('integer')"),
+    **dict.fromkeys(("accepted_at", "uptime"), "('real')"),
+    **dict.fromkeys(("fingerprint", "reply"), "('blob')"),
+    **dict.fromkeys(("request", "outcome"), "('blob', 'null')"),
+}
+"""SQLite's names of the types that each column may hold."""
+_MOST_SEQ: Final = 1 << 62
 _CLOCK_SET: Final = (1_735_689_600.0, 2_524_608_000.0)
 """2025-01-01 to 2050-01-01: a wall clock beyond either was not set yet, or lost its battery (many then begin in 2070 or
 2099), and says nothing about how much time passed."""
@@ -234,9 +243,28 @@ def _set_up(database: sqlite3.Connection) -> sqlite3.Connection:
         raise DamagedError(f"its format is version {version}, not {SCHEMA_VERSION}")
     elif (verdict := database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         raise DamagedError(verdict)
+    else:
+        _check_rows(database)
     if _number(database, "freelist_count") * _number(database, "page_size") > _SPARE:
         database.execute("VACUUM")
     return database
+
+
+def _check_rows(database: sqlite3.Connection) -> None:
+    """Refuse rows that nobody wrote: SQLite knows whether pages fit together, not what belongs in a row.
+
+    Raises:
+        DamagedError: a value is of another type than its column, a text is no UTF-8, or a number cannot be counted on.
+    """
+    wrong = " OR ".join(f"typeof({name}) NOT IN {kinds}" for name, kinds in _TYPES.items())
+    odd = f"seq NOT BETWEEN 1 AND {_MOST_SEQ} OR {wrong}"
+    if row := database.execute(f"SELECT seq FROM requests WHERE {odd} LIMIT 1").fetchone():  # noqa: S608 - constants
+        raise DamagedError(f"row {row[0]} holds what was never written")
+    for texts in database.execute("SELECT CAST(owner AS BLOB), CAST(id AS BLOB), CAST(boot AS BLOB) FROM requests"):
+        try:
+            b" ".join(texts).decode()
+        except UnicodeDecodeError:
+            raise DamagedError("a row holds text that is no UTF-8") from None
 
 
 def _number(database: sqlite3.Connection, pragma: str) -> int:

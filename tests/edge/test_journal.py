@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -296,6 +297,24 @@ def test_a_damaged_file_is_set_aside_and_a_new_one_begun(
     assert found(again, 1) == b"answer"
     assert (folder / SET_ASIDE).read_bytes() == damaged
     assert f"set aside as {SET_ASIDE}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "wrong", ["boot = CAST(x'ff' AS TEXT)", "uptime = 'x'", "reply = 1", "starts = 1.5", f"seq = {(1 << 63) - 1}"]
+)
+def test_rows_that_nobody_wrote_are_damage(open_journal: Open, folder: Path, wrong: str) -> None:
+    journal = open_journal()
+    answer(journal, 1)
+    journal.close()
+    with closing(sqlite3.connect(folder / FILE)) as database:
+        database.execute(f"UPDATE requests SET {wrong}")
+        database.commit()
+    again = open_journal()
+    assert again.problem is None
+    assert again.entries() == []
+    answer(again, 2)
+    assert found(again, 2) == b"answer"
+    assert (folder / SET_ASIDE).exists()
 
 
 def test_any_damage_leaves_a_journal_that_works(open_journal: Open, folder: Path) -> None:
