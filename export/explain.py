@@ -55,7 +55,8 @@ def _format(form: Format) -> str:
 def _logits(recipe: Recipe) -> str:
     if recipe.head is None:
         return "from that table"
-    return f"{recipe.head.candidates} candidates by the upper 4 bits of that table; theirs by all 8"
+    channels = f"corrected for {recipe.head.corrected} channels"
+    return f"{recipe.head.candidates} candidates by the upper 4 bits of that table, {channels}; theirs by all 8"
 
 
 def _measured(measured: Measured) -> str:
