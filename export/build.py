@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,12 +14,13 @@ from edge.bundle import GRAPH, KVLayout
 from edge.errors import ConfigError
 from export.architectures import architecture_for
 from export.architectures.decoder import Built, Decoder
-from export.calibration import Calibration, CalibrationText
+from export.calibration import CalibrationText, observer
 from export.checkpoint import Checkpoint
-from export.graph import GraphBuilder
+from export.graph import GraphBuilder, Observe
 from export.lora import LoraPlaces
 from export.progress import Progress, step
 from export.quantize.recipes import Float32, Recipe, row_multiple
+from export.reference import Original
 from export.weights import DataFile, Weights
 
 DEFAULT_CONTEXT: Final = 32768
@@ -95,9 +97,9 @@ def build_graph(
     with (
         step(progress, f"{recipe.name} weights", architecture.parameter_count()) as advance,
         DataFile(folder) as file,
+        _observer(calibration, Original(checkpoint, architecture, recipe, length), folder) as observe,
     ):
         weights = Weights(checkpoint, recipe, file, advance)
-        observe = Calibration(folder, token_ids(checkpoint, calibration), length).observe if calibration else None
         builder = GraphBuilder(weights, LoraPlaces().adapt if lora else None, observe)
         built = architecture.build(builder, length)
         model = builder.model(architecture.model_type)
@@ -117,6 +119,11 @@ def build_graph(
         row_multiple=max(recipe.row_multiple, row_multiple(weights.kept.values())),
         kept=kept,
     )
+
+
+def _observer(text: CalibrationText | None, original: Original, folder: Path) -> AbstractContextManager[Observe | None]:
+    """What the rounding is chosen by."""
+    return nullcontext() if text is None else observer(token_ids(original.checkpoint, text), original, folder)
 
 
 def token_ids(checkpoint: Checkpoint, calibration: CalibrationText) -> list[int]:

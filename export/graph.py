@@ -37,9 +37,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edge.bundle.rotary import POSITIONS
-from export.quantize.blockwise import quantize_rows
 from export.quantize.recipes import Blockwise, Format
-from export.weights import Change, Halves, Matrix, Rounding, Weights
+from export.weights import Change, Halves, Matrix, Rounding, Weights, to_nearest
 
 OPSET = 23
 """The first with RMSNormalization."""
@@ -184,7 +183,7 @@ class GraphBuilder:
         """
         matrix = self.weights.stored_matrix(name, sources) if isinstance(form, Blockwise) else None
         if matrix is None:
-            rounding = self._observe(self, x, name, form) if self._observe else quantize_rows
+            rounding = self._observe(self, x, name, form) if self._observe else to_nearest
             matrix = self.weights.matrix(name, sources, form, rounding)
         self.matrix_bytes += matrix.num_bytes
         product = self.matmul(x, matrix, self.vector(f"{name}.bias", bias) if bias else None)
@@ -239,7 +238,7 @@ class GraphBuilder:
         if self._observe is None or isinstance(matrix, Halves):
             return
         rounding = self._observe(self, x, name, matrix.form)
-        if rounding is not quantize_rows:
+        if rounding is not to_nearest:
             self.weights.round_again(matrix, source, rounding)
 
     def coarse(self, x: ir.Value, matrix: Halves) -> ir.Value:

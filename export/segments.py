@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,31 @@ def lengths(past: int, count: int) -> dict[str, NDArray[np.int32]]:
     return {"seqlens_k": np.array([total - 1], np.int32), "total_sequence_length": np.array(total, np.int32)}
 
 
+def between(model: ir.Model, folder: Path, source: ir.Value, target: ir.Value) -> Callable[[NDArray[Any]], Array]:
+    """Computes ``target`` [1, tokens, columns] of a text from ``source``, loaded by itself.
+
+    Args:
+        model: the graph; it may be unfinished.
+        folder: where its data file is.
+        source: what the function takes, as [1, tokens] or [1, tokens, columns].
+        target: what it gives.
+
+    Raises:
+        ExportError: onnxruntime refuses the part.
+    """
+    target.type = ir.TensorType(ir.DataType.FLOAT)
+    nothing = {str(value.name): empty(value) for value in needed_inputs(target, source)}
+    segment = Segment(model, folder, [str(source.name), *nothing], [str(target.name)])
+
+    def run(x: NDArray[Any]) -> Array:
+        known = lengths(0, x.shape[1])
+        inputs = {name: known.get(name, value) for name, value in nothing.items()}
+        y: Array = segment.run({str(source.name): x, **inputs})[0]
+        return y
+
+    return run
+
+
 class Layer:
     """One layer with a cache or a state of its own, loaded by itself.
 
@@ -179,6 +204,8 @@ class Segment:
         options.log_severity_level = 3
         # A run or two do not pay for an arena, which grows by doubling and keeps what it has.
         options.enable_cpu_mem_arena = False
+        # Nor do threads that wait for the next run, while others are at work.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         proto = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
         with refusals():

@@ -32,8 +32,10 @@ _CORRECTION = Blockwise(bits=4, block=32, symmetric=True)
 """Of 32 columns: the format whose products have the same bits in any number of rows."""
 _ALIGN = 4096
 """Tensors start on a page, so that onnxruntime can map them."""
-Rounding = Callable[[NDArray[np.float32], Blockwise], QuantizedRows]
-"""Quantizes some rows of a matrix, each by itself."""
+Chunks = Iterable[NDArray[np.float32]]
+"""A matrix, some rows at a time."""
+Rounding = Callable[[Chunks, Blockwise], Iterable[QuantizedRows]]
+"""Quantizes a matrix chunk by chunk."""
 Change = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Turns what a checkpoint stores into what a kernel wants, element by element."""
 _DTYPES = {
@@ -42,6 +44,11 @@ _DTYPES = {
     "int64": ir.DataType.INT64,
     "uint8": ir.DataType.UINT8,
 }
+
+
+def to_nearest(chunks: Chunks, form: Blockwise) -> Iterable[QuantizedRows]:
+    """Round every weight by itself."""
+    return (quantize_rows(chunk, form) for chunk in chunks)
 
 
 class DataFile:
@@ -241,15 +248,15 @@ class Weights:
         self._counted.update(sources)
         return value
 
-    def matrix(self, name: str, sources: Sequence[str], form: Format, rounding: Rounding = quantize_rows) -> Matrix:
+    def matrix(self, name: str, sources: Sequence[str], form: Format, rounding: Rounding = to_nearest) -> Matrix:
         """One matrix out of one or more 2-D tensors of the same width, stacked by rows."""
         if isinstance(form, Blockwise):
             form = form.fit(self.shape(sources[0])[1])
         if isinstance(form, Float32):
             matrix = self._float_matrix(name, sources)
         else:
-            chunks = (rounding(chunk, form) for chunk in self._chunks(sources))
-            matrix = self._write(name, self._stacked_shape(sources), form, chunks)
+            rows = rounding(self._chunks(sources), form)
+            matrix = self._write(name, self._stacked_shape(sources), form, rows)
         self._counted.update(sources)
         return matrix
 
@@ -275,8 +282,7 @@ class Weights:
         assert isinstance(matrix.form, Blockwise)
         tensors = [part.const_value for part in matrix.parts if isinstance(part.const_value, ir.ExternalTensor)]
         offsets = [tensor.offset or 0 for tensor in tensors]
-        for chunk in self._chunks([source]):
-            rows = rounding(chunk, matrix.form)
+        for rows in rounding(self._chunks([source]), matrix.form):
             arrays: list[NDArray[Any]] = [rows.codes, rows.scales]
             arrays += [] if rows.zero_points is None else [rows.zero_points]
             places = zip(offsets, arrays, tensors, strict=True)

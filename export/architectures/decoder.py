@@ -26,7 +26,7 @@ Shapes = dict[str, tuple[int, ...]]
 """Tensor names and shapes, as the checkpoint stores them."""
 Table = Matrix | Halves
 """Embedding or head in the data file: in two halves, where logits come in two stages."""
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FINAL_NORM = "model.norm.weight"
 _MOST_LAYERS = 1024
 """Ten times the deepest model: a damaged config must not list tensors without end."""
@@ -77,6 +77,11 @@ class Decoder(ABC):
         """One layer's attention over normalized ``x`` [batch, sequence, hidden], output projection included."""
 
     @property
+    def hidden_shape(self) -> list[int | str]:
+        """Of hidden states, as graphs name it."""
+        return ["batch", "sequence", self.hidden_size]
+
+    @property
     def q_size(self) -> int:
         """Width of all query heads."""
         return self.num_heads * self.head_dim
@@ -121,7 +126,7 @@ class Decoder(ABC):
     def tensors(self) -> Shapes:
         """Every tensor the checkpoint must hold, and no other."""
         table = (self.padded_vocab_size, self.hidden_size)
-        shapes: Shapes = {_EMBEDDING: table, _FINAL_NORM: (self.hidden_size,)}
+        shapes: Shapes = {EMBEDDING: table, _FINAL_NORM: (self.hidden_size,)}
         for layer in range(self.num_layers):
             shapes |= self.attention_tensors(layer) | self.mlp_tensors(layer_prefix(layer))
         if not self.tied:
@@ -149,7 +154,7 @@ class Decoder(ABC):
             CheckpointError: tensors are missing, left over or of another shape; names them.
         """
         expected = self.tensors()
-        if self.tied and found.get(_HEAD) == expected[_EMBEDDING]:
+        if self.tied and found.get(_HEAD) == expected[EMBEDDING]:
             # Some checkpoints save the tied head a second time.
             found = {name: shape for name, shape in found.items() if name != _HEAD}
         layers = f"{self.model_type} with {self.num_layers} layers"
@@ -157,30 +162,31 @@ class Decoder(ABC):
 
     def build(self, graph: GraphBuilder, context_length: int) -> Built:
         """Add the whole model to ``graph`` with rotary tables for ``context_length`` positions."""
-        embedding = self._table(graph, "embed", _EMBEDDING, is_head=self.tied)
+        embedding = self._table(graph, "embed", EMBEDDING, is_head=self.tied)
         rotary = self.rotary(graph, context_length)
-        shape: list[int | str] = ["batch", "sequence", self.hidden_size]
-        x = graph.cut(graph.rows(graph.input_ids, embedding), f"{HIDDEN}.0", shape)
+        x = graph.cut(graph.rows(graph.input_ids, embedding), f"{HIDDEN}.0", self.hidden_shape)
         for layer in range(self.num_layers):
-            x = graph.cut(self._layer(graph, layer, x, rotary), f"{HIDDEN}.{layer + 1}", shape)
+            x = self.layer(graph, layer, x, rotary)
         x = self.norm(graph, x, _FINAL_NORM)
-        graph.output(x, HIDDEN_STATES, ir.DataType.FLOAT, shape)
+        graph.output(x, HIDDEN_STATES, ir.DataType.FLOAT, self.hidden_shape)
         head = embedding if self.tied else self._table(graph, "lm_head", _HEAD, is_head=True)
         # As rows of an embedding the codes are as good as before: the errors are as large, only other ones.
-        graph.fit(head, x, "lm_head", _EMBEDDING if self.tied else _HEAD)
+        graph.fit(head, x, "lm_head", EMBEDDING if self.tied else _HEAD)
         return Built(graph.matrix_bytes + self.head(graph, x, head), embedding, head)
 
     def rotary(self, graph: GraphBuilder, context_length: int) -> tuple[ir.Value, ir.Value]:
         """Cosines and sines for the positions of so many tokens."""
         return graph.rotary_tables(self.rotary_dim, self.rope_theta, rotary_positions(context_length))
 
-    def _layer(self, graph: GraphBuilder, layer: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]) -> ir.Value:
+    def layer(self, graph: GraphBuilder, layer: int, x: ir.Value, rotary: tuple[ir.Value, ir.Value]) -> ir.Value:
+        """Add one layer that takes ``x`` [batch, sequence, hidden]; cuts the graph in its middle and at its end."""
         prefix = layer_prefix(layer)
         normed = self.norm(graph, x, f"{prefix}input_layernorm.weight")
         x = graph.op("Add", [x, self.attention(graph, layer, normed, rotary)])
-        x = graph.cut(x, f"{MIDDLE}.{layer}", ["batch", "sequence", self.hidden_size])
+        x = graph.cut(x, f"{MIDDLE}.{layer}", self.hidden_shape)
         down = graph.weights.recipe.down(layer, self.num_layers, is_calibrated=graph.is_calibrated)
-        return graph.op("Add", [x, self.mlp(graph, prefix, x, down)])
+        x = graph.op("Add", [x, self.mlp(graph, prefix, x, down)])
+        return graph.cut(x, f"{HIDDEN}.{layer + 1}", self.hidden_shape)
 
     def mlp(self, graph: GraphBuilder, prefix: str, x: ir.Value, down: Format) -> ir.Value:
         """SwiGLU (Shazeer 2020) of ``x``, normalized: down(silu(gate(x)) * up(x)), gate and up in one product."""

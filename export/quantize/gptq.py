@@ -12,8 +12,13 @@ columns, with H for L, if what the columns before j contribute is there from the
 scale that is best for its codes, as in COMQ (Zhang et al. 2024, https://arxiv.org/abs/2403.07134). No step makes the
 error larger. Rows are independent of each other.
 
+All of this leaves alone what went wrong before the product: its inputs are those of a quantized network, and not what
+the weights were made for. Where targets T lack ``D = T - X W^T``, the weights that ridge regression finds instead of W
+are ``W + D^T X (H + damping)^-1``, and then it is these that are rounded (QEP, Arai & Ichikawa 2025,
+https://arxiv.org/abs/2504.09629; GPTAQ, Li et al. 2025, https://arxiv.org/abs/2504.02692).
+
 One matrix of columns by columns in float32, L in its lower triangle and H in its upper one, is all the memory that
-this needs besides a chunk of weights.
+this needs besides ``D^T X`` and a chunk of weights.
 """
 
 from __future__ import annotations
@@ -44,23 +49,33 @@ Array = NDArray[np.float32]
 
 
 class Hessian:
-    """``X^T X`` of the inputs X of a product, gathered from part to part; only the lower triangle is kept."""
+    """``X^T X`` of the inputs X of a product, gathered from part to part; only the lower triangle is kept.
 
-    def __init__(self, columns: int) -> None:
+    Args:
+        columns: of X.
+        lacking: columns of D, see :meth:`add`.
+    """
+
+    def __init__(self, columns: int, lacking: int = 0) -> None:
         self._columns = columns
         # Where no block divides the columns, blocks of 32 are padded: with inputs that are never seen.
         padded = -(-columns // 32) * 32
         # A column more, so that both triangles have a diagonal.
         self._sum = np.zeros((padded, padded + 1), np.float32)
         self._count = 0
+        self.cross = np.zeros((lacking, columns), np.float32)
+        """``D^T X``."""
 
-    def add(self, x: Array) -> None:
-        """Take in further inputs [n, columns]."""
+    def add(self, x: Array, lacking: Array | None = None) -> None:
+        """Take in further inputs [n, columns], and what is to be made up for at each of them: rows of D."""
         norms = np.einsum("ij,ij->i", x, x)
-        x = x * np.sqrt(np.minimum(1, _MOST * np.median(norms) / np.maximum(norms, np.finfo(np.float32).tiny)))[:, None]
+        roots = np.sqrt(np.minimum(1, _MOST * np.median(norms) / np.maximum(norms, np.finfo(np.float32).tiny)))[:, None]
+        x = x * roots
+        lacking = np.zeros((len(x), 0), np.float32) if lacking is None else lacking * roots
         self._count += len(x)
         for panel in _panels(self._columns):
             self._sum[panel, : panel.stop] += x[:, panel].T @ x[:, : panel.stop]
+            self.cross[:, panel] += lacking.T @ x[:, panel]
 
     def factor(self, what: str) -> Array:
         """H + damping and its factor L in one array [columns, columns + 1], which this object loses.
@@ -111,6 +126,20 @@ def _cholesky(matrix: Array) -> None:
         top = np.linalg.cholesky(lower + np.tril(lower, -1).T)
         matrix[panel, panel] = top + above
         matrix[stop:, panel] = matrix[stop:, panel] @ np.linalg.inv(top).T.astype(np.float32)
+
+
+def solve(factor: Array, right: Array) -> Array:
+    """``right @ (H + damping)^-1`` for right [n, columns], which it replaces, with what :meth:`Hessian.factor` made."""
+    lower = factor[: right.shape[1], : right.shape[1]]
+    panels = list(_panels(right.shape[1]))
+    inverses = [np.linalg.inv(np.tril(lower[each, each]).astype(np.float64)).astype(np.float32) for each in panels]
+    for panel, inverse in zip(panels, inverses, strict=True):
+        right[:, panel] -= right[:, : panel.start] @ lower[panel, : panel.start].T
+        right[:, panel] = right[:, panel] @ inverse.T
+    for panel, inverse in zip(reversed(panels), reversed(inverses), strict=True):
+        right[:, panel] -= right[:, panel.stop :] @ lower[panel.stop :, panel]
+        right[:, panel] = right[:, panel] @ inverse
+    return right
 
 
 def gptq_rows(weights: Array, factor: Array, form: Blockwise) -> QuantizedRows:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -99,10 +100,49 @@ def test_places_for_adapters_change_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (tmp_path / "lora" / WEIGHTS).read_bytes()
 
 
-def test_only_four_bits_are_calibrated(tmp_path: Path) -> None:
+def test_eight_bits_make_up_for_what_four_bits_before_them_changed(tmp_path: Path) -> None:
+    """Without that, matrices in 8 bits would be rounded as they are without a text."""
+    four, eight = Blockwise(bits=4, block=32), Blockwise(bits=8, block=32)
+    recipe = replace(FOUR_BITS, layer=Projections(qkv=four, out=four, gate_up=four, down=eight))
+    tokens = ids(CalibrationText.open(BUILT_IN).text[5000:5240])
+    exact = replace(RECIPES["fp32"], table=recipe.table, dequantize=True)
+    expected = hidden(build(tmp_path / "exact", SHAPES["qwen2"], exact, None), tmp_path / "exact", tokens)
+    graph = build(tmp_path / "fitted", SHAPES["qwen2"], recipe, TEXT)
+    errors = [np.linalg.norm(hidden(graph, tmp_path / "fitted", tokens) - expected)]
+    # The same graph, with every down rounded to nearest.
+    nearest = build(tmp_path / "nearest", SHAPES["qwen2"], recipe, None)
+    for name, values in _down_parts(graph, tmp_path / "fitted").items():
+        values[:] = _down_parts(nearest, tmp_path / "nearest")[name]
+        values.flush()
+    errors.append(np.linalg.norm(hidden(graph, tmp_path / "fitted", tokens) - expected))
+    assert errors[0] < 0.97 * errors[1]
+
+
+def _down_parts(graph: Graph, folder: Path) -> dict[str, np.memmap[Any, Any]]:
+    """Codes, scales and zero points of every down, mapped from the data file."""
+    parts = {}
+    for name, value in graph.model.graph.initializers.items():
+        tensor = value.const_value
+        if "down" in name and isinstance(tensor, ir.ExternalTensor):
+            shape = (tensor.length or 0,)
+            parts[name] = np.memmap(folder / WEIGHTS, np.uint8, "r+", tensor.offset or 0, shape)
+    return parts
+
+
+def test_a_text_helps_eight_bits_too(tmp_path: Path) -> None:
+    tokens = ids(CalibrationText.open(BUILT_IN).text[5000:5240])
+    errors = []
+    exact = replace(RECIPES["fp32"], table=RECIPES["int8"].table, dequantize=True)
+    expected = hidden(build(tmp_path / "exact", SHAPES["qwen2"], exact, None), tmp_path / "exact", tokens)
     for name, text in (("nearest", None), ("calibrated", TEXT)):
-        build(tmp_path / name, SHAPES["qwen2"], RECIPES["int8"], text)
-    assert (tmp_path / "nearest" / WEIGHTS).read_bytes() == (tmp_path / "calibrated" / WEIGHTS).read_bytes()
+        graph = build(tmp_path / name, SHAPES["qwen2"], RECIPES["int8"], text)
+        errors.append(np.linalg.norm(hidden(graph, tmp_path / name, tokens) - expected))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_nothing_but_the_graph_stays_in_its_folder(tmp_path: Path) -> None:
+    build(tmp_path / "graph", SHAPES["qwen2"], FOUR_BITS, TEXT)
+    assert sorted(path.name for path in (tmp_path / "graph").iterdir()) == ["checkpoint", GRAPH, WEIGHTS]
 
 
 def test_sensitive_layers_get_more_bits_where_weights_are_calibrated(tmp_path: Path) -> None:
@@ -137,7 +177,7 @@ def test_every_product_is_observed_with_the_inputs_that_the_finished_graph_gives
                 carried.extend(self._windows)
             return rounding
 
-    monkeypatch.setattr("export.build.Calibration", Watched)
+    monkeypatch.setattr("export.calibration.Calibration", Watched)
     graph = build(tmp_path / "graph", SHAPES["qwen2"], FOUR_BITS, TEXT)
     tokens, start = ids(TEXT.text), 0
     assert len(carried) == -(-len(tokens) // 256)

@@ -10,11 +10,23 @@ from numpy.typing import NDArray
 
 from edge.errors import ExportError
 from export.quantize.blockwise import dequantize_rows, quantize_rows
-from export.quantize.gptq import Hessian, gptq_rows
+from export.quantize.gptq import Hessian, gptq_rows, solve
 from export.quantize.recipes import Blockwise
 
 Array = NDArray[np.float32]
 B32, B128 = Blockwise(bits=4, block=32), Blockwise(bits=4, block=128)
+
+
+def regression(w: Array, x: Array, targets: Array, parts: int = 3) -> tuple[Array, NDArray[np.float64]]:
+    """Weights fitted to targets [n, rows] by way of the cross products, and by least squares with the damping."""
+    hessian = Hessian(x.shape[1], len(w))
+    for inputs_, wanted in zip(np.array_split(x, parts), np.array_split(targets, parts), strict=True):
+        hessian.add(inputs_, wanted - inputs_ @ w.T)
+    found = w + solve(hessian.factor("test"), hessian.cross)
+    root = np.linalg.cholesky(damped(x) - (x.T @ x).astype(np.float64))
+    rows = np.vstack([x.astype(np.float64), root.T])
+    wanted_rows = np.vstack([targets.astype(np.float64), root.T @ w.T.astype(np.float64)])
+    return found, np.linalg.lstsq(rows, wanted_rows, rcond=None)[0].T
 
 
 def weights(rows: int, columns: int, seed: int = 3) -> Array:
@@ -59,6 +71,27 @@ def test_the_damped_hessian_and_its_factor_share_an_array(columns: int) -> None:
     lower, upper = np.tril(found[:, :-1]), np.triu(found[:, 1:])
     np.testing.assert_allclose(lower, np.linalg.cholesky(expected), atol=1e-5 * float(lower.max()))
     np.testing.assert_allclose(upper, np.triu(expected), atol=1e-5 * float(upper.max()))
+
+
+@pytest.mark.parametrize("columns", [32, 80, 640])
+def test_weights_that_make_up_for_changed_inputs_are_those_of_ridge_regression(columns: int) -> None:
+    w, x = weights(24, columns), inputs(3 * columns, columns)
+    drifted = x + 0.1 * inputs(3 * columns, columns, seed=5)
+    found, expected = regression(w, drifted, x @ w.T)
+    assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(w - expected)
+    # Nearer to what was meant than the weights that were made for other inputs.
+    assert np.linalg.norm((drifted - x) @ w.T) > 1.02 * np.linalg.norm(drifted @ found.T - x @ w.T)
+
+
+def test_what_one_enormous_input_lacks_counts_no_more_than_what_others_lack() -> None:
+    w, x = weights(8, 64), inputs(3000, 64)
+    drifted = x + 0.1 * inputs(3000, 64, seed=5)
+    spoiled, targets = drifted.copy(), x @ w.T
+    spoiled[0] *= 1e4
+    wrong = targets.copy()
+    wrong[0] = 1e5
+    clean, found = (regression(w, each, wanted, 1)[0] for each, wanted in ((drifted, targets), (spoiled, wrong)))
+    assert np.linalg.norm(found - clean) < 0.5 * np.linalg.norm(clean)
 
 
 @pytest.mark.parametrize(("columns", "form"), [(64, B32), (896, B128), (1120, B32), (1120, Blockwise(4, 16))])

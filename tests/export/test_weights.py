@@ -20,7 +20,7 @@ from edge.errors import ExportError
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.quantize.blockwise import QuantizedRows, dequantize_rows, quantize_halves, quantize_rows
 from export.quantize.recipes import RECIPES, Blockwise, Float32, Projections, Recipe
-from export.weights import DataFile, Weights
+from export.weights import Chunks, DataFile, Weights, to_nearest
 from tests.export import tiny
 
 PAGE = 4096
@@ -100,9 +100,9 @@ def test_scales_are_stored_as_the_recipe_says(
 
 
 def test_scales_with_more_digits_than_float16_lose_none(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    def rounding(weights: NDArray[np.float32], form: Blockwise) -> QuantizedRows:
-        rows = quantize_rows(weights, form)
-        return replace(rows, scales=rows.scales * np.float32(1.00001))
+    def rounding(chunks: Chunks, form: Blockwise) -> Iterator[QuantizedRows]:
+        for rows in to_nearest(chunks, form):
+            yield replace(rows, scales=rows.scales * np.float32(1.00001))
 
     form = Blockwise(4, 32)
     with DataFile(tmp_path) as file:
