@@ -37,6 +37,8 @@ BUILT_IN = "built-in"
 LEAST_TOKENS = 1024
 WINDOW = 512
 """Tokens that see each other."""
+_STRENGTH = np.float32(0.5)
+"""Of what products lack, the part that is made up for: all of it costs right answers (docs/lab-notes.md)."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Calibration:
             return to_nearest
         hessian = self._hessian(graph, x, name, lack)
         factor = hessian.factor(name)
-        changes = None if lack is None else _Changes(solve(factor, hessian.cross), lack.is_of_inputs)
+        changes = None if lack is None else _Changes(_STRENGTH * solve(factor, hessian.cross), lack.is_of_inputs)
         return partial(_round, changes, quantize_rows if is_fine else partial(_gptq, factor))
 
     def _hessian(self, graph: GraphBuilder, x: ir.Value, name: str, lack: Lack | None) -> Hessian:

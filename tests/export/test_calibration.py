@@ -100,6 +100,13 @@ def test_places_for_adapters_change_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "plain" / WEIGHTS).read_bytes() == (tmp_path / "lora" / WEIGHTS).read_bytes()
 
 
+@pytest.fixture
+def whole_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products make up for all that they lack."""
+    monkeypatch.setattr("export.calibration._STRENGTH", np.float32(1))
+
+
+@pytest.mark.usefixtures("whole_strength")
 def test_eight_bits_make_up_for_what_four_bits_before_them_changed(tmp_path: Path) -> None:
     """Without that, matrices in 8 bits would be rounded as they are without a text."""
     four, eight = Blockwise(bits=4, block=32), Blockwise(bits=8, block=32)
@@ -129,6 +136,7 @@ def _down_parts(graph: Graph, folder: Path) -> dict[str, np.memmap[Any, Any]]:
     return parts
 
 
+@pytest.mark.usefixtures("whole_strength")
 def test_a_text_helps_eight_bits_too(tmp_path: Path) -> None:
     tokens = ids(CalibrationText.open(BUILT_IN).text[5000:5240])
     errors = []
