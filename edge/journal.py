@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 PROBE_S: Final = 2.0
 """Seconds between two attempts while the disk refuses."""
+CONNECT_S: Final = 1.0
+"""Readers wait so long for a file that is being opened."""
 STUCK_S: Final = 5.0
 """Seconds that a commit may take before it counts as a disk that refuses."""
 MAX_BATCH: Final = 64
@@ -105,6 +107,7 @@ class Journal:
         self._problem: str | None = None
         self._began_at: float | None = None  # the commit that is under way
         self._loaded = False
+        self._connecting = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -202,6 +205,8 @@ class Journal:
             UnavailableError: the file cannot be read.
         """
         with self._changed:
+            # A disk that refuses has the file opened anew every few seconds: what is stored can be read in a moment.
+            self._changed.wait_for(lambda: not self._connecting, CONNECT_S)
             row, file = self._index.get(key), self._file
         if row is None or not row.answered:
             return None if row is None else Known(row.fingerprint, None)
@@ -335,18 +340,25 @@ class Journal:
         Returns:
             What makes the file agree with what was promised.
         """
-        self._disconnect()
-        if self._path is not None and self._folder is None:
-            self._folder = PrivateFolder.open(self._path)
-        file = JournalFile.open(self._folder)
-        try:
-            heads = file.heads()
-        except BaseException:
-            file.close()
-            raise
         with self._changed:
-            self._file = file
-            return self._agree(heads)
+            self._connecting = True
+        try:
+            self._disconnect()
+            if self._path is not None and self._folder is None:
+                self._folder = PrivateFolder.open(self._path)
+            file = JournalFile.open(self._folder)
+            try:
+                heads = file.heads()
+            except BaseException:
+                file.close()
+                raise
+            with self._changed:
+                self._file = file
+                return self._agree(heads)
+        finally:
+            with self._changed:
+                self._connecting = False
+                self._changed.notify_all()
 
     def _disconnect(self) -> None:
         with self._changed:

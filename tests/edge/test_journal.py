@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -387,6 +388,28 @@ def test_while_the_disk_refuses_new_requests_are_refused_and_answers_wait(
     assert (found(journal, 1), found(journal, 2)) == (b"answer", b"answer")
     lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(lines) == 2, "one line when it begins, one when it is over"
+
+
+def test_what_is_stored_can_be_read_while_the_file_is_opened_anew(
+    open_journal: Open, refusing: list[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = open_journal()
+    answer(journal, 1)
+    opening, opened = threading.Event(), JournalFile.open
+
+    def slowly(*arguments: Any) -> JournalFile:
+        opening.set()
+        time.sleep(0.2)
+        return opened(*arguments)
+
+    monkeypatch.setattr(edge.journal, "CONNECT_S", 60)
+    monkeypatch.setattr(JournalFile, "open", slowly)
+    refusing.append(sqlite3.OperationalError("database or disk is full"))
+    assert settled(journal.accept, entry(2)) is not None
+    for _ in range(3):
+        opening.clear()
+        assert opening.wait(60)
+        assert found(journal, 1) == b"answer"
 
 
 def test_a_disk_that_does_not_answer_is_a_problem(open_journal: Open, monkeypatch: pytest.MonkeyPatch) -> None:
