@@ -13,8 +13,8 @@ scale that is best for its codes, as in COMQ (Zhang et al. 2024, https://arxiv.o
 error larger. Rows are independent of each other.
 
 All of this leaves alone what went wrong before the product: its inputs are those of a quantized network, and not what
-the weights were made for. Where targets T lack ``D = T - X W^T``, the weights that ridge regression finds instead of W
-are ``W + D^T X (H + damping)^-1``, and then it is these that are rounded (QEP, Arai & Ichikawa 2025,
+the weights were made for. Where products lack ``D = T - X W^T`` of their targets T, ridge regression finds the weights
+``W + D^T X (H + damping)^-1``. Weights on the way there are rounded in place of W (QEP, Arai & Ichikawa 2025,
 https://arxiv.org/abs/2504.09629; GPTAQ, Li et al. 2025, https://arxiv.org/abs/2504.02692).
 
 One matrix of columns by columns in float32, L in its lower triangle and H in its upper one, is all the memory that
