@@ -121,7 +121,11 @@ class Calibration:
             return to_nearest
         hessian = self._hessian(graph, x, name, lack)
         factor = hessian.factor(name)
-        changes = None if lack is None else _Changes(_STRENGTH * solve(factor, hessian.cross), lack.is_of_inputs)
+        changes = None
+        if lack is not None:
+            values = solve(factor, hessian.cross)
+            values *= _STRENGTH
+            changes = _Changes(values, lack.is_of_inputs)
         return partial(_round, changes, quantize_rows if is_fine else partial(_gptq, factor))
 
     def _hessian(self, graph: GraphBuilder, x: ir.Value, name: str, lack: Lack | None) -> Hessian:
