@@ -240,8 +240,12 @@ def _rounds(server: Server, clock: Clock, rounds: int, chance: random.Random, fi
     return first
 
 
-def _client(server: Server) -> Client:
-    return Client(server.broker, "watcher", DEVICE, extra=(f"qwedge/v1/dev/{DEVICE}/status",))
+@contextmanager
+def _client(server: Server) -> Iterator[Client]:
+    """A client that waits until the server hears requests: what comes before its first subscription reaches nobody."""
+    with Client(server.broker, "watcher", DEVICE, extra=(f"qwedge/v1/dev/{DEVICE}/status",)) as client:
+        client.wait(lambda: any(message.payload == b"online" for message in client.received))
+        yield client
 
 
 @contextmanager
