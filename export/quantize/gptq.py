@@ -37,6 +37,8 @@ _MOST = 50.0
 large that all others would drown in the damping."""
 _PANEL = 512
 """Columns of H that are worked on at once."""
+_ROWS = 64
+"""Inputs are summed up in multiples of so many: in other numbers OpenBLAS cuts the sum by how many threads it has."""
 _NARROW = 8
 """Columns that are rounded one by one."""
 _SWEEPS = 4
@@ -70,9 +72,9 @@ class Hessian:
         """Take in further inputs [n, columns], and what is to be made up for at each of them: rows of D."""
         norms = np.einsum("ij,ij->i", x, x)
         roots = np.sqrt(np.minimum(1, _MOST * np.median(norms) / np.maximum(norms, np.finfo(np.float32).tiny)))[:, None]
-        x = x * roots
-        lacking = np.zeros((len(x), 0), np.float32) if lacking is None else lacking * roots
         self._count += len(x)
+        x = _filled(x, roots)
+        lacking = np.zeros((len(x), 0), np.float32) if lacking is None else _filled(lacking, roots)
         for panel in _panels(self._columns):
             self._sum[panel, : panel.stop] += x[:, panel].T @ x[:, : panel.stop]
             self.cross[:, panel] += lacking.T @ x[:, panel]
@@ -99,6 +101,13 @@ class Hessian:
         _mirror(self._sum)
         _cholesky(self._sum[:, :-1])
         return self._sum
+
+
+def _filled(rows: Array, factors: Array) -> Array:
+    """Rows times their factors, and rows of zeros up to a multiple of :data:`_ROWS`."""
+    filled = np.zeros((-(-len(rows) // _ROWS) * _ROWS, rows.shape[1]), np.float32)
+    np.multiply(rows, factors, out=filled[: len(rows)])
+    return filled
 
 
 def _panels(columns: int) -> Iterator[slice]:

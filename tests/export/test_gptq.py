@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from itertools import pairwise, product
 
 import numpy as np
@@ -161,6 +164,28 @@ def test_rows_do_not_depend_on_each_other() -> None:
     whole, part = gptq_rows(w, root, B128), gptq_rows(w[7:19], root, B128)
     assert (whole.codes[7:19] == part.codes).mean() > 0.999
     np.testing.assert_allclose(whole.scales[7:19], part.scales, rtol=1e-5)
+
+
+_SUMMED = """
+import hashlib
+import numpy as np
+from export.quantize.gptq import Hessian, solve
+x, lacking = (np.random.default_rng(seed).standard_normal((498, 896), np.float32) for seed in range(2))
+hessian = Hessian(896, 896)
+hessian.add(x, lacking)
+values = solve(hessian.factor("x"), hessian.cross)
+print(hashlib.sha256(values.tobytes()).hexdigest())
+"""
+
+
+def test_how_many_threads_there_are_changes_no_bit() -> None:
+    """Windows of a text have any number of tokens, and BLAS may cut sums by its threads."""
+    results = set()
+    for threads in ("1", "2", "3"):
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+        done = subprocess.run([sys.executable, "-c", _SUMMED], env=environment, capture_output=True, check=True)
+        results.add(done.stdout)
+    assert len(results) == 1
 
 
 def test_columns_without_a_block_of_their_own_are_padded() -> None:
