@@ -54,6 +54,8 @@ class Graph:
 
     model: ir.Model
     architecture: Decoder
+    recipe: Recipe
+    """As it was fitted to the model."""
     built: Built
     context_length: int
     """Tokens it has rotary tables for."""
@@ -94,6 +96,7 @@ def build_graph(
     architecture = architecture_for(checkpoint.config)
     architecture.check({name: info.shape for name, info in checkpoint.tensors.items()})
     length = _context(context, architecture)
+    recipe = recipe.fitted(architecture.hidden_size, is_calibrated=calibration is not None)
     with (
         step(progress, f"{recipe.name} weights", architecture.parameter_count()) as advance,
         DataFile(folder) as file,
@@ -111,6 +114,7 @@ def build_graph(
     return Graph(
         model=model,
         architecture=architecture,
+        recipe=recipe,
         built=built,
         context_length=length,
         kv=architecture.kv_layout(),

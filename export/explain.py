@@ -5,7 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from export.quantize.recipes import MEASURED_ON, RECIPES, Blockwise, Format, Measured, Recipe
+from export.quantize.recipes import (
+    COARSE_BITS,
+    MEASURED_ON,
+    NARROW,
+    RECIPES,
+    Blockwise,
+    Format,
+    Measured,
+    Projections,
+    Recipe,
+)
 
 _LABELS = {
     "qkv": "query, key, value",
@@ -13,12 +23,13 @@ _LABELS = {
     "gate_up": "gate and up",
     "down": "down",
     "gates": "decay and update",
+    "query_key": "query and key alone",
     "value": "value alone",
-    "calibrated_down": "some down, calibrated",
 }
 
 _AS_STORED = "Where a checkpoint is quantized already, layers keep its integers; only fp32 makes floats of them."
 
+_NARROW = f"Narrow models have hidden states of fewer than {NARROW:,} channels, as Qwen2.5-0.5B has."
 _MTP = (
     "The head of multi-token prediction (--mtp) has a layer's formats, its fc that of the attention output, to nearest."
 )
@@ -30,7 +41,7 @@ def recipes_as_text() -> str:
     for recipe in RECIPES.values():
         lines = [f"  {label:<21} {text}" for label, text in _lines(recipe)]
         parts.append("\n".join([f"{recipe.name}: {recipe.purpose}", *lines]))
-    return "\n\n".join([*parts, _AS_STORED, _MTP, f"Measured with {MEASURED_ON}."])
+    return "\n\n".join([*parts, _NARROW, _AS_STORED, _MTP, f"Measured with {MEASURED_ON}."])
 
 
 def recipes_as_json() -> str:
@@ -39,11 +50,20 @@ def recipes_as_json() -> str:
 
 
 def _lines(recipe: Recipe) -> list[tuple[str, str]]:
-    layer = {_LABELS[name]: _format(form) for name, form in recipe.layer_formats().items()}
-    lines = [*layer.items(), ("embedding and head", _format(recipe.table)), ("logits", _logits(recipe))]
+    lines = [(_LABELS[name], _format(form)) for name, form in recipe.layer.formats().items()]
+    if recipe.narrow is not None:
+        lines.append(("in narrow models", _changes(recipe.layer, recipe.narrow)))
+    if recipe.narrow_calibrated is not None:
+        lines.append(("  and calibrated", _changes(recipe.narrow or recipe.layer, recipe.narrow_calibrated)))
+    lines += [("embedding and head", _format(recipe.table)), ("logits", _logits(recipe))]
     for rounding, measured in recipe.measured.items():
         lines.append((rounding, _measured(measured)))
     return lines
+
+
+def _changes(old: Projections, new: Projections) -> str:
+    before, after = ({"query_key": each.qkv, "value": each.qkv} | each.formats() for each in (old, new))
+    return "; ".join(f"{_LABELS[name]} {_format(after[name])}" for name in after if after[name] != before[name])
 
 
 def _format(form: Format) -> str:
@@ -56,7 +76,8 @@ def _logits(recipe: Recipe) -> str:
     if recipe.head is None:
         return "from that table"
     channels = f"corrected for {recipe.head.corrected} channels"
-    return f"{recipe.head.candidates} candidates by the upper 4 bits of that table, {channels}; theirs by all 8"
+    coarse = f"by the upper {COARSE_BITS} bits of that table"
+    return f"{recipe.head.candidates} candidates {coarse}, {channels}; theirs by all"
 
 
 def _measured(measured: Measured) -> str:
@@ -68,4 +89,9 @@ def _measured(measured: Measured) -> str:
 
 def _as_object(recipe: Recipe) -> dict[str, object]:
     measured = {rounding: asdict(each) for rounding, each in recipe.measured.items()}
-    return recipe.describe() | {"purpose": recipe.purpose, "measured": measured}
+    narrow = {
+        name: layer.describe()
+        for name, layer in (("narrow", recipe.narrow), ("narrow_calibrated", recipe.narrow_calibrated))
+        if layer is not None
+    }
+    return recipe.describe() | narrow | {"purpose": recipe.purpose, "measured": measured}

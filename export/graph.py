@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from edge.bundle.rotary import POSITIONS
 from export.quantize.recipes import Blockwise, Format
-from export.weights import Change, Halves, Matrix, Rounding, Weights, to_nearest
+from export.weights import Change, Matrix, Rounding, Split, Weights, to_nearest
 
 OPSET = 23
 """The first with RMSNormalization."""
@@ -84,8 +84,6 @@ class GraphBuilder:
         self.weights = weights
         self._adapt = adapt
         self._observe = observe
-        self.is_calibrated = observe is not None
-        """Whether weights are rounded for the inputs they will see."""
         self.matrix_bytes = 0
         """Bytes of the matrices added by :meth:`linear`."""
         self._file = weights.file
@@ -208,13 +206,12 @@ class GraphBuilder:
             accuracy_level=self.weights.recipe.accuracy_level,
         )
 
-    def rows(self, ids: ir.Value, matrix: Matrix | Halves) -> ir.Value:
+    def rows(self, ids: ir.Value, matrix: Matrix | Split) -> ir.Value:
         """Rows of a matrix by their numbers: ``ids`` [a, b] -> [a, b, columns]."""
-        if isinstance(matrix, Halves):
-            # A sixteenth of a float is exact, and so is the sum.
-            rest = self.op(
-                "Mul", [self.rows(ids, matrix.lower), self.floats("sixteenth", np.array(1 / 16, np.float32))]
-            )
+        if isinstance(matrix, Split):
+            # Divided by a power of two a float is exact, and so is the sum.
+            part = self.floats("lower_part", np.array(1 / matrix.lower_codes, np.float32))
+            rest = self.op("Mul", [self.rows(ids, matrix.lower), part])
             return self.op("Add", [self.rows(ids, matrix.upper), rest])
         if not isinstance(matrix.form, Blockwise):
             return self.op("Gather", [self._register(matrix.parts[0]), ids], axis=0)
@@ -233,19 +230,20 @@ class GraphBuilder:
             self._cast[name] = self.op("Cast", [scales], to=ir.DataType.FLOAT)
         return self._cast.get(name, scales), zero_points[0] if zero_points else None
 
-    def fit(self, matrix: Matrix | Halves, x: ir.Value, name: str, source: str) -> None:
+    def fit(self, matrix: Matrix | Split, x: ir.Value, name: str, source: str) -> None:
         """Round a table that is in the data file already for its use as the head of ``x``, where that is observed."""
-        if self._observe is None or isinstance(matrix, Halves):
+        if self._observe is None or isinstance(matrix, Split):
             return
         rounding = self._observe(self, x, name, matrix.form)
         if rounding is not to_nearest:
             self.weights.round_again(matrix, source, rounding)
 
-    def coarse(self, x: ir.Value, matrix: Halves) -> ir.Value:
+    def coarse(self, x: ir.Value, matrix: Split) -> ir.Value:
         """About ``x @ matrix.T`` for x [positions, columns]; the nearer, the more of x is in the corrected columns."""
+        assert matrix.correction is not None
         return self.op("Add", [self.matmul(x, matrix.upper), self.matmul(x, matrix.correction)])
 
-    def rescored(self, coarse: ir.Value, x: ir.Value, matrix: Matrix | Halves, candidates: int) -> ir.Value:
+    def rescored(self, coarse: ir.Value, x: ir.Value, matrix: Matrix | Split, candidates: int) -> ir.Value:
         """Logits whose largest few are exact.
 
         Only the candidates' rows of the matrix are read, straight from the data file: of the matrix itself there is no

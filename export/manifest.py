@@ -15,7 +15,6 @@ from export.build import Graph
 from export.calibration import CalibrationText
 from export.checkpoint import Checkpoint
 from export.mtp import MtpGraph
-from export.quantize.recipes import Recipe
 
 MIN_RUNTIME_VERSION: Final = "0.1.0"
 TOOLS: Final = ("qwedge", "gguf", "numpy", "onnx-ir", "onnxruntime", "tokenizers")
@@ -51,9 +50,7 @@ def write_text_side(checkpoint: Checkpoint, folder: Path) -> None:
     (folder / GENERATION).write_text(generation + "\n", encoding="utf-8")
 
 
-def describe_recipe(
-    recipe: Recipe, calibration: CalibrationText | None, graph: Graph, head: MtpGraph | None
-) -> dict[str, Any]:
+def describe_recipe(calibration: CalibrationText | None, graph: Graph, head: MtpGraph | None) -> dict[str, Any]:
     """How the weights were quantized, and what was made of the checkpoint besides the model itself."""
     beside: dict[str, Any] = {"calibration": calibration.describe() if calibration else None}
     if graph.kept:
@@ -61,7 +58,7 @@ def describe_recipe(
     if head is not None:
         # Here, because runtimes that know no such head refuse unknown fields of the manifest itself.
         beside["mtp"] = head.describe()
-    return recipe.describe() | beside
+    return graph.recipe.describe() | beside
 
 
 def facts(graph: Graph, checkpoint: Checkpoint) -> dict[str, Any]:

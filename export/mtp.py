@@ -23,7 +23,6 @@ from export.build import Graph
 from export.checkpoint import Checkpoint
 from export.graph import HIDDEN, HIDDEN_STATES, GraphBuilder
 from export.progress import Progress, step
-from export.quantize.recipes import Recipe
 from export.report import Windows
 from export.segments import Layer, Segment, final_hidden, normalized
 from export.verify import head_logits
@@ -83,7 +82,6 @@ def build_mtp(
     graph: Graph,
     checkpoint: Checkpoint,
     folder: Path,
-    recipe: Recipe,
     *,
     progress: Progress,
 ) -> MtpGraph:
@@ -91,10 +89,9 @@ def build_mtp(
 
     Args:
         head: what to build.
-        graph: of the model, with its data file in ``folder``.
+        graph: of the model, with its data file in ``folder``; the head has the formats of its layers, to nearest.
         checkpoint: the open source.
         folder: where graph and weights go.
-        recipe: number formats: those of a layer, always rounded to nearest.
         progress: receives the one phase.
 
     Raises:
@@ -106,7 +103,7 @@ def build_mtp(
         step(progress, "multi-token prediction", head.parameter_count()) as advance,
         DataFile(folder, MTP_WEIGHTS) as file,
     ):
-        weights = Weights(checkpoint, recipe, file, advance)
+        weights = Weights(checkpoint, graph.recipe, file, advance)
         builder = GraphBuilder(weights)
         bytes_per_token = head.build(builder, graph.built, graph.context_length)
         model = builder.model("mtp")

@@ -44,7 +44,7 @@ from export.quantize.recipes import Recipe, recipe_named
 from export.report import Quality, Row, Windows, built_in_windows, check_folder, compare, describe, new_report
 from export.report_page import write_report
 from export.staging import disk_errors, staging_folder
-from export.targets import check_range, check_target, retarget
+from export.targets import check_range, check_target, recipe_for, retarget
 from export.verify import check_kernels, mtp_self_test, self_test
 
 SELF_TEST_PROMPT = "The capital of France is"
@@ -85,7 +85,7 @@ def export_bundle(
     Args:
         checkpoint: the open source.
         destination: the bundle's folder; must not exist, or be empty (as it stays if the export fails).
-        recipe: number formats.
+        recipe: number formats; a GPU's table has 8 bits where others have 6.
         progress: receives the phases.
         name: the model name requests will use; None = made from the source's.
         context: tokens of context; None = the checkpoint's, at most :data:`export.build.DEFAULT_CONTEXT`.
@@ -111,6 +111,7 @@ def export_bundle(
     architecture = architecture_for(checkpoint.config)
     states = architecture.state_layout() is not None
     check_target(target, kv=kv, adapters=bool(adapters), states=states)
+    recipe = recipe_for(target, recipe)
     predictor = multi_token_prediction(checkpoint) if mtp else None
     known = None if report is None else check_folder(report, new_report(checkpoint, served_as))
     with staging_folder(destination) as staging, disk_errors():
@@ -123,7 +124,7 @@ def export_bundle(
             )  # fmt: skip
             head = None
             if predictor is not None:
-                head = build_mtp(predictor, graph, checkpoint, staging, recipe, progress=progress)
+                head = build_mtp(predictor, graph, checkpoint, staging, progress=progress)
             write_text_side(checkpoint, staging)
         measured: dict[str, Any] = {}
         if kv == "int8":
@@ -149,7 +150,7 @@ def export_bundle(
             manifest = Manifest(
                 name=served_as,
                 target=target,
-                recipe=describe_recipe(recipe, calibration, graph, head),
+                recipe=describe_recipe(calibration, graph, head),
                 source=source,
                 files=files,
                 adapters=entries,

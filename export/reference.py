@@ -55,7 +55,8 @@ class Original:
             ExportError: the checkpoint holds NaN or infinity.
         """
         exact = recipe_named("fp32")
-        value = None if self.recipe.layer.value is None else Float32()
+        # Its values are a product of their own, where the recipe's are.
+        value = Float32() if self.recipe.layer.splits_values else None
         exact = replace(exact, layer=replace(exact.layer, value=value))
         graph = GraphBuilder(Weights(self.checkpoint, exact, file, lambda _: None), observe=observe)
         name, shape = f"{HIDDEN}.{index}", self.architecture.hidden_shape

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edge.bundle import GRAPH, WEIGHTS, KVLayout, Target
 from edge.errors import ConfigError, ExportError
+from export.quantize.recipes import COARSE_BITS, Blockwise, Recipe
 from export.segments import Layer, embed, num_layers, refusals
 from export.weights import CHUNK_ELEMENTS, DataFile
 
@@ -58,6 +59,13 @@ def check_target(target: Target, *, kv: str, adapters: bool, states: bool) -> No
         if target != "cpu" and wanted:
             hint = "export it with --target cpu"
             raise ConfigError(f"--target {target} does not go with {reason}", hint=hint, param="target")
+
+
+def recipe_for(target: Target, recipe: Recipe) -> Recipe:
+    """The recipe with formats that the target's kernels take: GPUs look up rows of 4 and of 8 bits only."""
+    if target == "cpu" or not isinstance(recipe.table, Blockwise) or recipe.table.bits == COARSE_BITS:
+        return recipe
+    return replace(recipe, table=replace(recipe.table, bits=8))
 
 
 def retarget(model: ir.Model, folder: Path, target: Target, layout: KVLayout) -> KVLayout:

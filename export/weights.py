@@ -23,7 +23,7 @@ from edge.bundle import WEIGHTS
 from edge.errors import ExportError
 from export.checkpoint import Checkpoint
 from export.prequantized.grid import GridLayout, GridTensor, common_layout
-from export.quantize.blockwise import QuantizedRows, dequantize_rows, quantize_halves, quantize_rows
+from export.quantize.blockwise import QuantizedRows, dequantize_rows, quantize_rows, quantize_split, split_forms
 from export.quantize.recipes import Blockwise, Float32, Format, Recipe
 
 CHUNK_ELEMENTS = 4 << 20
@@ -128,21 +128,29 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Halves:
-    """An 8-bit matrix whose codes are stored in two halves: its values are ``upper + lower / 16``.
+class Split:
+    """A matrix whose codes are stored apart, their upper 4 bits and the rest: ``upper + lower / lower_codes``.
 
-    The upper half is a coarse copy, to be multiplied with; the lower one is for rows that are looked up.
+    The upper bits are a coarse copy, to be multiplied with; the lower ones are for rows that are looked up.
     """
 
     upper: Matrix
     lower: Matrix
-    correction: Matrix
-    """What the upper half lacks in a few of the columns, to be multiplied with too."""
+    correction: Matrix | None
+    """What the upper bits lack in a few of the columns, to be multiplied with too; None where nothing is multiplied."""
+    lower_codes: int
+    """So many steps of the lower bits are one of the upper."""
 
     @property
     def rows(self) -> int:
         """Out features."""
         return self.upper.rows
+
+    @property
+    def coarse_bytes(self) -> int:
+        """Of what is multiplied with."""
+        assert self.correction is not None
+        return self.upper.num_bytes + self.correction.num_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -260,22 +268,28 @@ class Weights:
         self._counted.update(sources)
         return matrix
 
-    def halves(self, name: str, source: str, form: Blockwise, corrected: NDArray[np.int64]) -> Halves:
-        """A tensor as an 8-bit matrix in two halves, to nearest, with a correction for the columns ``corrected``."""
+    def split(self, name: str, source: str, form: Blockwise, corrected: NDArray[np.int64] | None) -> Split:
+        """A tensor, rounded to nearest and taken apart; for a head with a correction for the columns ``corrected``."""
         shape = self._stacked_shape([source])
-        block = form.fit(shape[1]).block
-        upper = self._writer(f"{name}.upper", shape, Blockwise(4, block))
-        lower = self._writer(f"{name}.lower", shape, Blockwise(4, block, symmetric=True))
-        correction = self._writer(f"{name}.correction", (shape[0], len(corrected)), _CORRECTION)
+        form = form.fit(shape[1])
+        copy, rest = split_forms(form)
+        upper = self._writer(f"{name}.upper", shape, copy)
+        lower = self._writer(f"{name}.lower", shape, rest)
+        correction = None
+        if corrected is not None:
+            correction = self._writer(f"{name}.correction", (shape[0], len(corrected)), _CORRECTION)
         for chunk in self._chunks([source]):
-            coarse, rest = quantize_halves(chunk, block)
+            coarse, fine = quantize_split(chunk, form)
             upper.add(coarse)
-            lower.add(rest)
-            lacking = chunk - dequantize_rows(coarse, Blockwise(4, block), shape[1])
-            correction.add(quantize_rows(lacking[:, corrected], _CORRECTION))
+            lower.add(fine)
+            if correction is not None:
+                lacking = chunk - dequantize_rows(coarse, copy, shape[1])
+                correction.add(quantize_rows(lacking[:, corrected], _CORRECTION))
         self._counted.add(source)
-        whole = upper.finish()
-        return Halves(whole, lower.finish(scales=whole.parts[1:2]), replace(correction.finish(), order=corrected))
+        first = upper.finish()
+        second = lower.finish(scales=first.parts[1:2])
+        third = replace(correction.finish(), order=corrected) if correction is not None else None
+        return Split(first, second, third, 2**rest.bits)
 
     def round_again(self, matrix: Matrix, source: str, rounding: Rounding) -> None:
         """Give a matrix of one tensor other codes, scales and zero points, in its place in the data file."""

@@ -108,15 +108,17 @@ def _product(node: _Node, sizes: Sizes) -> Product:
 
 
 def _table(nodes: list[_Node], sizes: Sizes, rows: int) -> Product:
-    """The embedding; its upper and lower halves are looked up apart."""
+    """The embedding; where its codes are taken apart, rows of both parts are looked up, with the same scales."""
     found = {node.inputs[0]: node for node in nodes if node.op_type in {"GatherBlockQuantized", "Gather"}}
-    halves = [(sizes[name], node) for name, node in found.items() if len(sizes.get(name, ())) == 2]
-    halves = [(shape, node) for shape, node in halves if shape[0] == rows]
-    shape, node = halves[0]
+    parts = [(sizes[name], node) for name, node in found.items() if len(sizes.get(name, ())) == 2]
+    parts = [(shape, node) for shape, node in parts if shape[0] == rows]
+    shape, node = parts[0]
+    parts = [(shape, each) for shape, each in parts if each.inputs[2:3] == node.inputs[2:3]]
     if node.op_type == "Gather":
         return Product(rows, shape[1], Format(FLOAT_BITS))
-    bits = node.attributes["bits"]
-    return Product(rows, shape[1] * 8 // bits, Format(bits * len(halves), node.attributes["block_size"]))
+    columns = shape[1] * 8 // node.attributes["bits"]
+    bits = sum(each.attributes["bits"] for _, each in parts)
+    return Product(rows, columns, Format(bits, node.attributes["block_size"]))
 
 
 def _parse(model: memoryview) -> tuple[list[_Node], Sizes]:

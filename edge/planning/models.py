@@ -18,9 +18,11 @@ from edge.planning.shape import Format, Product, Shape
 
 Positive = Annotated[int, Field(gt=0)]
 DEFAULT_RECIPE = "balanced"
+NARROW = 1024
+"""Channels of hidden states below which some recipes have other formats, as in the export."""
 _FLOAT_BYTES, _SCALE_BYTES = 4, {"float16": 2, "float32": 4}
 _COARSE_BITS = 4
-"""Of the upper halves of a table's codes."""
+"""The upper ones of a table's codes."""
 _TEXT_BYTES = 5 << 20
 """Tokenizer and what else is no weight."""
 
@@ -84,26 +86,27 @@ class KnownModel(_Model):
         """Those of full attention."""
         return self.layers - (self.linear.layers if self.linear else 0)
 
-    def matrices(self, *, split: bool = False) -> dict[str, list[tuple[int, int, int]]]:
-        """Rows, columns and number of the matrices of all layers, by the recipe's names.
-
-        Args:
-            split: whether the values of full attention have a matrix of their own.
-        """
+    def matrices(self, layer: KnownLayer) -> dict[str, list[tuple[int, int, int]]]:
+        """Rows, columns and number of the matrices of all layers, by the names of their formats in ``layer``."""
         hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         gated = 2 if self.linear else 1  # the models with linear attention gate the full one
-        found = {
-            "qkv": [(gated * queries + (1 if split else 2) * keys, hidden, self.full_layers)],
-            "value": [(keys, hidden, self.full_layers)] if split else [],
+        split = layer.query_key is not None or layer.value is not None
+        found: dict[str, list[tuple[int, int, int]]] = {
+            "qkv": [] if split else [(gated * queries + 2 * keys, hidden, self.full_layers)],
             "out": [(hidden, queries, self.full_layers)],
             "gate_up": [(2 * inner, hidden, self.layers)],
             "down": [(hidden, inner, self.layers)],
+            "query_key": [],
+            "value": [],
         }
         if linear := self.linear:
             found["qkv"].append((linear.channels + linear.values_size, hidden, linear.layers))
             found["out"].append((hidden, linear.values_size, linear.layers))
             found["gates"] = [(2 * linear.value_heads, hidden, linear.layers)]
+        if split:
+            found["query_key" if layer.query_key else "qkv"].append((gated * queries + keys, hidden, self.full_layers))
+            found["value" if layer.value else "qkv"].append((keys, hidden, self.full_layers))
         return found
 
 
@@ -123,23 +126,37 @@ class Part(_Model):
 _CORRECTION = Part(bits=_COARSE_BITS, block=32, symmetric=True)
 
 
-class KnownRecipe(_Model):
-    """One recipe of ``recipes.toml``."""
+class KnownLayer(_Model):
+    """The formats of a layer's matrices."""
 
     qkv: Part
+    query_key: Part | None = None
+    """Of queries and keys of full attention, where theirs is another."""
     value: Part | None = None
-    """Of values, where theirs is another than that of queries and keys."""
+    """Of its values, where theirs is another."""
     out: Part
     gate_up: Part
     down: Part
     gates: Part
+
+
+class KnownRecipe(_Model):
+    """One recipe of ``recipes.toml``."""
+
+    layer: KnownLayer
+    narrow: KnownLayer | None = None
+    """In models narrower than :data:`NARROW`, where theirs is another."""
     table: Part
     candidates: int = 0
-    """Rows of the table with exact logits, where the head reads the upper halves of its codes first."""
+    """Rows of the table with exact logits, where the head reads the upper bits of its codes first."""
     corrected: int = 0
-    """Columns of the table for which those halves are corrected."""
+    """Columns of the table for which those bits are corrected."""
     scales: Literal["float16", "float32"]
     """How they are stored; in memory they are float32."""
+
+    def layer_of(self, model: KnownModel) -> KnownLayer:
+        """The formats of a model's layers."""
+        return (self.narrow if model.hidden_size < NARROW else None) or self.layer
 
 
 @cache
@@ -179,9 +196,10 @@ def _find(name: str) -> KnownModel | None:
 
 
 def _shape(name: str, model: KnownModel, recipe_name: str, recipe: KnownRecipe) -> Shape:
+    formats = recipe.layer_of(model)
     layers = [
-        (getattr(recipe, part), _product(rows, columns, getattr(recipe, part).form(), count))
-        for part, matrices in model.matrices(split=recipe.value is not None).items()
+        (getattr(formats, part), _product(rows, columns, getattr(formats, part).form(), count))
+        for part, matrices in model.matrices(formats).items()
         for rows, columns, count in matrices
     ]
     table = _product(model.vocab, model.hidden_size, recipe.table.form())

@@ -19,13 +19,13 @@ from edge.bundle import KVLayout, StateLayout
 from edge.bundle.rotary import rotary_positions
 from edge.errors import CheckpointError
 from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, HIDDEN_STATES, MIDDLE, GraphBuilder
-from export.quantize.recipes import Blockwise, Format
-from export.weights import Halves, Matrix, Weights
+from export.quantize.recipes import Blockwise
+from export.weights import Matrix, Split, Weights
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor names and shapes, as the checkpoint stores them."""
-Table = Matrix | Halves
-"""Embedding or head in the data file: in two halves, where logits come in two stages."""
+Table = Matrix | Split
+"""Embedding or head in the data file: taken apart, where logits come in two stages."""
 EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FINAL_NORM = "model.norm.weight"
 _MOST_LAYERS = 1024
@@ -116,7 +116,8 @@ class Decoder(ABC):
     def qkv(self, graph: GraphBuilder, prefix: str, x: ir.Value, *, has_bias: bool = False) -> ir.Value:
         """Query, key and value of ``x``, end to end: one product, or two where values have a format of their own."""
         formats = graph.weights.recipe.layer
-        groups = {"qkv": formats.qkv} if formats.value is None else {"qk": formats.qkv, "v": formats.value}
+        query_key, value = formats.query_key or formats.qkv, formats.value or formats.qkv
+        groups = {"qk": query_key, "v": value} if formats.splits_values else {"qkv": value}
         products = []
         for parts, form in groups.items():
             weights, biases = ([f"{prefix}{part}_proj.{kind}" for part in parts] for kind in ("weight", "bias"))
@@ -184,24 +185,25 @@ class Decoder(ABC):
         normed = self.norm(graph, x, f"{prefix}input_layernorm.weight")
         x = graph.op("Add", [x, self.attention(graph, layer, normed, rotary)])
         x = graph.cut(x, f"{MIDDLE}.{layer}", self.hidden_shape)
-        down = graph.weights.recipe.down(layer, self.num_layers, is_calibrated=graph.is_calibrated)
-        x = graph.op("Add", [x, self.mlp(graph, prefix, x, down)])
+        x = graph.op("Add", [x, self.mlp(graph, prefix, x)])
         return graph.cut(x, f"{HIDDEN}.{layer + 1}", self.hidden_shape)
 
-    def mlp(self, graph: GraphBuilder, prefix: str, x: ir.Value, down: Format) -> ir.Value:
+    def mlp(self, graph: GraphBuilder, prefix: str, x: ir.Value) -> ir.Value:
         """SwiGLU (Shazeer 2020) of ``x``, normalized: down(silu(gate(x)) * up(x)), gate and up in one product."""
         x = self.norm(graph, x, f"{prefix}post_attention_layernorm.weight")
         sources = [f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up")]
-        both = graph.linear(x, f"{prefix}mlp.gate_up_proj", graph.weights.recipe.layer.gate_up, sources)
+        formats = graph.weights.recipe.layer
+        both = graph.linear(x, f"{prefix}mlp.gate_up_proj", formats.gate_up, sources)
         gate, up = graph.ops("Split", [both], 2, axis=-1, num_outputs=2)
         active = graph.op("Mul", [graph.silu(gate), up])
-        return graph.linear(active, f"{prefix}mlp.down_proj", down, [f"{prefix}mlp.down_proj.weight"])
+        return graph.linear(active, f"{prefix}mlp.down_proj", formats.down, [f"{prefix}mlp.down_proj.weight"])
 
     def _table(self, graph: GraphBuilder, name: str, source: str, *, is_head: bool) -> Table:
         weights, form = graph.weights, graph.weights.recipe.table
-        if is_head and weights.recipe.head is not None and isinstance(form, Blockwise):
-            return weights.halves(name, source, form, self._largest_channels(weights, weights.recipe.head.corrected))
-        return weights.matrix(name, [source], form)
+        if weights.recipe.head is None or not isinstance(form, Blockwise):
+            return weights.matrix(name, [source], form)
+        corrected = self._largest_channels(weights, weights.recipe.head.corrected) if is_head else None
+        return weights.split(name, source, form, corrected)
 
     def head(self, graph: GraphBuilder, x: ir.Value, table: Table) -> int:
         """Logits of the positions asked for: the head is a quarter of a small model's work.
@@ -222,7 +224,7 @@ class Decoder(ABC):
             return graph.matmul(x, table), table.num_bytes
         assert head is not None
         coarse = graph.cut(graph.coarse(x, table), COARSE_LOGITS, ["positions", self.padded_vocab_size])
-        num_bytes = table.upper.num_bytes + table.correction.num_bytes + table.row_bytes * head.candidates
+        num_bytes = table.coarse_bytes + table.row_bytes * head.candidates
         return graph.rescored(coarse, x, table, head.candidates), num_bytes
 
     def _largest_channels(self, weights: Weights, count: int) -> NDArray[np.int64]:

@@ -1,21 +1,21 @@
 """Blockwise quantization, to nearest, in the layout of onnxruntime's MatMulNBits and GatherBlockQuantized.
 
-Layout (onnxruntime ContribOperators.md, MatMulNBits): codes [rows, blocks, block * bits / 8] uint8 with the low nibble
-first, scales [rows, blocks] float32, zero points [rows, ceil(blocks * bits / 8)] uint8 packed the same way, or none,
-which stands for half of the codes. Rows are independent of each other, so a matrix quantized chunk by chunk equals the
-matrix quantized whole.
+Layout (onnxruntime ContribOperators.md, MatMulNBits): codes [rows, blocks, block * bits / 8] uint8, the first code of a
+byte lowest; scales [rows, blocks] float32; zero points [rows, ceil(blocks * bits / 8)] uint8 packed the same way, or
+none, which stands for half of the codes. Rows are independent of each other, so a matrix quantized chunk by chunk
+equals the matrix quantized whole.
 
 Scales are chosen among the numbers of float16, so that they can be stored in half of the bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from export.quantize.recipes import Blockwise
+from export.quantize.recipes import COARSE_BITS, Blockwise
 
 
 @dataclass(frozen=True)
@@ -52,33 +52,42 @@ def block_grid(weights: NDArray[np.float32], form: Blockwise) -> tuple[NDArray[n
     return scales, np.minimum(np.rint(-low * _inverse(scales)), top).astype(np.uint8)
 
 
-def quantize_halves(weights: NDArray[np.float32], block: int) -> tuple[QuantizedRows, QuantizedRows]:
-    """Quantize ``weights`` [rows, columns] to 8 bits, and take the codes apart into two matrices of 4 bits.
+def quantize_split(weights: NDArray[np.float32], form: Blockwise) -> tuple[QuantizedRows, QuantizedRows]:
+    """Quantize ``weights`` [rows, columns], and take the codes apart into a matrix of their upper 4 bits and the rest.
 
-    The upper halves of the codes are a coarse copy. The lower ones, in a symmetric format with the same scales, are 16
-    times what the copy lacks: the 8-bit zero points are 16 times the copy's and 8, so cutting a code off rounds it.
+    The upper bits are a coarse copy. The lower ones, in a symmetric format with the same scales, are what the copy
+    lacks, times their number of codes: the zero points of the whole codes are those of the copy, followed by a one and
+    zeros, so cutting a code off rounds it.
     """
-    grouped = _grouped(weights, block)
-    scales, zero_points = _halves_grid(grouped)
-    fine = np.divide(scales, 16, dtype=np.float32)
-    codes = _nearest(grouped, fine, 16 * zero_points + np.uint8(8), bits=8)
-    upper, lower = np.divmod(codes, np.uint8(16))
-    coarse = pack_rows(upper, scales, zero_points, Blockwise(4, block))
-    return coarse, pack_rows(lower, scales, zero_points, Blockwise(4, block, symmetric=True))
+    copy, rest = split_forms(form)
+    parts = np.uint8(2**rest.bits)
+    grouped = _grouped(weights, form.block)
+    scales, zero_points = _split_grid(grouped, int(parts))
+    fine = np.divide(scales, parts, dtype=np.float32)
+    codes = _nearest(grouped, fine, parts * zero_points + parts // np.uint8(2), form.bits)
+    upper, lower = np.divmod(codes, parts)
+    return pack_rows(upper, scales, zero_points, copy), pack_rows(lower, scales, zero_points, rest)
 
 
-def _halves_grid(weights: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Scales and zero points of the upper halves for ``weights`` [..., block]: both [...]."""
+def split_forms(form: Blockwise) -> tuple[Blockwise, Blockwise]:
+    """Formats of the two matrices that :func:`quantize_split` makes."""
+    return Blockwise(COARSE_BITS, form.block), replace(form, bits=form.bits - COARSE_BITS, symmetric=True)
+
+
+def _split_grid(weights: NDArray[np.float32], parts: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Scales and zero points of the upper bits for ``weights`` [..., block], a step of them in so many parts."""
     low = np.minimum(weights.min(axis=-1), 0.0).astype(np.float64)
     high = np.maximum(weights.max(axis=-1), 0.0).astype(np.float64)
-    # Where both ends of the range would touch those of the codes, -low / (16 z + 8) = high / (247 - 16 z).
+    # Where both ends of the range would touch those of the codes, -low / (parts z + half) = high / (top - parts z).
+    half = parts // 2
+    top = 2**COARSE_BITS * parts - 1 - half
     tiny = np.finfo(np.float32).tiny
-    ideal = (-247 * low - 8 * high) / (16 * np.maximum(high - low, tiny))
-    below, above = (np.clip(round_(ideal), 0, 15) for round_ in (np.floor, np.ceil))
-    steps = [np.maximum(-low / (16 * z + 8), high / (247 - 16 * z)) for z in (below, above)]
+    ideal = (-top * low - half * high) / (parts * np.maximum(high - low, tiny))
+    below, above = (np.clip(round_(ideal), 0, 2**COARSE_BITS - 1) for round_ in (np.floor, np.ceil))
+    steps = [np.maximum(-low / (parts * z + half), high / (top - parts * z)) for z in (below, above)]
     zero_points = np.where(steps[0] <= steps[1], below, above).astype(np.uint8)
-    limit = np.finfo(np.float32).max / 16
-    return _as_float16(np.minimum(16 * np.minimum(*steps), limit).astype(np.float32)), zero_points
+    limit = np.finfo(np.float32).max / 2**COARSE_BITS
+    return _as_float16(np.minimum(parts * np.minimum(*steps), limit).astype(np.float32)), zero_points
 
 
 def _as_float16(scales: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -135,18 +144,21 @@ def dequantize_rows(quantized: QuantizedRows, form: Blockwise, columns: int) -> 
 
 
 def _pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Pack along the last axis, low nibble first; an odd count is padded with a zero nibble."""
+    """Pack along the last axis into bytes, the first code lowest; the last byte is padded with zeros."""
     if bits == 8:
         return codes
-    if codes.shape[-1] % 2:
-        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
-    return np.bitwise_or(codes[..., 0::2], np.left_shift(codes[..., 1::2], 4), dtype=np.uint8)
+    if odd := codes.shape[-1] % (8 // bits):
+        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 8 // bits - odd)])
+    packed = codes[..., 0 :: 8 // bits].copy()
+    for i in range(1, 8 // bits):
+        packed |= np.left_shift(codes[..., i :: 8 // bits], i * bits, dtype=np.uint8)
+    return packed
 
 
 def _unpack(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return packed
-    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=np.uint8)
-    codes[..., 0::2] = packed & 0x0F
-    codes[..., 1::2] = packed >> 4
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * (8 // bits)), dtype=np.uint8)
+    for i in range(8 // bits):
+        codes[..., i :: 8 // bits] = packed >> (i * bits) & (2**bits - 1)
     return codes

@@ -13,6 +13,10 @@ from typing import Any, Final, Literal
 
 from edge.errors import ConfigError
 
+COARSE_BITS: Final = 4
+"""Of a table's codes, those that a head in two stages multiplies with."""
+NARROW: Final = 1024
+"""Channels of hidden states: with fewer, a product has less to average errors over, and a model less to spare."""
 _EXACT_BLOCKS = {4: 32, 8: 64}
 """By bits, the largest blocks with which a row has the same bits in every product (docs/lab-notes.md)."""
 
@@ -22,7 +26,7 @@ class Blockwise:
     """Integers in blocks along the input dimension: ``w = (code - zero_point) * scale``."""
 
     bits: int
-    """4 or 8."""
+    """4 or 8; of a table whose codes are taken apart for a head in two stages, 6 or 8."""
     block: int
     """Weights that share one scale and zero point."""
     symmetric: bool = False
@@ -46,7 +50,7 @@ Format = Blockwise | Float32
 
 @dataclass(frozen=True)
 class TwoStage:
-    """A head that reads the upper halves of the table's 8-bit codes, and the rest for the rows of the best tokens only.
+    """A head that reads the upper 4 bits of the table's codes, and the rest for the rows of the best tokens only.
 
     The logits of the candidates are exact products with the table; all others stay coarse, but for the part of the
     input's largest channels, where most of the error would be.
@@ -69,13 +73,29 @@ class Projections:
     down: Format
     gates: Format = Blockwise(bits=8, block=32)
     """Decays and update rates of linear attention: a hundredth of a layer, and errors in them add up over tokens."""
+    query_key: Format | None = None
+    """Queries and keys of full attention, where theirs is another format."""
     value: Format | None = None
-    """Values of full attention, where theirs is another format than that of queries and keys."""
+    """Values of full attention, where theirs is another format."""
+
+    @property
+    def splits_values(self) -> bool:
+        """Whether the values of full attention are a product of their own."""
+        return self.query_key is not None or self.value is not None
 
     @classmethod
     def all(cls, form: Format) -> Projections:
         """One format for all of them."""
         return cls(form, form, form, form, form)
+
+    def formats(self) -> dict[str, Format]:
+        """Those that there are, by name; first those that every recipe has."""
+        forms = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {name: form for name, form in forms.items() if form is not None}
+
+    def describe(self) -> dict[str, Any]:
+        """The same as it stands in the manifest."""
+        return {name: _describe(form) for name, form in self.formats().items()}
 
 
 @dataclass(frozen=True)
@@ -101,8 +121,10 @@ class Recipe:
     table: Format
     head: TwoStage | None = None
     """None: every logit comes out of the table itself."""
-    calibrated_down: Format | None = None
-    """Where weights are calibrated, the format of ``down`` in the layers of :func:`is_sensitive`; None = no other."""
+    narrow: Projections | None = None
+    """Instead of ``layer`` in models narrower than :data:`NARROW`; None = as in others."""
+    narrow_calibrated: Projections | None = None
+    """The same where weights are calibrated; None = as ``narrow``."""
     scales: Literal["float16", "float32"] = "float16"
     """How scales are stored. In float16 they take half of the disk, but as float32 memory: nothing maps them."""
     accuracy_level: int = 4
@@ -112,32 +134,26 @@ class Recipe:
     purpose: str = ""
     """What it is for, in a few words."""
     measured: Mapping[str, Measured] = field(default_factory=dict)
-    """By how weights are rounded: ``to nearest`` or ``calibrated``."""
+    """By how weights are rounded: ``to nearest`` or ``calibrated``; of the 0.5B, or another model that is named."""
 
     @property
     def row_multiple(self) -> int:
         """:func:`row_multiple` of its formats."""
+        forms = self.layer.formats()
+        return row_multiple(form for name, form in forms.items() if name != "gates")
+
+    def fitted(self, hidden_size: int, *, is_calibrated: bool) -> Recipe:
+        """The recipe with the layers of one model, so many channels wide."""
         layer = self.layer
-        forms = [layer.qkv, layer.value, layer.out, layer.gate_up, layer.down, self.calibrated_down]
-        return row_multiple(form for form in forms if form is not None)
-
-    def down(self, layer: int, num_layers: int, *, is_calibrated: bool) -> Format:
-        """Format of ``down`` in one of so many layers."""
-        if self.calibrated_down is not None and is_calibrated and is_sensitive(layer, num_layers):
-            return self.calibrated_down
-        return self.layer.down
-
-    def layer_formats(self) -> dict[str, Format]:
-        """Formats of a layer's matrices by name, those first that every recipe has."""
-        forms = {part.name: getattr(self.layer, part.name) for part in fields(self.layer)}
-        forms["calibrated_down"] = self.calibrated_down
-        return {name: form for name, form in forms.items() if form is not None}
+        if hidden_size < NARROW:
+            layer = (self.narrow_calibrated if is_calibrated else None) or self.narrow or layer
+        return replace(self, layer=layer, narrow=None, narrow_calibrated=None)
 
     def describe(self) -> dict[str, Any]:
         """The table as it stands in the manifest."""
         return {
             "name": self.name,
-            "layer": {name: _describe(form) for name, form in self.layer_formats().items()},
+            "layer": self.layer.describe(),
             "table": _describe(self.table),
             "head": self._describe_head(),
             "scales": self.scales,
@@ -148,14 +164,8 @@ class Recipe:
         if self.head is None:
             return {"format": "table"}
         assert isinstance(self.table, Blockwise)
-        coarse = _describe(Blockwise(4, self.table.block))
+        coarse = _describe(Blockwise(COARSE_BITS, self.table.block))
         return {"format": "two-stage", "coarse": coarse, **asdict(self.head)}
-
-
-def is_sensitive(layer: int, num_layers: int) -> bool:
-    """Whether a layer is one of the first or last eighth, or every third between: as in llama.cpp's mixes."""
-    edge = num_layers // 8
-    return layer < edge or layer >= 7 * num_layers // 8 or (layer - edge) % 3 == 2
 
 
 def row_multiple(forms: Iterable[Format]) -> int:
@@ -167,12 +177,12 @@ def row_multiple(forms: Iterable[Format]) -> int:
     return 1 if all(isinstance(form, Blockwise) and form.block <= _EXACT_BLOCKS[form.bits] for form in forms) else 2
 
 
-MEASURED_ON = "Qwen2.5-Coder-0.5B-Instruct on wikitext-2 and HumanEval (tests/bench/divergence.py)"
-_NEAREST, _CALIBRATED = "to nearest", "calibrated"
+MEASURED_ON = "Qwen2.5-Coder-0.5B-Instruct or the 1.5B on wikitext-2 and HumanEval (tests/bench/divergence.py)"
+_NEAREST, _CALIBRATED, _WIDER = "to nearest", "calibrated", "calibrated, 1.5B"
 _FOUR = Blockwise(bits=4, block=32)
 _EIGHT = Blockwise(bits=8, block=64, symmetric=True)
-_TABLE = Blockwise(bits=8, block=128)
-"""The 8-bit table costs nothing visible with blocks of 128 and reads 15% less per token than with blocks of 32."""
+_TABLE = Blockwise(bits=6, block=128)
+"""Two bits fewer than 8 cost 0.001 nats and save a quarter; blocks of 32 would be a seventh more to read per token."""
 _TWO_STAGE = TwoStage(candidates=128)
 """In two stages the head reads half as much."""
 _MORE_CANDIDATES = TwoStage(candidates=512)
@@ -181,18 +191,21 @@ _MORE_CANDIDATES = TwoStage(candidates=512)
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        # As few bytes as Q4_K_M of llama.cpp. The MLP is nine tenths of a layer and the least sensitive for its size.
+        # As few bytes as Q4_K_M of llama.cpp, which has more bits for narrow models, too: rows do not fit its blocks.
+        # The MLP is nine tenths of a layer, and queries and keys are the least sensitive for their size.
         Recipe(
             "balanced",
             purpose="close to the original for its size; calibrate it",
-            layer=Projections(qkv=_EIGHT, out=_EIGHT, gate_up=_FOUR, down=_FOUR),
+            layer=Projections(qkv=_EIGHT, out=_EIGHT, gate_up=_FOUR, down=_FOUR, query_key=_FOUR),
+            narrow=Projections(qkv=_EIGHT, out=_EIGHT, gate_up=_FOUR, down=_FOUR),
+            # What calibration leaves of the error is largest in down.
+            narrow_calibrated=Projections(qkv=_EIGHT, out=_EIGHT, gate_up=_FOUR, down=_EIGHT),
             table=_TABLE,
             head=_MORE_CANDIDATES,
-            # What calibration leaves of the error is largest here.
-            calibrated_down=_EIGHT,
             measured={
-                _NEAREST: Measured(kl=0.0285, top1=0.909, perplexity_change=0.047, megabytes=369),
-                _CALIBRATED: Measured(kl=0.0137, top1=0.931, perplexity_change=0.018, megabytes=393),
+                _NEAREST: Measured(kl=0.0299, top1=0.910, perplexity_change=0.048, megabytes=335),
+                _CALIBRATED: Measured(kl=0.0127, top1=0.934, perplexity_change=0.021, megabytes=382),
+                _WIDER: Measured(kl=0.0213, top1=0.913, perplexity_change=0.015, megabytes=976),
             },
         ),
         # Large blocks compute faster and read less. The small attention matrices get the bits that this saves.
@@ -208,7 +221,7 @@ RECIPES = {
             table=_TABLE,
             head=_TWO_STAGE,
             scales="float32",
-            measured={_NEAREST: Measured(kl=0.0522, top1=0.888, perplexity_change=0.034, megabytes=360)},
+            measured={_NEAREST: Measured(kl=0.0531, top1=0.888, perplexity_change=0.035, megabytes=326)},
         ),
         Recipe(
             "small",
@@ -217,7 +230,7 @@ RECIPES = {
             table=_FOUR,
             measured={
                 _NEAREST: Measured(kl=0.0572, top1=0.867, perplexity_change=0.082, megabytes=288),
-                _CALIBRATED: Measured(kl=0.0330, top1=0.897, perplexity_change=0.064, megabytes=288),
+                _CALIBRATED: Measured(kl=0.0319, top1=0.901, perplexity_change=0.072, megabytes=288),
             },
         ),
         Recipe(
@@ -226,7 +239,7 @@ RECIPES = {
             layer=replace(Projections.all(_FOUR), gates=Float32()),
             table=_TABLE,
             head=_TWO_STAGE,
-            measured={_NEAREST: Measured(kl=0.0518, top1=0.881, perplexity_change=0.082, megabytes=349)},
+            measured={_NEAREST: Measured(kl=0.0532, top1=0.881, perplexity_change=0.081, megabytes=315)},
         ),
         Recipe(
             "quality",
@@ -239,7 +252,7 @@ RECIPES = {
             "int8",
             purpose="8 bits in large blocks: less to read than quality",
             layer=Projections.all(Blockwise(bits=8, block=128)),
-            table=_TABLE,
+            table=Blockwise(bits=8, block=128),
             head=_TWO_STAGE,
         ),
         Recipe("fp32", purpose="the reference for comparisons", layer=Projections.all(Float32()), table=Float32()),

@@ -7,9 +7,9 @@ from that same checkpoint. A GGUF in place of a recipe is what llama.cpp made of
 file that ``llama-quantize`` starts from. Its weights are computed with in float32; llama.cpp's 8-bit activations would
 cost it a little more.
 
-A recipe may be changed: ``NAME:qkv=8x64s,out=8x64`` gives ``qkv``, ``value``, ``out``, ``gate_up``, ``down``,
-``calibrated_down`` or ``table`` another format (bits, block, and ``s`` for a symmetric one), ``head=256`` another
-number of candidates, and ``head=none`` takes the second stage away. The text is cut into windows, spread evenly over
+A recipe may be changed: ``NAME:qkv=8x64s,out=8x64`` gives ``qkv``, ``query_key``, ``value``, ``out``, ``gate_up``,
+``down`` or ``table`` another format (bits, block, and ``s`` for a symmetric one), ``head=256`` another number of
+candidates, and ``head=none`` takes the second stage away. The text is cut into windows, spread evenly over
 each file; the second half of each is scored. Reference logits are kept in ``--cache``. Prints a line per result, or a
 JSON object with ``--json``.
 """
@@ -98,16 +98,17 @@ def changed(spec: str) -> Recipe:
 
 def _change(recipe: Recipe, key: str, value: str) -> Recipe:
     if value == "none":
-        return replace(recipe, head=None)
+        # No kernel reads whole rows of 6 bits.
+        assert isinstance(recipe.table, Blockwise)
+        return replace(recipe, head=None, table=replace(recipe.table, bits=8))
     if key == "head":
         return replace(recipe, head=TwoStage(candidates=int(value)))
     bits, _, block = value.removesuffix("s").partition("x")
     form = Blockwise(bits=int(bits), block=int(block), symmetric=value.endswith("s"))
     if key == "table":
         return replace(recipe, table=form)
-    if key == "calibrated_down":
-        return replace(recipe, calibrated_down=form)
-    return replace(recipe, layer=replace(recipe.layer, **{key: form}))
+    layers = {name: getattr(recipe, name) for name in ("layer", "narrow", "narrow_calibrated")}
+    return replace(recipe, **{name: layer and replace(layer, **{key: form}) for name, layer in layers.items()})
 
 
 def measure(

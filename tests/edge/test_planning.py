@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -32,7 +33,7 @@ from edge.planning.check import check_memory, least_memory
 from edge.planning.graph_file import read_shape
 from edge.planning.machine import has_int8_kernels
 from edge.planning.memory import Serving, kv_bytes, one_conversation, packed_bytes, predict_memory
-from edge.planning.models import known_models, known_recipes, shape_of
+from edge.planning.models import NARROW, Part, known_models, known_recipes, shape_of
 from edge.planning.plan import make_plan, table
 from edge.planning.probe import PRODUCTS, measure
 from edge.planning.shape import Product, Shape
@@ -40,6 +41,7 @@ from edge.planning.speed import predict_speed
 from export.architectures import architecture_for
 from export.catalog import catalog
 from export.graph import GraphBuilder
+from export.quantize import recipes
 from export.quantize.recipes import RECIPES
 from export.weights import DataFile
 from tests.edge import published
@@ -80,12 +82,13 @@ def built(model: str, recipe: str, folder: Path) -> tuple[Path, Manifest]:
     """The graph that the exporter makes of a published config, without weights, and as much manifest as it needs."""
     with open_published(CONFIGS[model], folder / "m") as checkpoint, DataFile(folder) as file:
         architecture = architecture_for(checkpoint.config)
-        graph = GraphBuilder(UnreadWeights(checkpoint, RECIPES[recipe], file, lambda _: None))
+        fitted = RECIPES[recipe].fitted(checkpoint.config["hidden_size"], is_calibrated=False)
+        graph = GraphBuilder(UnreadWeights(checkpoint, fitted, file, lambda _: None))
         bytes_per_token = architecture.build(graph, 1024).bytes_per_token
         (folder / GRAPH).write_bytes(ir.serde.serialize_model(graph.model(model)).SerializeToString())
     manifest = Manifest.model_construct(
         name=model,
-        recipe=RECIPES[recipe].describe(),
+        recipe=fitted.describe(),
         context_length=architecture.max_positions,
         vocab_size=architecture.padded_vocab_size,
         padded_vocab_size=architecture.padded_vocab_size,
@@ -119,20 +122,25 @@ def test_each_board_with_settings_can_be_planned_for() -> None:
 
 def test_the_recipes_are_those_of_the_export() -> None:
     assert known_recipes().keys() == RECIPES.keys()
+    assert NARROW == recipes.NARROW
     for name, recipe in known_recipes().items():
         described = RECIPES[name].describe()
-        forms = {**described["layer"], "table": described["table"]}
-        forms.pop("calibrated_down", None)
-        for part, form in forms.items():
-            mine = getattr(recipe, part)
-            expected = (
-                (32, 1, False) if form["format"] == "float32" else (form["bits"], form["block"], form["symmetric"])
-            )
-            assert (mine.bits, mine.block, mine.symmetric) == expected, f"{name}: {part}"
-        assert (recipe.value is None) == ("value" not in forms)
+        _same({"table": recipe.table}, {"table": described["table"]}, name)
+        for model in known_models().values():
+            expected = RECIPES[name].fitted(model.hidden_size, is_calibrated=False).layer.describe()
+            _same(dict(recipe.layer_of(model)), expected, name)
         assert recipe.scales == described["scales"]
         assert recipe.candidates == described["head"].get("candidates", 0)
         assert recipe.corrected == described["head"].get("corrected", 0)
+
+
+def _same(mine: Mapping[str, Part | None], expected: Mapping[str, Mapping[str, Any]], name: str) -> None:
+    """These parts have these formats, and no others have any."""
+    numbers = {part: (form.bits, form.block, form.symmetric) for part, form in mine.items() if form is not None}
+    assert numbers == {
+        part: (32, 1, False) if form["format"] == "float32" else (form["bits"], form["block"], form["symmetric"])
+        for part, form in expected.items()
+    }, name
 
 
 def test_every_model_of_the_catalog_is_known() -> None:
@@ -155,7 +163,11 @@ def test_shapes_are_those_of_the_published_configs(name: str) -> None:
     assert model.head_dim == text.get("head_dim", model.hidden_size // model.heads)
     assert model.vocab == text["vocab_size"]
     assert model.context == text["max_position_embeddings"]
-    matrices = sum(rows * columns * count for found in model.matrices().values() for rows, columns, count in found)
+    matrices = sum(
+        rows * columns * count
+        for found in model.matrices(known_recipes()["int8"].layer).values()
+        for rows, columns, count in found
+    )
     tables = (1 if model.tied else 2) * model.vocab * model.hidden_size
     parameters = next(entry.parameters for key, entry in catalog().items() if key == name or key in model.also)
     # Norms, biases and convolutions are the rest.
@@ -163,7 +175,13 @@ def test_shapes_are_those_of_the_published_configs(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "recipe"), [("qwen2.5-0.5b", "balanced"), ("qwen3-0.6b", "small"), ("qwen3.5-0.8b", "int8")]
+    ("model", "recipe"),
+    [
+        ("qwen2.5-0.5b", "balanced"),
+        ("qwen3-0.6b", "small"),
+        ("qwen3.5-0.8b", "balanced"),
+        ("qwen3.5-0.8b", "int8"),
+    ],
 )
 def test_a_graph_is_read_as_what_the_tables_say(model: str, recipe: str, tmp_path: Path) -> None:
     read, known = read_shape(*built(model, recipe, tmp_path)), shape_of(model, recipe)

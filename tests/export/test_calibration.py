@@ -19,13 +19,13 @@ from export.calibration import BUILT_IN, LEAST_TOKENS, Calibration, CalibrationT
 from export.checkpoint import open_checkpoint
 from export.graph import GraphBuilder
 from export.progress import Silent
-from export.quantize.recipes import RECIPES, Blockwise, Projections, Recipe, is_sensitive
+from export.quantize.recipes import RECIPES, Blockwise, Projections, Recipe
 from export.segments import Layer, embed, hidden_states, num_layers
 from export.verify import head_logits
 from tests.export import tiny, tiny_qwen3_5
 
 TEXT = CalibrationText("test", CalibrationText.open(BUILT_IN).text[:4000])
-FOUR_BITS = replace(RECIPES["balanced"], layer=Projections.all(Blockwise(bits=4, block=32)), calibrated_down=None)
+FOUR_BITS = replace(RECIPES["int8"], layer=Projections.all(Blockwise(bits=4, block=32)))
 SHAPES = {
     "qwen2": tiny.qwen2_config(),
     "qwen3-untied": tiny.qwen3_config(tie_word_embeddings=False, num_key_value_heads=1),
@@ -57,7 +57,7 @@ def hidden(graph: Graph, folder: Path, tokens: list[int]) -> NDArray[np.float32]
 def test_a_calibrated_graph_is_nearer_to_the_original_on_another_text(shape: str, tmp_path: Path) -> None:
     tokens = ids(CalibrationText.open(BUILT_IN).text[5000:5240])
     # With one table in all, so that only the layers differ.
-    exact = replace(RECIPES["fp32"], table=FOUR_BITS.table, dequantize=True)
+    exact = replace(RECIPES["fp32"], table=FOUR_BITS.table, head=FOUR_BITS.head, dequantize=True)
     expected = hidden(build(tmp_path / "exact", SHAPES[shape], exact, None), tmp_path / "exact", tokens)
     errors = []
     for name, text in (("nearest", None), ("calibrated", TEXT)):
@@ -112,7 +112,7 @@ def test_eight_bits_make_up_for_what_four_bits_before_them_changed(tmp_path: Pat
     four, eight = Blockwise(bits=4, block=32), Blockwise(bits=8, block=32)
     recipe = replace(FOUR_BITS, layer=Projections(qkv=four, out=four, gate_up=four, down=eight))
     tokens = ids(CalibrationText.open(BUILT_IN).text[5000:5240])
-    exact = replace(RECIPES["fp32"], table=recipe.table, dequantize=True)
+    exact = replace(RECIPES["fp32"], table=recipe.table, head=recipe.head, dequantize=True)
     expected = hidden(build(tmp_path / "exact", SHAPES["qwen2"], exact, None), tmp_path / "exact", tokens)
     graph = build(tmp_path / "fitted", SHAPES["qwen2"], recipe, TEXT)
     errors = [np.linalg.norm(hidden(graph, tmp_path / "fitted", tokens) - expected)]
@@ -153,23 +153,28 @@ def test_nothing_but_the_graph_stays_in_its_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "graph").iterdir()) == ["checkpoint", GRAPH, WEIGHTS]
 
 
-def test_sensitive_layers_get_more_bits_where_weights_are_calibrated(tmp_path: Path) -> None:
-    config = tiny.qwen2_config(num_hidden_layers=4)
-    recipe = RECIPES["balanced"]
-    bits = {}
-    for name, text in (("nearest", None), ("calibrated", TEXT)):
-        graph = build(tmp_path / name, config, recipe, text)
-        products = [node for node in graph.model.graph if node.op_type == "MatMulNBits"]
-        bits[name] = [node.attributes["bits"].as_int() for node in products if "down" in str(node.inputs[1])]
-    assert bits["nearest"] == [4] * 4
-    # Of four layers the last eighth is half a layer, and the third is the every third between.
-    assert bits["calibrated"] == [8 if is_sensitive(layer, 4) else 4 for layer in range(4)] == [4, 4, 8, 8]
-
-
-def test_half_of_the_layers_of_usual_models_are_sensitive() -> None:
-    sensitive = [layer for layer in range(24) if is_sensitive(layer, 24)]
-    assert sensitive == [0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23]
-    assert all(0.4 < sum(is_sensitive(layer, count) for layer in range(count)) / count < 0.6 for count in (24, 28, 36))
+@pytest.mark.parametrize(
+    ("hidden_size", "text", "query_key", "down"),
+    [(1024, None, 4, 4), (1024, TEXT, 4, 4), (992, None, 8, 4), (992, TEXT, 8, 8)],
+)
+def test_narrow_models_get_more_bits_and_more_of_them_where_weights_are_calibrated(
+    tmp_path: Path, hidden_size: int, text: CalibrationText | None, query_key: int, down: int
+) -> None:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    config = tiny.qwen3_config(hidden_size=hidden_size, num_hidden_layers=1, intermediate_size=64, **heads)
+    graph = build(tmp_path / "graph", config, RECIPES["balanced"], text)
+    bits = {
+        str(node.inputs[1].name).split(".")[-2]: node.attributes["bits"].as_int()
+        for node in graph.model.graph
+        if node.op_type == "MatMulNBits" and node.inputs[1] is not None
+    }
+    attention = {"qkv_proj": 8} if query_key == 8 else {"qk_proj": 4, "v_proj": 8}
+    expected = {"upper": 4, "correction": 4, "gate_up_proj": 4, "o_proj": 8, "down_proj": down}
+    assert bits == attention | expected
+    # The manifest tells what was built, not what other models would get.
+    layer = graph.recipe.describe()["layer"]
+    assert layer["down"]["bits"] == down
+    assert ("query_key" in layer) == (query_key == 4)
 
 
 def test_every_product_is_observed_with_the_inputs_that_the_finished_graph_gives_it(

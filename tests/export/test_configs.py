@@ -20,9 +20,9 @@ from export.architectures import architecture_for
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.graph import GraphBuilder
 from export.mtp import multi_token_prediction
-from export.quantize.blockwise import quantize_rows
+from export.quantize.blockwise import quantize_rows, split_forms
 from export.quantize.recipes import RECIPES, Blockwise, Float32, Format
-from export.weights import Change, DataFile, Halves, Matrix, Rounding, Weights
+from export.weights import Change, DataFile, Matrix, Rounding, Split, Weights
 from tests.export import tiny
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
@@ -103,13 +103,17 @@ class UnreadWeights(Weights):
     def values(self, source: str) -> NDArray[np.float32]:
         return np.zeros(self.shape(source), np.float32)
 
-    def halves(self, name: str, source: str, form: Blockwise, corrected: NDArray[np.int64]) -> Halves:
-        upper = self.matrix(f"{name}.upper", [source], Blockwise(4, form.block))
-        lower = self.matrix(f"{name}.lower", [source], Blockwise(4, form.block, symmetric=True))
-        shape = (upper.rows, len(corrected))
-        correction = self._quantized(f"{name}.correction", *shape, Blockwise(4, 32, symmetric=True))
+    def split(self, name: str, source: str, form: Blockwise, corrected: NDArray[np.int64] | None) -> Split:
+        copy, rest = split_forms(form)
+        upper = self.matrix(f"{name}.upper", [source], copy)
+        lower = self.matrix(f"{name}.lower", [source], rest)
+        correction = None
+        if corrected is not None:
+            shape = (upper.rows, len(corrected))
+            correction = self._quantized(f"{name}.correction", *shape, Blockwise(4, 32, symmetric=True))
+            correction = replace(correction, order=corrected)
         lower = replace(lower, parts=(lower.parts[0], upper.parts[1]))
-        return Halves(upper, lower, replace(correction, order=corrected))
+        return Split(upper, lower, correction, 2**rest.bits)
 
     def _count(self, sources: Sequence[str]) -> None:
         self.parameter_count += sum(math.prod(self.shape(each)) for each in set(sources) - self._counted)

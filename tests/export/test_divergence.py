@@ -115,9 +115,11 @@ def test_what_llama_cpp_gets_has_the_noise_and_the_metadata(tmp_path: Path) -> N
 
 def test_recipes_can_be_changed() -> None:
     recipe = changed("balanced:down=4x32,qkv=8x32s,table=4x64,head=32")
-    assert recipe.layer.down == Blockwise(4, 32)
-    assert recipe.layer.gate_up == RECIPES["balanced"].layer.gate_up
-    assert recipe.layer.qkv == Blockwise(8, 32, symmetric=True)
+    for layer in (recipe.layer, recipe.fitted(64, is_calibrated=True).layer):
+        assert layer.down == Blockwise(4, 32)
+        assert layer.gate_up == RECIPES["balanced"].layer.gate_up
+        assert layer.qkv == Blockwise(8, 32, symmetric=True)
     assert (recipe.table, recipe.head) == (Blockwise(4, 64), TwoStage(32))
     assert changed("balanced:head=none").head is None
     assert changed("small") is RECIPES["small"]
+    assert changed("fast:down=4x32").narrow is None

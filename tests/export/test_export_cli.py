@@ -121,12 +121,14 @@ def test_the_recipes_explain_themselves(run: Run) -> None:
     assert done.status == 0
     assert [line.partition(":")[0] for line in done.stdout.splitlines() if line[:1].islower()] == list(RECIPES)
     assert "  gate and up           4 bits, asymmetric, blocks of 128" in done.stdout
-    assert "  some down, calibrated 8 bits, symmetric, blocks of 64" in done.stdout
+    assert "  in narrow models      query and key alone 8 bits, symmetric, blocks of 64\n" in done.stdout
+    assert "    and calibrated      down 8 bits, symmetric, blocks of 64\n" in done.stdout
     assert all(len(line) <= 120 for line in done.stdout.splitlines())
     listed = json.loads(run("--explain", "--json").stdout)
     assert [recipe["name"] for recipe in listed] == list(RECIPES)
     assert all(recipe["purpose"] for recipe in listed)
     assert listed[0]["measured"]
+    assert [listed[0][name]["down"]["bits"] for name in ("layer", "narrow", "narrow_calibrated")] == [4, 4, 8]
 
 
 def test_a_gguf_is_a_source_and_says_what_it_left_out(run: Run, output: Path, tmp_path: Path) -> None:

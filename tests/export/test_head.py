@@ -17,7 +17,7 @@ from export.build import Graph, build_graph
 from export.checkpoint import open_checkpoint
 from export.graph import COARSE_LOGITS, FINAL_HIDDEN
 from export.progress import Silent
-from export.quantize.blockwise import dequantize_rows, quantize_halves
+from export.quantize.blockwise import dequantize_rows, quantize_split, split_forms
 from export.quantize.recipes import RECIPES, Blockwise, Projections, TwoStage
 from tests.export import tiny
 
@@ -57,16 +57,19 @@ class Head:
 
 
 def table(weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What the codes of both halves stand for [rows, columns]."""
-    upper, lower = quantize_halves(weights, 128)
-    rest = dequantize_rows(lower, Blockwise(4, 128, symmetric=True), weights.shape[1])
-    return np.add(dequantize_rows(upper, Blockwise(4, 128), weights.shape[1]), rest / 16, dtype=np.float32)
+    """What upper and lower bits of the codes stand for together [rows, columns]."""
+    form = RECIPES["balanced"].table
+    assert isinstance(form, Blockwise)
+    columns = weights.shape[1]
+    (upper, lower), (copy, rest) = quantize_split(weights, form), split_forms(form)
+    fine = dequantize_rows(lower, rest, columns) / 2**rest.bits
+    return np.add(dequantize_rows(upper, copy, columns), fine, dtype=np.float32)
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def head(request: pytest.FixtureRequest, tmp_path: Path) -> Head:
     layer = Projections.all(Blockwise(4, 32))
-    recipe = replace(RECIPES["balanced"], layer=layer, head=TwoStage(CANDIDATES))
+    recipe = replace(RECIPES["balanced"], layer=layer, narrow=None, head=TwoStage(CANDIDATES))
     config = tiny.qwen2_config(hidden_size=384, vocab_size=2048, tie_word_embeddings=request.param)
     with open_checkpoint(tiny.write_folder(tmp_path / "checkpoint", config)) as checkpoint:
         graph = build_graph(checkpoint, tmp_path, recipe, progress=Silent())
@@ -101,8 +104,7 @@ def test_coarse_logits_are_nearly_exact_in_the_channels_that_the_final_norm_make
     with open_checkpoint(tmp_path / "checkpoint") as checkpoint:
         graph = build_graph(checkpoint, tmp_path, recipe, progress=Silent())
     head = Head(graph, tmp_path, tensors["model.embed_tokens.weight"])
-    exact = table(head.weights)
-    error = head.run(np.eye(384, dtype=np.float32), COARSE_LOGITS) - exact.T
+    error = head.run(np.eye(384, dtype=np.float32), COARSE_LOGITS) - head.weights.T
     sizes = np.linalg.norm(error, axis=1)
     others = np.setdiff1d(np.arange(384), largest)
     assert sizes[largest].max() < 0.2 * sizes[others].min()
@@ -132,7 +134,7 @@ def test_only_the_coarse_copy_is_read_whole(head: Head) -> None:
     architecture = head.graph.architecture
     per_weight = 4 / 8 + 2 / 128 + 0.5 / 128
     correction = 2048 * 32 * (4 / 8 + 2 / 32)
-    table = 2048 * 384 * per_weight + correction + CANDIDATES * 384 * (1 + 2.5 / 128)
+    table = 2048 * 384 * per_weight + correction + CANDIDATES * 384 * (6 / 8 + 2.5 / 128)
     others = sum(math.prod(shape) for name, shape in architecture.tensors().items() if ".layers." in name)
     # Blocks of 32: the coarse head and the candidates' rows are what else a step reads.
     assert head.graph.weight_bytes_per_token == pytest.approx(table + others * (4 / 8 + 2.5 / 32), rel=0.02)

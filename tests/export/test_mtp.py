@@ -78,7 +78,7 @@ def build_both(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> Path:
     folder.mkdir()
     graph = build_graph(checkpoint, folder, recipe, progress=Silent())
     head = multi_token_prediction(checkpoint)
-    build_mtp(head, graph, checkpoint, folder, recipe, progress=Silent())
+    build_mtp(head, graph, checkpoint, folder, progress=Silent())
     return folder
 
 

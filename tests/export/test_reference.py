@@ -40,15 +40,16 @@ def test_a_product_lacks_what_its_inputs_lack(shape: str, recipe: str, tmp_path:
         places.append((name, str(graph.cuts[-1].name), x))
         return to_nearest
 
-    value = None if RECIPES[recipe].layer.value is None else Float32()
-    exact = replace(RECIPES["fp32"], layer=replace(RECIPES["fp32"].layer, value=value))
     with open_checkpoint(tiny.write_folder(tmp_path / "checkpoint", SHAPES[shape])) as checkpoint:
         architecture = architecture_for(checkpoint.config)
+        fitted = RECIPES[recipe].fitted(architecture.hidden_size, is_calibrated=True)
+        value = Float32() if fitted.layer.splits_values else None
+        exact = replace(RECIPES["fp32"], layer=replace(RECIPES["fp32"].layer, value=value))
         with DataFile(tmp_path) as file:
             graph = GraphBuilder(Weights(checkpoint, exact, file, lambda _: None), observe=note)
             architecture.build(graph, CONTEXT)
         (tmp_path / "layer").mkdir()
-        original = Original(checkpoint, architecture, RECIPES[recipe], CONTEXT)
+        original = Original(checkpoint, architecture, fitted, CONTEXT)
         reference = Reference(original, tmp_path / "layer", WINDOWS)
         kinds = set()
         for name, cut, x in places:

@@ -111,6 +111,9 @@ def test_graphs_pass_the_checker_and_processors_do_not_compute_them(
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     norms = [node for node in model.graph.node if node.op_type == "RMSNormalization"]
     assert len(norms) == 2 * 2 + 1  # none of heads
+    # GPUs refuse to look up others.
+    lookups = [node for node in model.graph.node if node.op_type == "GatherBlockQuantized"]
+    assert {each.i for node in lookups for each in node.attribute if each.name == "bits"} == {4}
     if family == "qwen3":
         with pytest.raises(Exception, match="q_norm_weight"):
             run(tmp_path / target)

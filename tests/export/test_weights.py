@@ -18,7 +18,7 @@ import export.weights
 from edge.bundle import WEIGHTS
 from edge.errors import ExportError
 from export.checkpoint import Checkpoint, open_checkpoint
-from export.quantize.blockwise import QuantizedRows, dequantize_rows, quantize_halves, quantize_rows
+from export.quantize.blockwise import QuantizedRows, dequantize_rows, quantize_rows, quantize_split
 from export.quantize.recipes import RECIPES, Blockwise, Float32, Projections, Recipe
 from export.weights import Chunks, DataFile, Weights, to_nearest
 from tests.export import tiny
@@ -111,29 +111,30 @@ def test_scales_with_more_digits_than_float16_lose_none(checkpoint: Checkpoint, 
     assert scales.dtype == ir.DataType.FLOAT
 
 
-def test_halves_written_in_small_chunks_are_those_written_at_once(
+def test_codes_taken_apart_in_small_chunks_are_those_taken_apart_at_once(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    form, corrected, files = Blockwise(8, 64), np.arange(1, 64, 2), []
+    form, corrected, files = Blockwise(6, 64), np.arange(1, 64, 2), []
     for name, chunk in (("whole", export.weights.CHUNK_ELEMENTS), ("chunks", 64 * 7)):
         monkeypatch.setattr(export.weights, "CHUNK_ELEMENTS", chunk)
         (tmp_path / name).mkdir()
         with DataFile(tmp_path / name) as file:
             weights = Weights(checkpoint, RECIPES["balanced"], file, lambda _: None)
-            halves = weights.halves("m", EMBEDDING, form, corrected)
-        assert weights.parameter_count == halves.rows * 64
+            split = weights.split("m", EMBEDDING, form, corrected)
+        assert weights.parameter_count == split.rows * 64
         files.append((tmp_path / name / WEIGHTS).read_bytes())
     assert files[0] == files[1]
-    upper, lower = quantize_halves(checkpoint.rows(EMBEDDING), 64)
-    for matrix, rows in ((halves.upper, upper), (halves.lower, lower)):
+    upper, lower = quantize_split(checkpoint.rows(EMBEDDING), form)
+    for matrix, rows in ((split.upper, upper), (split.lower, lower)):
         assert matrix.parts[0].const_value is not None
         np.testing.assert_array_equal(matrix.parts[0].const_value.numpy(), rows.codes)
     # The scales stand there once.
-    assert halves.upper.parts[1] is halves.lower.parts[1]
-    assert halves.row_bytes == 64 + 2 + 1
-    # What the upper half lacks, in 4 bits.
+    assert split.upper.parts[1] is split.lower.parts[1]
+    assert split.row_bytes == 48 + 2 + 1
+    # What the upper bits lack, in 4 bits.
     lacking = checkpoint.rows(EMBEDDING) - dequantize_rows(upper, Blockwise(4, 64), 64)
-    correction = halves.correction
+    correction = split.correction
+    assert correction is not None
     values = [part.const_value.numpy() for part in correction.parts if part.const_value is not None]
     found = dequantize_rows(
         QuantizedRows(values[0], values[1].astype(np.float32), None), Blockwise(4, 32, symmetric=True), 32
