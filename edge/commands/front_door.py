@@ -56,14 +56,14 @@ class FrontDoor:
 
     @property
     def server(self) -> ServerSettings:
-        """The server's settings, with the name that it announces among those that clients may call it by."""
-        from edge.http.announce import host_name
+        """The server's settings, with the names that it may announce among those that clients may call it by."""
+        from edge.http.announce import host_names
 
         server = self.settings.server
         if server.mdns == "off":
             return server
-        name = host_name(self.settings.mqtt.device)
-        return server.model_copy(update={"allowed_hosts": (*server.allowed_hosts, name)})
+        names = host_names(self.settings.mqtt.device)
+        return server.model_copy(update={"allowed_hosts": (*server.allowed_hosts, *names)})
 
     def announcer(self, model: Callable[[], str]) -> Announcer | None:
         """What announces the server on the network; None where it is not to be, or only this device reaches it.

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import random
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +28,12 @@ LOOK_S = 15.0
 """Seconds between two looks at the addresses."""
 WITHDRAW_S: Final = 2.0
 """Seconds for saying goodbye when the server stops."""
+PAUSE_S = 5.0
+"""Seconds, at most and at random, until devices that have told one name look for free ones again."""
+_SAME_NAME: Final = 9
+"""Devices of one name that are told apart."""
+_MAX_LABEL: Final = 56
+"""Bytes of the name that a device is announced by; with ``qwedge-`` before it, it is a label of a host's name."""
 _MAX_TXT: Final = 255
 """Bytes of one ``key=value``."""
 
@@ -40,28 +48,41 @@ class Announcement:
     properties: Mapping[str, str]
     """TXT records."""
 
-    def info(self, addresses: tuple[str, ...]) -> AsyncServiceInfo:
-        """As zeroconf takes it."""
+    def info(self, number: int, addresses: tuple[str, ...]) -> AsyncServiceInfo:
+        """As zeroconf takes it, of the first device of this name, or the second, third and so on."""
         from zeroconf.asyncio import AsyncServiceInfo  # noqa: PLC0415 - see above
 
-        name = self.device.replace(".", "-")[:63]
         return AsyncServiceInfo(
             SERVICE_TYPE,
-            f"{name}.{SERVICE_TYPE}",
+            f"{_label(self.device, number)}.{SERVICE_TYPE}",
             port=self.port,
-            server=f"{host_name(self.device)}.",
+            server=f"{host_name(self.device, number)}.",
             parsed_addresses=list(addresses),
             properties={key: value[: _MAX_TXT - len(key) - 1] for key, value in self.properties.items()},
         )
 
 
-def host_name(device: str) -> str:
-    """The host name that goes with the announcement.
+def host_name(device: str, number: int = 1) -> str:
+    """The host name that goes with the announcement of the first device of a name, or the second, third and so on.
 
     It is not the machine's own: who answers for that one (Avahi, systemd-resolved) would see a conflict where the
     addresses differ, and give the machine another name.
     """
-    return f"qwedge-{device.replace('.', '-')[:56]}.local".lower()
+    return f"qwedge-{_label(device, number)}.local".lower()
+
+
+def host_names(device: str) -> tuple[str, ...]:
+    """All host names that a device may be announced by."""
+    return tuple(host_name(device, number) for number in _numbers())
+
+
+def _numbers() -> range:
+    return range(1, _SAME_NAME + 1)
+
+
+def _label(device: str, number: int) -> str:
+    suffix = "" if number == 1 else f"-{number}"
+    return device.replace(".", "-")[: _MAX_LABEL - len(suffix)] + suffix
 
 
 class Announcer:
@@ -77,6 +98,7 @@ class Announcer:
         self._addresses = addresses
         self._announced: tuple[Announcement, tuple[str, ...]] | None = None
         self._zeroconf: AsyncZeroconf | None = None
+        self._info: AsyncServiceInfo | None = None
         self._failing = False
 
     async def run(self) -> None:
@@ -90,9 +112,13 @@ class Announcer:
 
     async def _look(self) -> None:
         announcement, addresses = self._describe(), self._addresses()
-        if (announcement, addresses) == self._announced:
+        is_shared = self._is_shared()
+        if (announcement, addresses) == self._announced and not is_shared:
             return
         await self._withdraw()
+        if is_shared:
+            log.warning("another device is called %s too; looking for a free name", announcement.device)
+            await asyncio.sleep(random.uniform(0, PAUSE_S))  # noqa: S311 - no secret
         if not addresses:
             return
         try:
@@ -104,10 +130,10 @@ class Announcer:
             self._failing = True
         else:
             self._announced, self._failing = (announcement, addresses), False
-            log.info("announced as %s on %s", announcement.device, ", ".join(addresses))
+            log.info("announced as %s on %s", self._info.get_name() if self._info else "", ", ".join(addresses))
 
     async def _announce(self, announcement: Announcement, addresses: tuple[str, ...]) -> None:
-        from zeroconf import IPVersion  # noqa: PLC0415 - see above
+        from zeroconf import IPVersion, NonUniqueNameException  # noqa: PLC0415 - see above
         from zeroconf.asyncio import AsyncZeroconf  # noqa: PLC0415
 
         for address in addresses:
@@ -115,13 +141,33 @@ class Announcer:
         has_v6 = any(":" in address for address in addresses)
         version = IPVersion.All if has_v6 else IPVersion.V4Only
         self._zeroconf = AsyncZeroconf(interfaces=list(addresses), ip_version=version)
-        # Two devices of one name: the later one is told apart by a number.
-        told = await self._zeroconf.async_register_service(announcement.info(addresses), allow_name_change=True)
-        await told
+        # Zeroconf itself would number the name alone; the host name would then stand for the addresses of all of them.
+        for number in _numbers():
+            info = announcement.info(number, addresses)
+            with suppress(NonUniqueNameException):
+                await (await self._zeroconf.async_register_service(info))
+                self._info = info
+                return
+        raise OSError(f"{_SAME_NAME} devices are called {announcement.device}; name this one by mqtt.device")
+
+    def _is_shared(self) -> bool:
+        """Whether another device has told the same name, as those do that have looked for it at once.
+
+        What was heard of a name that is this device's own is compared with what it told (RFC 6762, section 9).
+        """
+        if self._zeroconf is None or self._info is None:
+            return False
+        from zeroconf import current_time_millis  # noqa: PLC0415 - see above
+
+        told = {self._info.dns_service(), *self._info.dns_addresses()}
+        names, types = {record.name for record in told}, {record.type for record in told}
+        cache, now = self._zeroconf.zeroconf.cache, current_time_millis()
+        heard = (record for name in names for record in cache.entries_with_name(name) if not record.is_expired(now))
+        return any(record.type in types and record not in told for record in heard)
 
     async def _withdraw(self) -> None:
         zeroconf, self._zeroconf = self._zeroconf, None
-        self._announced = None
+        self._announced = self._info = None
         if zeroconf is None:
             return
         try:
