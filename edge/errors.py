@@ -8,7 +8,8 @@
     ├── ExportError                  a readable model cannot become a bundle (or failed verification)
     ├── BundleError                  a bundle is damaged, incomplete or not a bundle
     │   └── SignatureError           a bundle is not signed by a trusted key
-    ├── StoreError                   the model store refuses: no such bundle, no space, a failed self-test
+    ├── StoreError                   the model store refuses: no space, a lower counter, a failed self-test
+    │   └── BundleNotFoundError      404: it has no such bundle
     ├── AdapterError                 a LoRA adapter is damaged, of an unsupported kind, or made for another model
     ├── UnavailableError             503: starting, draining, or the broker/port cannot be had
     ├── EngineError                  500: the engine failed while working on a request
@@ -96,11 +97,18 @@ class SignatureError(BundleError):
 
 
 class StoreError(QwedgeError):
-    """The model store cannot do what is asked: no such bundle, no space, a lower counter, a failed self-test."""
+    """The model store cannot do what is asked: no space, a lower counter, a failed self-test."""
 
     code = "store_refused"
     status = 409
     exit_code = 7
+
+
+class BundleNotFoundError(StoreError):
+    """The model store has no bundle of that name."""
+
+    code = "bundle_not_found"
+    status = 404
 
 
 class AdapterError(QwedgeError):
@@ -160,10 +168,10 @@ class ContextOverflowError(RequestError):
 
     code = "context_length_exceeded"
 
-    def __init__(self, n_prompt: int, n_ctx: int) -> None:
+    def __init__(self, n_prompt: int, n_ctx: int, larger: str = "serve with a larger --context") -> None:
         super().__init__(
             f"the prompt has {n_prompt} tokens but the context holds {n_ctx}",
-            hint="shorten the prompt, or serve with a larger --context",
+            hint=f"shorten the prompt, or {larger}",
             param="messages",
         )
         self.n_prompt = n_prompt

@@ -73,7 +73,7 @@ def generation_of(model: Model, request: ChatRequest | CompletionRequest, option
         return generation
     room = options.num_ctx - len(generation.prompt_ids)
     if room < 1:
-        raise ContextOverflowError(len(generation.prompt_ids), options.num_ctx)
+        raise ContextOverflowError(len(generation.prompt_ids), options.num_ctx, "send a larger num_ctx")
     return replace(generation, max_tokens=min(room, generation.max_tokens or room))
 
 

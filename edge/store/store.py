@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge.bundle import MANIFEST, Manifest, Progress, parse_manifest, read_manifest, verify_bundle
-from edge.errors import BundleError, StoreError, UnavailableError
+from edge.errors import BundleError, BundleNotFoundError, StoreError, UnavailableError
 from edge.store.copying import copy_bundle
 from edge.store.disk import discard, disk_errors, in_use, locked, make_folder
 from edge.store.installed import Installed
@@ -92,7 +92,8 @@ class Store:
         """A bundle by its name in the store, or by its model's name where only one has that.
 
         Raises:
-            StoreError: there is none, or several.
+            StoreError: there are several.
+            BundleNotFoundError: there is none.
         """
         bundles = self.list()
         found = [each for each in bundles if each.name == name] or [each for each in bundles if each.model == name]
@@ -101,7 +102,8 @@ class Store:
         names = ", ".join(each.name for each in found or bundles)
         if found:
             raise StoreError(f"there are {len(found)} bundles of {name}", hint=f"choose one: {names}")
-        raise StoreError(f"there is no bundle {name}", hint=f"there are {names}" if names else "qwedge install BUNDLE")
+        hint = f"there are {names}" if names else "qwedge install BUNDLE"
+        raise BundleNotFoundError(f"there is no bundle {name}", hint=hint)
 
     def verify(self, name: str, *, watch: Watch = unwatched) -> Installed:
         """Check signature and every file of a bundle.

@@ -151,8 +151,9 @@ def test_weights_are_unloaded_and_loaded(server: Server) -> None:
 
 def test_what_is_not_there_is_refused(server: Server) -> None:
     missing = server.post("/v1/bundles/third/switch")
-    assert missing.status_code == 409
-    assert missing.json()["error"]["message"] == "there is no bundle third"
+    assert missing.status_code == 404
+    error = missing.json()["error"]
+    assert (error["code"], error["message"]) == ("bundle_not_found", "there is no bundle third")
     assert httpx.get(f"{server.url}/v1/bundles/first/switch", timeout=TIMEOUT_S).status_code == 405
 
 

@@ -295,6 +295,11 @@ class TestErrors:
         assert "(hint: " in message
         assert "canary" not in message
 
+    def test_a_context_that_the_request_made_too_small(self, server: Served) -> None:
+        wanted = {"model": MODEL_NAME, "messages": HI, "options": {"num_ctx": 3}}
+        message = _error(server.client.post(CHAT, json=wanted), 400)
+        assert message.endswith("(hint: shorten the prompt, or send a larger num_ctx)")
+
     @pytest.mark.parametrize(
         "wanted",
         [{"raw": True, "logprobs": True}, {"suffix": "x"}, {"images": ["AAAA"]}, {"template": "x"}, {"context": [1]}],

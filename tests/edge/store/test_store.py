@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edge.bundle import MANIFEST, SIGNATURE, WEIGHTS, sign_bundle, verify_bundle
-from edge.errors import BundleError, ConfigError, SignatureError, StoreError, UnavailableError
+from edge.errors import BundleError, BundleNotFoundError, ConfigError, SignatureError, StoreError, UnavailableError
 from edge.signing import PrivateKey, Trust, make_keys
 from edge.store import Installed, Store, find_sources, open_source
 from tests.edge.bundles import FILES, write_bundle
@@ -82,7 +82,7 @@ def test_a_bundle_is_found_by_its_models_name_where_that_is_enough(store: Store,
         store.find("tiny")
     assert one.name in caught.value.hint
     assert store.find(two.name) == two
-    with pytest.raises(StoreError, match="there is no bundle nothing"):
+    with pytest.raises(BundleNotFoundError, match="there is no bundle nothing"):
         store.find("nothing")
 
 
