@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from edge.bundle import MANIFEST
 from edge.errors import CheckpointError
 from export.catalog import FAMILY_SAMPLING, catalog, find_by_title
 from export.checkpoint import Checkpoint, Origin, StoredTensor, Tensor, Text
@@ -186,6 +187,8 @@ def _read_besides(folder: Path) -> list[Path]:
 
 
 def _folder_hint(folder: Path) -> str:
+    if (folder / MANIFEST).is_file():
+        return f"it is a bundle already: qwedge serve --bundle {folder}"
     if found := next(folder.glob("*.gguf"), None):
         return f"give the GGUF file itself: {found}"
     if next(folder.glob("*.bin"), None) or next(folder.glob("*.pth"), None):

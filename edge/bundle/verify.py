@@ -20,6 +20,8 @@ from edge.errors import BundleError
 if TYPE_CHECKING:  # this brings the cryptography, which only those need who sign or trust
     from edge.signing import Trust
 
+_EXPORT_HINT = "make one with: qwedge export {} -o DIR"
+
 
 def read_manifest(folder: Path, *, trust: Trust | None = None) -> Manifest:
     """Read and check ``manifest.json`` and, where there is ``trust``, its signature; the files are not touched.
@@ -40,11 +42,22 @@ def read_manifest_bytes(folder: Path) -> bytes:
     Raises:
         BundleError: there is none, or it cannot be read.
     """
+    if folder.is_file():
+        raise BundleError(f"{folder} is a file, and a bundle is a folder", hint=_file_hint(folder))
     raw = read_small(folder / MANIFEST, MAX_MANIFEST_BYTES)
     if raw is None:
-        hint = "make one with: qwedge export MODEL -o DIR"
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint=hint)
+        reason = f"it has no {MANIFEST}" if folder.is_dir() else "there is no such folder"
+        model = folder if (folder / "config.json").is_file() else "MODEL"
+        raise BundleError(f"{folder} is not a bundle: {reason}", hint=_EXPORT_HINT.format(model))
     return raw
+
+
+def _file_hint(path: Path) -> str:
+    if (path.parent / MANIFEST).is_file():
+        return f"give the folder it is in: {path.parent}"
+    if path.suffix == ".tar":
+        return f"if it holds a bundle, install it: qwedge install {path}"
+    return _EXPORT_HINT.format(path if path.suffix == ".gguf" else "MODEL")
 
 
 def read_signature(folder: Path) -> bytes | None:

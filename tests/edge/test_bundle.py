@@ -110,8 +110,24 @@ class TestManifest:
     def test_none(self, bundle: Path, tmp_path: Path) -> None:
         (bundle / MANIFEST).unlink()
         assert refusal(bundle) == f"{bundle} is not a bundle: it has no {MANIFEST}"
-        assert "not a bundle" in refusal(tmp_path / "nowhere")
-        assert "cannot be read" in refusal(bundle / GRAPH)
+        assert refusal(tmp_path / "nowhere").endswith("is not a bundle: there is no such folder")
+
+    def test_what_was_given_instead(self, bundle: Path, tmp_path: Path) -> None:
+        """A file of the bundle, what a bundle could be made from, or a packed one: the hint says what to do."""
+        for name in ("model.gguf", "bundle.tar", "notes.txt"):
+            (tmp_path / name).touch()
+        (tmp_path / "config.json").touch()
+        hints = {
+            bundle / GRAPH: f"give the folder it is in: {bundle}",
+            tmp_path / "model.gguf": f"make one with: qwedge export {tmp_path / 'model.gguf'} -o DIR",
+            tmp_path / "bundle.tar": f"if it holds a bundle, install it: qwedge install {tmp_path / 'bundle.tar'}",
+            tmp_path / "notes.txt": "make one with: qwedge export MODEL -o DIR",
+            tmp_path: f"make one with: qwedge export {tmp_path} -o DIR",
+        }
+        for given, hint in hints.items():
+            with pytest.raises(BundleError) as caught:
+                read_manifest(given)
+            assert caught.value.hint == hint
 
     @pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", '{"a": 1}', "[" * 100_000, "{}"])
     def test_no_manifest_in_it(self, bundle: Path, text: str) -> None:

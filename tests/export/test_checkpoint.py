@@ -130,6 +130,8 @@ def test_what_is_no_checkpoint_says_what_to_give(folder: Path, tmp_path: Path) -
     assert "no config.json" in fails(empty)
     (empty / "x.gguf").touch()
     assert "x.gguf" in fails(empty)
+    (empty / "manifest.json").touch()
+    assert f"it is a bundle already: qwedge serve --bundle {empty}" in fails(empty)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").touch()
     assert "can run code" in fails(folder)
