@@ -11,8 +11,13 @@ from tests.browser import Browser, chromium
 from tests.fakes import FakeEngine
 from tests.serving import Served, served
 
-_USUAL = ("ERR_CONNECTION_REFUSED", "/health - Failed to load resource: the server responded with a status of 503")
-"""What the browser logs where the page asks for the health of a server that has just ended, or loads another model."""
+_USUAL = (
+    "ERR_CONNECTION_REFUSED",
+    "/health - Failed to load resource: the server responded with a status of 503",
+    "/v1/bundles - Failed to load resource: the server responded with a status of 404",
+)
+"""What the browser logs where the page asks for the health of a server that has just ended, or loads another model, and
+for the bundles of one that has no store."""
 
 
 @pytest.fixture
