@@ -50,7 +50,7 @@ class Start:
         self._counter = StartCounter(_counter_folder(settings), boot_id())
         self._begun = time.monotonic()
         self._ready_s: float | None = None
-        self._ended = threading.Event()
+        self._ended, self._switched = threading.Event(), threading.Event()
         self._watcher: threading.Thread | None = None
 
     def begin(self) -> None:
@@ -107,8 +107,8 @@ class Start:
         self._counter.works(self._ready_s)
 
     def switched(self, installed: Installed) -> None:
-        """Another bundle is served, which has been put to the test already: no more need to watch."""
-        self._ended.set()
+        """Another bundle is served, which has been put to the test already; what safe mode left out still is."""
+        self._switched.set()
         self._counter.works(self._ready_s)
         self.installed = installed
 
@@ -141,18 +141,20 @@ class Start:
         store, name = self.store, "" if self.installed is None else self.installed.name
         works_at = time.monotonic() + WORKS_AFTER_S
         while not self._ended.wait(CHECK_EVERY_S):
-            if service.stats().stalled:
-                if store is not None and store.failed(name) is not None:
-                    log.critical("the engine makes no progress: the next start serves the bundle before")
-                    os._exit(EXIT_STALLED)
-                return
-            if time.monotonic() >= works_at:
+            if not self._switched.is_set():
+                if service.stats().stalled:
+                    if store is not None and store.failed(name) is not None:
+                        log.critical("the engine makes no progress: the next start serves the bundle before")
+                        os._exit(EXIT_STALLED)
+                    return
+                if time.monotonic() < works_at:
+                    continue
                 self._counter.works(self._ready_s)
                 if store is not None:
                     store.healthy(name)
-                if self.problem is not None:
-                    self._leave_safe_mode(service, begin_anew)
-                return
+            if self.problem is not None:
+                self._leave_safe_mode(service, begin_anew)
+            return
 
     def _leave_safe_mode(self, service: Service, begin_anew: Callable[[], object]) -> None:
         retry_at = time.monotonic() + self._counter.retry_after_s

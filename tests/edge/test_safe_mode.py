@@ -25,6 +25,8 @@ from edge.config import load_settings
 from edge.errors import ConfigError
 from edge.settings.rules import RuleSettings
 from edge.starts import MAX_DEATHS, StartCounter, Starts, boot_id, read_starts
+from edge.store import Installed
+from edge.store.state import State
 from tests.edge.bundles import write_bundle
 from tests.export import tiny
 from tests.serving import wait_for
@@ -191,6 +193,21 @@ class TestStart:
             served.begin()
             assert served.problem is not None
             served.watch(cast("Service", Idle()), asked.set)
+            assert asked.wait(TIMEOUT_S)
+            served.leaving()
+
+    def test_safe_mode_tries_a_normal_start_after_a_switch_too(
+        self, start: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(trial, "CHECK_EVERY_S", 0.01)
+        monkeypatch.setattr(starts, "RETRY_AFTER_S", 0.05)
+        for _ in range(MAX_DEATHS):
+            die(folder, "bundle")
+        asked = threading.Event()
+        with start() as served:
+            served.begin()
+            served.watch(cast("Service", Idle()), asked.set)
+            served.switched(Installed.read(folder.parents[1] / "bundle", State(), trust=None))
             assert asked.wait(TIMEOUT_S)
             served.leaving()
 
