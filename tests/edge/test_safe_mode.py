@@ -134,6 +134,18 @@ def crash(start: Any, before: Callable[[Start], object], kind: type[BaseExceptio
         raise kind("on purpose")
 
 
+def begin_anew_by_itself(start: Any, meanwhile: Callable[[Start], object] = lambda _served: None) -> None:
+    """A start in safe mode, until it tries a normal one."""
+    asked = threading.Event()
+    with start() as served:
+        served.begin()
+        assert served.problem is not None
+        served.watch(cast("Service", Idle()), asked.set)
+        meanwhile(served)
+        assert asked.wait(TIMEOUT_S)
+        served.leaving()
+
+
 class TestStart:
     @pytest.fixture
     def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -181,35 +193,24 @@ class TestStart:
         assert read_starts(folder).ready_s is not None
 
     @pytest.fixture
-    def tried(self, start: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A start in safe mode that has begun anew by itself."""
-        for name in ("CHECK_EVERY_S", "WORKS_AFTER_S"):
-            monkeypatch.setattr(trial, name, 0.01)
-        monkeypatch.setattr(starts, "RETRY_AFTER_S", 0.05)
-        for _ in range(MAX_DEATHS):
-            die(folder, "bundle")
-        asked = threading.Event()
-        with start() as served:
-            served.begin()
-            assert served.problem is not None
-            served.watch(cast("Service", Idle()), asked.set)
-            assert asked.wait(TIMEOUT_S)
-            served.leaving()
-
-    def test_safe_mode_tries_a_normal_start_after_a_switch_too(
-        self, start: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def dead(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Starts that ended by themselves: the next is in safe mode, and tries without it soon."""
         monkeypatch.setattr(trial, "CHECK_EVERY_S", 0.01)
         monkeypatch.setattr(starts, "RETRY_AFTER_S", 0.05)
         for _ in range(MAX_DEATHS):
             die(folder, "bundle")
-        asked = threading.Event()
-        with start() as served:
-            served.begin()
-            served.watch(cast("Service", Idle()), asked.set)
-            served.switched(Installed.read(folder.parents[1] / "bundle", State(), trust=None))
-            assert asked.wait(TIMEOUT_S)
-            served.leaving()
+
+    @pytest.fixture
+    def tried(self, start: Any, dead: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A start in safe mode that has begun anew by itself."""
+        del dead
+        monkeypatch.setattr(trial, "WORKS_AFTER_S", 0.01)
+        begin_anew_by_itself(start)
+
+    @pytest.mark.usefixtures("dead")
+    def test_safe_mode_tries_a_normal_start_after_a_switch_too(self, start: Any, folder: Path) -> None:
+        other = Installed.read(folder.parents[1] / "bundle", State(), trust=None)
+        begin_anew_by_itself(start, lambda served: served.switched(other))
 
     @pytest.mark.usefixtures("tried")
     def test_safe_mode_tries_a_normal_start_and_one_that_works_ends_it(self, start: Any, folder: Path) -> None:
