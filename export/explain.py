@@ -25,11 +25,13 @@ _LABELS = {
     "gates": "decay and update",
     "query_key": "query and key alone",
     "value": "value alone",
+    "outer_down": "down of outer layers",
 }
 
 _AS_STORED = "Where a checkpoint is quantized already, layers keep its integers; only fp32 makes floats of them."
 
 _NARROW = f"Narrow models have hidden states of fewer than {NARROW:,} channels, as Qwen2.5-0.5B has."
+_OUTER = "Outer layers are the first and the last quarter."
 _MTP = (
     "The head of multi-token prediction (--mtp) has a layer's formats, its fc that of the attention output, to nearest."
 )
@@ -41,7 +43,7 @@ def recipes_as_text() -> str:
     for recipe in RECIPES.values():
         lines = [f"  {label:<21} {text}" for label, text in _lines(recipe)]
         parts.append("\n".join([f"{recipe.name}: {recipe.purpose}", *lines]))
-    return "\n\n".join([*parts, _NARROW, _AS_STORED, _MTP, f"Measured with {MEASURED_ON}."])
+    return "\n\n".join([*parts, f"{_NARROW}\n{_OUTER}", _AS_STORED, _MTP, f"Measured with {MEASURED_ON}."])
 
 
 def recipes_as_json() -> str:
@@ -52,18 +54,23 @@ def recipes_as_json() -> str:
 def _lines(recipe: Recipe) -> list[tuple[str, str]]:
     lines = [(_LABELS[name], _format(form)) for name, form in recipe.layer.formats().items()]
     if recipe.narrow is not None:
-        lines.append(("in narrow models", _changes(recipe.layer, recipe.narrow)))
+        lines += _changes("in narrow models", recipe.layer, recipe.narrow)
     if recipe.narrow_calibrated is not None:
-        lines.append(("  and calibrated", _changes(recipe.narrow or recipe.layer, recipe.narrow_calibrated)))
+        lines += _changes("  and calibrated", recipe.narrow or recipe.layer, recipe.narrow_calibrated)
     lines += [("embedding and head", _format(recipe.table)), ("logits", _logits(recipe))]
     for rounding, measured in recipe.measured.items():
         lines.append((rounding, _measured(measured)))
     return lines
 
 
-def _changes(old: Projections, new: Projections) -> str:
-    before, after = ({"query_key": each.qkv, "value": each.qkv} | each.formats() for each in (old, new))
-    return "; ".join(f"{_LABELS[name]} {_format(after[name])}" for name in after if after[name] != before[name])
+def _changes(label: str, old: Projections, new: Projections) -> list[tuple[str, str]]:
+    before, after = _in_full(old), _in_full(new)
+    found = [f"{_LABELS[name]} {_format(after[name])}" for name in after if after[name] != before[name]]
+    return [("" if number else label, text) for number, text in enumerate(found)]
+
+
+def _in_full(layer: Projections) -> dict[str, Format]:
+    return {"query_key": layer.qkv, "value": layer.qkv, "outer_down": layer.down} | layer.formats()
 
 
 def _format(form: Format) -> str:

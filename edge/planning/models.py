@@ -92,11 +92,13 @@ class KnownModel(_Model):
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         gated = 2 if self.linear else 1  # the models with linear attention gate the full one
         split = layer.query_key is not None or layer.value is not None
+        outer = 2 * (self.layers // 4) if layer.outer_down else 0
         found: dict[str, list[tuple[int, int, int]]] = {
             "qkv": [] if split else [(gated * queries + 2 * keys, hidden, self.full_layers)],
             "out": [(hidden, queries, self.full_layers)],
             "gate_up": [(2 * inner, hidden, self.layers)],
-            "down": [(hidden, inner, self.layers)],
+            "down": [(hidden, inner, self.layers - outer)],
+            "outer_down": [(hidden, inner, outer)] if outer else [],
             "query_key": [],
             "value": [],
         }
@@ -137,6 +139,8 @@ class KnownLayer(_Model):
     out: Part
     gate_up: Part
     down: Part
+    outer_down: Part | None = None
+    """Of the first and the last quarter of the layers, where theirs is another."""
     gates: Part
 
 

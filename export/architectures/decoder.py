@@ -19,7 +19,7 @@ from edge.bundle import KVLayout, StateLayout
 from edge.bundle.rotary import rotary_positions
 from edge.errors import CheckpointError
 from export.graph import COARSE_LOGITS, FINAL_HIDDEN, HIDDEN, HIDDEN_STATES, MIDDLE, GraphBuilder
-from export.quantize.recipes import Blockwise
+from export.quantize.recipes import Blockwise, Format
 from export.weights import Matrix, Split, Weights
 
 Shapes = dict[str, tuple[int, ...]]
@@ -185,18 +185,18 @@ class Decoder(ABC):
         normed = self.norm(graph, x, f"{prefix}input_layernorm.weight")
         x = graph.op("Add", [x, self.attention(graph, layer, normed, rotary)])
         x = graph.cut(x, f"{MIDDLE}.{layer}", self.hidden_shape)
-        x = graph.op("Add", [x, self.mlp(graph, prefix, x)])
+        down = graph.weights.recipe.layer.down_of(layer, self.num_layers)
+        x = graph.op("Add", [x, self.mlp(graph, prefix, x, down)])
         return graph.cut(x, f"{HIDDEN}.{layer + 1}", self.hidden_shape)
 
-    def mlp(self, graph: GraphBuilder, prefix: str, x: ir.Value) -> ir.Value:
+    def mlp(self, graph: GraphBuilder, prefix: str, x: ir.Value, down: Format) -> ir.Value:
         """SwiGLU (Shazeer 2020) of ``x``, normalized: down(silu(gate(x)) * up(x)), gate and up in one product."""
         x = self.norm(graph, x, f"{prefix}post_attention_layernorm.weight")
         sources = [f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up")]
-        formats = graph.weights.recipe.layer
-        both = graph.linear(x, f"{prefix}mlp.gate_up_proj", formats.gate_up, sources)
+        both = graph.linear(x, f"{prefix}mlp.gate_up_proj", graph.weights.recipe.layer.gate_up, sources)
         gate, up = graph.ops("Split", [both], 2, axis=-1, num_outputs=2)
         active = graph.op("Mul", [graph.silu(gate), up])
-        return graph.linear(active, f"{prefix}mlp.down_proj", formats.down, [f"{prefix}mlp.down_proj.weight"])
+        return graph.linear(active, f"{prefix}mlp.down_proj", down, [f"{prefix}mlp.down_proj.weight"])
 
     def _table(self, graph: GraphBuilder, name: str, source: str, *, is_head: bool) -> Table:
         weights, form = graph.weights, graph.weights.recipe.table

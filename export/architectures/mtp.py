@@ -106,7 +106,7 @@ class MultiTokenPrediction:
         normed = model.norm(graph, x, f"{_LAYER}input_layernorm.weight")
         x = graph.op("Add", [x, model.full_attention(graph, f"{_LAYER}self_attn.", 0, normed, rotary)])
         x = graph.cut(x, f"{MIDDLE}.0", shape)
-        x = graph.op("Add", [x, model.mlp(graph, _LAYER, x)])
+        x = graph.op("Add", [x, model.mlp(graph, _LAYER, x, recipe.layer.down)])
         x = model.norm(graph, graph.cut(x, f"{HIDDEN}.1", shape), f"{MTP_PREFIX}norm.weight")
         graph.output(x, DRAFT_HIDDEN_STATES, ir.DataType.FLOAT, shape)
         return graph.matrix_bytes + model.head(graph, x, main.head)

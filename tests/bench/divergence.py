@@ -8,10 +8,10 @@ file that ``llama-quantize`` starts from. Its weights are computed with in float
 cost it a little more.
 
 A recipe may be changed: ``NAME:qkv=8x64s,out=8x64`` gives ``qkv``, ``query_key``, ``value``, ``out``, ``gate_up``,
-``down`` or ``table`` another format (bits, block, and ``s`` for a symmetric one), ``head=256`` another number of
-candidates, and ``head=none`` takes the second stage away. The text is cut into windows, spread evenly over
-each file; the second half of each is scored. Reference logits are kept in ``--cache``. Prints a line per result, or a
-JSON object with ``--json``.
+``down`` (of all layers), ``outer_down`` or ``table`` another format (bits, block, and ``s`` for a symmetric one),
+``head=256`` another number of candidates, and ``head=none`` takes the second stage away. The text is cut into windows,
+spread evenly over each file; the second half of each is scored. Reference logits are kept in ``--cache``. Prints a line
+per result, or a JSON object with ``--json``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from export.build import build_graph
 from export.calibration import CalibrationText
 from export.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from export.progress import Silent
-from export.quantize.recipes import Blockwise, Recipe, TwoStage, recipe_named
+from export.quantize.recipes import Blockwise, Format, Recipe, TwoStage, recipe_named
 from export.report import Windows, compare
 from export.segments import Array
 from tests.bench.dither import Dithered
@@ -107,8 +107,9 @@ def _change(recipe: Recipe, key: str, value: str) -> Recipe:
     form = Blockwise(bits=int(bits), block=int(block), symmetric=value.endswith("s"))
     if key == "table":
         return replace(recipe, table=form)
+    forms: dict[str, Format | None] = {"down": form, "outer_down": None} if key == "down" else {key: form}
     layers = {name: getattr(recipe, name) for name in ("layer", "narrow", "narrow_calibrated")}
-    return replace(recipe, **{name: layer and replace(layer, **{key: form}) for name, layer in layers.items()})
+    return replace(recipe, **{name: layer and replace(layer, **forms) for name, layer in layers.items()})
 
 
 def measure(

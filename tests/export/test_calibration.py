@@ -155,26 +155,32 @@ def test_nothing_but_the_graph_stays_in_its_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("hidden_size", "text", "query_key", "down"),
-    [(1024, None, 4, 4), (1024, TEXT, 4, 4), (992, None, 8, 4), (992, TEXT, 8, 8)],
+    [
+        (1024, None, 4, [4, 4, 4, 4]),
+        (1024, TEXT, 4, [4, 4, 4, 4]),
+        (992, None, 8, [8, 4, 4, 8]),
+        (992, TEXT, 8, [8, 8, 8, 8]),
+    ],
 )
 def test_narrow_models_get_more_bits_and_more_of_them_where_weights_are_calibrated(
-    tmp_path: Path, hidden_size: int, text: CalibrationText | None, query_key: int, down: int
+    tmp_path: Path, hidden_size: int, text: CalibrationText | None, query_key: int, down: list[int]
 ) -> None:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-    config = tiny.qwen3_config(hidden_size=hidden_size, num_hidden_layers=1, intermediate_size=64, **heads)
+    config = tiny.qwen3_config(hidden_size=hidden_size, num_hidden_layers=4, intermediate_size=64, **heads)
     graph = build(tmp_path / "graph", config, RECIPES["balanced"], text)
-    bits = {
-        str(node.inputs[1].name).split(".")[-2]: node.attributes["bits"].as_int()
-        for node in graph.model.graph
-        if node.op_type == "MatMulNBits" and node.inputs[1] is not None
-    }
-    attention = {"qkv_proj": 8} if query_key == 8 else {"qk_proj": 4, "v_proj": 8}
-    expected = {"upper": 4, "correction": 4, "gate_up_proj": 4, "o_proj": 8, "down_proj": down}
-    assert bits == attention | expected
+    bits: dict[str, list[int]] = {}
+    for node in graph.model.graph:
+        if node.op_type == "MatMulNBits" and node.inputs[1] is not None:
+            name = str(node.inputs[1].name).split(".")[-2]
+            bits.setdefault(name, []).append(node.attributes["bits"].as_int())
+    attention = {"qkv_proj": [8] * 4} if query_key == 8 else {"qk_proj": [4] * 4, "v_proj": [8] * 4}
+    layer = {"gate_up_proj": [4] * 4, "o_proj": [8] * 4, "down_proj": down}
+    assert bits == attention | layer | {"upper": [4], "correction": [4]}
     # The manifest tells what was built, not what other models would get.
-    layer = graph.recipe.describe()["layer"]
-    assert layer["down"]["bits"] == down
-    assert ("query_key" in layer) == (query_key == 4)
+    described = graph.recipe.describe()["layer"]
+    assert described["down"]["bits"] == down[1]
+    assert described.get("outer_down", described["down"])["bits"] == down[0]
+    assert ("query_key" in described) == (query_key == 4)
 
 
 def test_every_product_is_observed_with_the_inputs_that_the_finished_graph_gives_it(

@@ -115,11 +115,13 @@ def test_what_llama_cpp_gets_has_the_noise_and_the_metadata(tmp_path: Path) -> N
 
 def test_recipes_can_be_changed() -> None:
     recipe = changed("balanced:down=4x32,qkv=8x32s,table=4x64,head=32")
-    for layer in (recipe.layer, recipe.fitted(64, is_calibrated=True).layer):
-        assert layer.down == Blockwise(4, 32)
+    for layer in (recipe.layer, *(recipe.fitted(64, is_calibrated=calibrated).layer for calibrated in (True, False))):
+        assert {layer.down_of(number, 4) for number in range(4)} == {Blockwise(4, 32)}
         assert layer.gate_up == RECIPES["balanced"].layer.gate_up
         assert layer.qkv == Blockwise(8, 32, symmetric=True)
     assert (recipe.table, recipe.head) == (Blockwise(4, 64), TwoStage(32))
     assert changed("balanced:head=none").head is None
+    outer = changed("small:outer_down=8x32s").layer
+    assert [outer.down_of(number, 4).bits for number in range(4)] == [8, 4, 4, 8]
     assert changed("small") is RECIPES["small"]
     assert changed("fast:down=4x32").narrow is None

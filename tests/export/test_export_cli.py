@@ -121,7 +121,10 @@ def test_the_recipes_explain_themselves(run: Run) -> None:
     assert done.status == 0
     assert [line.partition(":")[0] for line in done.stdout.splitlines() if line[:1].islower()] == list(RECIPES)
     assert "  gate and up           4 bits, asymmetric, blocks of 128" in done.stdout
-    assert "  in narrow models      query and key alone 8 bits, symmetric, blocks of 64\n" in done.stdout
+    assert (
+        "  in narrow models      query and key alone 8 bits, symmetric, blocks of 64\n"
+        "                        down of outer layers 8 bits, symmetric, blocks of 64\n"
+    ) in done.stdout
     assert "    and calibrated      down 8 bits, symmetric, blocks of 64\n" in done.stdout
     assert all(len(line) <= 120 for line in done.stdout.splitlines())
     listed = json.loads(run("--explain", "--json").stdout)
