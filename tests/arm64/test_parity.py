@@ -19,6 +19,8 @@ BUNDLES = sorted((FOLDER / "bundles").iterdir())
 FLOATS = [bundle for bundle in BUNDLES if bundle.name.endswith("fp32")]
 INTEGERS = [bundle for bundle in BUNDLES if bundle not in FLOATS]
 PRODUCTS = sorted((FOLDER / "products").iterdir())
+HAS_BYTES = "asimddp" in isa_features()
+"""Whether this core multiplies bytes; one that cannot takes the activations as they are."""
 
 
 def test_this_is_the_processor_that_was_asked_for() -> None:
@@ -39,12 +41,14 @@ def test_floats_say_the_same_text(bundle: Path) -> None:
 @pytest.mark.parametrize("bundle", INTEGERS, ids=lambda b: b.name)
 def test_integers_agree_within_their_kernels_errors(bundle: Path) -> None:
     """Tokens of random weights are near ties: what is best here must be among the best there."""
-    expected, tokens = VALUES[f"{bundle.name}.logits"], VALUES[f"{bundle.name}.tokens"].tolist()
+    # A token whose hidden state is nearly nothing before a norm shows every rounding, so it must be the same rounding.
+    expected = VALUES[f"{bundle.name}.{'logits' if HAS_BYTES else 'exact'}"]
+    tokens = VALUES[f"{bundle.name}.tokens"].tolist()
     said = say(open_engine(bundle), VALUES["prompt"], len(tokens), given=tokens)
     error = said.logits - expected
     lead = expected.max(axis=1) - expected[range(len(tokens)), said.tokens]
     assert np.isfinite(said.logits).all()
-    assert np.sqrt((error**2).mean()) < 0.1 * expected.std()
+    assert np.sqrt((error**2).mean()) < (0.05 if HAS_BYTES else 1e-4) * expected.std()
     assert lead.max() < 0.5
 
 
@@ -62,8 +66,7 @@ def test_how_a_prompt_is_cut_changes_no_bit(bundle: Path) -> None:
 
 @pytest.mark.parametrize("model", PRODUCTS, ids=lambda model: model.stem)
 def test_products_agree(model: Path) -> None:
-    # Cores that cannot multiply bytes take the activations as they are.
-    expected = VALUES[model.stem if "asimddp" in isa_features() else f"{model.stem}.exact"]
+    expected = VALUES[model.stem if HAS_BYTES else f"{model.stem}.exact"]
     np.testing.assert_allclose(multiply(model, VALUES["x"], mlas__disable_kleidiai="1"), expected, atol=1e-2)
     # The fast kernels round the activations and the scales more coarsely.
     error = multiply(model, VALUES["x"]) - expected
@@ -74,6 +77,6 @@ def test_products_agree(model: Path) -> None:
 def test_products_round_a_row_alike_in_any_company(model: Path) -> None:
     """What edge/engine/rows.py says of ARM64."""
     whole = multiply(model, VALUES["x"])
-    least = 1 if "asimddp" in isa_features() else 2
+    least = 1 if HAS_BYTES else 2
     for count in (least, 3, 5, 8, 14, 36):
         np.testing.assert_array_equal(multiply(model, VALUES["x"][:count]), whole[:count])
