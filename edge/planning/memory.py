@@ -36,9 +36,11 @@ _READING_BYTES_PER_ID = 960
 """Of the tokenizer while it is read, with the crumbs."""
 _GRAMMAR_BYTES_PER_ID = 105
 _FLOAT = 4
-_SCRATCH_WIDTHS = 4.0
+_SCRATCH_WIDTHS = 3
 """How many activations as wide as gate and up together are alive at once."""
 _SCRATCH_HIDDEN = 4
+_CANDIDATE_COPIES = 3
+"""Of a candidate's row of the table, as floats: its upper bits, its lower bits, and both together."""
 _STATES_PER_SLOT = 2
 """A sequence whose guesses are being verified has two states."""
 
@@ -149,6 +151,7 @@ def predict_memory(shape: Shape, serving: Serving, *, int8: bool = True, fills: 
         Part("past prompts", _past_bytes(shape, serving, fills)),
         Part("a step's activations", _scratch_bytes(shape, serving, int8=int8)),
         Part("logits", _logits_bytes(shape, serving, fills)),
+        Part("rows of candidates", _candidate_bytes(shape, serving, fills)),
         *([] if fills else [Part("grammars", _GRAMMAR_BYTES_PER_ID * shape.vocab_size)]),
     )
     reading = Part("reading the vocabulary", (_READING_BYTES_PER_ID - _BYTES_PER_ID) * shape.vocab_size)
@@ -224,13 +227,22 @@ def _scratch_bytes(shape: Shape, serving: Serving, *, int8: bool) -> int:
     width = _SCRATCH_WIDTHS * shape.widest + _SCRATCH_HIDDEN * shape.hidden_size
     dequantized = [product for product in shape.products if not int8 and product.form.bits == 8]
     largest = max((product.rows * product.columns for product in dequantized), default=0)
-    return int(_FLOAT * (serving.prefill_chunk * width + largest))
+    return _FLOAT * (serving.prefill_chunk * width + largest)
 
 
 def _logits_bytes(shape: Shape, serving: Serving, fills: Sequence[int] | None) -> int:
     """The engine's rows, and two more of each in onnxruntime: coarse ones, and those with the candidates in place."""
-    rows = serving.slots + serving.draft_tokens if fills is None else len(fills)
-    return 3 * _FLOAT * rows * shape.padded_vocab_size
+    return 3 * _FLOAT * _decode_rows(serving, fills) * shape.padded_vocab_size
+
+
+def _candidate_bytes(shape: Shape, serving: Serving, fills: Sequence[int] | None) -> int:
+    """Those of the tokens whose logits are computed anew, for every row of a step."""
+    return _CANDIDATE_COPIES * _FLOAT * _decode_rows(serving, fills) * shape.candidates * shape.hidden_size
+
+
+def _decode_rows(serving: Serving, fills: Sequence[int] | None) -> int:
+    """Most rows of a decode step: one of each sequence, and all guesses."""
+    return (serving.slots if fills is None else len(fills)) + serving.draft_tokens
 
 
 def _files(shape: Shape, *, int8: bool) -> tuple[Part, ...]:

@@ -266,6 +266,10 @@ def test_memory_grows_with_what_is_asked_for() -> None:
     assert parts["keys and values"] == 2 * kv_bytes(shape.kv, 2048, 2048)
     assert shape.state is not None
     assert parts["states"] == 4 * shape.state.bytes_per_slot
+    # Upper bits, lower bits and both, of 512 rows of the table for each sequence and each guess.
+    assert parts["rows of candidates"] == 3 * 4 * (2 + 8) * 512 * 1024
+    alone = predict_memory(shape, replace(serving, draft_tokens=0), fills=[300]).work
+    assert {part.name: part.num_bytes for part in alone}["rows of candidates"] == 3 * 4 * 512 * 1024
 
 
 def test_without_dotprod_8_bit_weights_stay_in_the_file() -> None:
