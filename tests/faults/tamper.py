@@ -114,7 +114,9 @@ def removal(bundle: Path, chance: random.Random) -> None:
 def truncation(bundle: Path, chance: random.Random) -> None:
     """A file cut off."""
     path = chance.choice([path for path in sorted(bundle.iterdir()) if path.stat().st_size])
-    os.truncate(path, chance.randrange(path.stat().st_size))
+    # The end of the line behind the signature says nothing; all else that is cut off does.
+    counts = path.read_bytes().removesuffix(b"\n") if path.name == SIGNATURE else path.read_bytes()
+    os.truncate(path, chance.randrange(len(counts)))
 
 
 def extension(bundle: Path, chance: random.Random) -> None:
