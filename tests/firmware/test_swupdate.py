@@ -26,13 +26,10 @@ from tests.firmware.updates import (
 SWUPDATE = FIRMWARE / "swupdate"
 MAKE = SWUPDATE / "make-image.sh"
 ATTEMPTS = 5
-"""Of asking for a reason: 2022.12 may end before its last lines are out, and with status 1 after a success."""
-
-
-def succeeded(said: str) -> bool:
-    """Whether swupdate has done what it should, which its status does not tell (see :data:`ATTEMPTS`)."""
-    failed = re.search(r"\*failed\*|Image invalid|Installation failed", said)
-    return failed is None and re.search("SWUPDATE successful|SWUpdate was successful", said) is not None
+"""Of asking: 2022.12 run by hand may end before it has installed anything, and takes away files that it still reads."""
+SUCCESS = "SWUPDATE successful !"
+"""What it says only of what it has done. "SWUpdate was successful !" it says of an early end too; its status is no
+better."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +51,16 @@ class Made:
             *("--key", self.folder / authority / "ca.pem", "--hwrevision", f"{board}:{revision}", "--loglevel", "4"),
         ).stdout
 
+    def takes(self, image: Path, **options: str) -> bool:
+        """Whether it is taken, as it never is by mistake (see :data:`ATTEMPTS`)."""
+        return any(SUCCESS in self.check(image, **options) for _ in range(ATTEMPTS))
+
     def refuses(self, reason: str, image: Path, **options: str) -> bool:
-        """Whether it is refused every time, and for this reason."""
+        """Whether it is refused for this reason, and never taken."""
         said = [self.check(image, **options)]
         while reason not in said[-1] and len(said) < ATTEMPTS:
             said.append(self.check(image, **options))
-        return reason in said[-1] and not any(succeeded(each) for each in said)
+        return reason in said[-1] and not any(SUCCESS in each for each in said)
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +84,17 @@ def test_scripts_are_clean() -> None:
 
 
 def test_images_are_taken_by_their_boards_alone(made: Made) -> None:
-    assert succeeded(made.check(made.application))
+    assert made.takes(made.application)
     assert made.refuses("SW not compatible with hardware", made.application, revision="2")
-    assert made.refuses("Compatible SW not found", made.application, board="rk3588")
-    assert succeeded(made.check(made.model, board="rk3588", revision="7"))
+    assert made.refuses("HW compatibility not found", made.application, board="rk3588")
+    assert made.takes(made.model, board="rk3588", revision="7")
 
 
 def test_what_another_authority_or_a_servers_certificate_signed_is_refused(made: Made, tmp_path: Path) -> None:
     write_authority(made.folder / "others")
     assert made.refuses("Authentication of all signatures failed", made.model, authority="others")
     run(MAKE, made.folder / "bundles/first", tmp_path / "server.swu", *made.signer("server"))
-    assert made.refuses("Image invalid", tmp_path / "server.swu")
+    assert made.refuses("Authentication of all signatures failed", tmp_path / "server.swu")
     refused = attempt("swupdate", "--check", "--image", made.model)
     assert "built for signed images" in refused.stdout
 
@@ -117,11 +118,11 @@ def pack(folder: Path, image: Path) -> Path:
 @pytest.mark.parametrize("name", ["sw-description", "sw-description.sig"])
 def test_a_changed_byte_of_what_is_signed_is_found(made: Made, tmp_path: Path, name: str) -> None:
     folder = unpack(made.application, tmp_path / "content")
-    assert succeeded(made.check(pack(folder, tmp_path / "same.swu")))
+    assert made.takes(pack(folder, tmp_path / "same.swu"))
     data = bytearray((folder / name).read_bytes())
     data[-20] ^= 1
     (folder / name).write_bytes(data)
-    assert made.refuses("Image invalid", pack(folder, tmp_path / "changed.swu"))
+    assert made.refuses("Signature verification failed", pack(folder, tmp_path / "changed.swu"))
 
 
 def test_descriptions_are_filled_in(made: Made, tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_make_signs_an_image(made: Made, tmp_path: Path) -> None:
     keys = (f"CERT={made.folder}/authority/signer.pem", f"KEY={made.folder}/authority/signer.key")
     out = tmp_path / "second.swu"
     run("make", "swupdate-image", f"FROM={made.folder}/bundles/second", f"OUT={out}", *keys, cwd=ROOT)
-    assert succeeded(made.check(out))
+    assert made.takes(out)
     for words, error in ((("--sign", "x"), "--sign is no option"), (("--key", "ROOT"), "nothing says who signs")):
         refused = attempt(MAKE, made.folder / "kit", tmp_path / "x.swu", *words)
         assert (refused.returncode, error in refused.stdout) == (2, True)
