@@ -62,8 +62,15 @@ def least_memory(shape: Shape, serving: Serving, *, int8: bool) -> int:
 def _advice(shape: Shape, serving: Serving, limit: int, *, int8: bool) -> str:
     """What fits, nearest to what was asked for first."""
     alone = one_conversation(serving)
-    if context := largest_context(shape, alone, limit, int8=int8):
-        return f"engine.context = {min(context, serving.context)} fits; or stop other programs; {_TURN_OFF}"
+    context, unguessed = (
+        min(largest_context(shape, each, limit, int8=int8) or 0, serving.context)
+        for each in (alone, replace(alone, draft_tokens=0))
+    )
+    settings = [f"engine.context = {unguessed}"] if 0 < unguessed < serving.context else []
+    if unguessed > context:  # guesses only make some answers faster
+        settings.append("engine.draft_tokens = 0")
+    if settings:
+        return f"{' with '.join(settings)} fits; or stop other programs; {_TURN_OFF}"
     small = replace(alone, context=min(serving.context, 2048))
     other = smaller_recipe(shape, small, limit, int8=int8) or smaller_model(shape, small, limit, int8=int8)
     smaller = f"{other.name} in the recipe {other.recipe} fits" if other else "no known model fits"

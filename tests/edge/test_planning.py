@@ -428,6 +428,17 @@ def test_a_refusal_says_what_would_fit() -> None:
     assert 'engine.memory_check = "off"' in hint(100)
 
 
+@pytest.mark.parametrize(("megabytes", "advice"), [(1, ""), (60, "engine.context = 2048 with ")])
+def test_a_refusal_says_when_guesses_take_what_a_longer_conversation_needs(megabytes: int, advice: str) -> None:
+    shape = shape_of("qwen2.5-0.5b")
+    limit = least_memory(shape, SERVING, int8=True) - megabytes * 1_000_000
+    with pytest.raises(ConfigError) as refused:
+        check_memory(shape, SERVING, replace(PLENTY, hard=limit), int8=True)
+    assert refused.value.hint.startswith(f"{advice}engine.draft_tokens = 0 fits; or stop other programs")
+    context = 2048 if advice else SERVING.context
+    check_memory(shape, replace(SERVING, context=context, draft_tokens=0), replace(PLENTY, hard=limit), int8=True)
+
+
 def test_loading_is_refused_before_it_takes_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edge.loader, "read_available", lambda: replace(PLENTY, hard=10_000_000, soft=10_000_000))
     manifest = read_manifest(bundle)
