@@ -58,7 +58,7 @@ def plan(
     """
     chosen = options.settings(config, engine__context=context, engine__slots=slots)
     shape = _shape(model, recipe, chosen)
-    result = _plan(shape, _machine(board, memory, here=here), chosen, prompt, output)
+    result = _plan(shape, _machine(board, memory, shape, here=here), chosen, prompt, output)
     if as_json:
         options.print_json(result.as_dict())
     else:
@@ -106,7 +106,7 @@ def _bundle(model: str, chosen: Settings) -> Path | None:
     return installed[0].path if len(installed) == 1 else None
 
 
-def _machine(board: str | None, memory: int | None, *, here: bool) -> Machine:
+def _machine(board: str | None, memory: int | None, shape: Shape, *, here: bool) -> Machine:
     if (board is None) != here:
         raise ConfigError("which machine?", hint="give either --board NAME or --here")
     if board is not None:
@@ -119,5 +119,5 @@ def _machine(board: str | None, memory: int | None, *, here: bool) -> Machine:
 
     found = read_available()
     room = _UNKNOWN_MEMORY if found is None else found.soft
-    machine = measure(cpu_model(), isa_features(), room)
+    machine = measure(cpu_model(), isa_features(), room, shape)
     return machine if memory is None else replace(machine, memory_bytes=memory << 30)

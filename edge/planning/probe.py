@@ -1,14 +1,17 @@
-"""What this machine can do, measured in two seconds: how fast its kernels read weights, and how fast they compute.
+"""What this machine can do, measured in three seconds: how fast its kernels read weights, and how fast they compute.
 
-A model of a few large products is made, as the export would, and run by the engine's own session: what is measured is
-what a decode step and a prompt do. No two of its matrices are equal, since onnxruntime would keep only one of them.
+Products of the model's own sizes and formats are made, as the export would, and run by the engine's own session: what
+is measured is what a decode step and a prompt do. No two of their matrices are equal, since onnxruntime would keep only
+one of them.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,49 +21,53 @@ import numpy as np
 from edge.bundle import GRAPH, WEIGHTS
 from edge.engine.engine import physical_cores
 from edge.engine.session import Session
-from edge.planning.machine import Machine
-from edge.planning.shape import Format, Product
+from edge.planning.machine import Machine, has_int8_kernels
+from edge.planning.shape import Product, Shape
+from edge.planning.speed import operations
 
-_FORM = Format(4, 128)
-_WIDE, _NARROW, _PAIRS = 8192, 2048, 4
-PRODUCTS = (Product(_WIDE, _NARROW, _FORM, _PAIRS), Product(_NARROW, _WIDE, _FORM, _PAIRS))
-"""8 products of 9 MB: larger together than a processor's caches, each as large as in a model of a billion weights."""
+_SAMPLE_BYTES = 150 << 20
+"""Of products: more than caches hold. On a Xeon with a large L3, 72 MiB are read twice as fast as a model."""
 _DECODE_ROWS, _FEW_ROWS, _MANY_ROWS = 2, 16, 128
 _MOST_SECONDS = 1.5
 _ATTENTION_SHARE = 0.05
 """Attention over one token, floating-point operations to those of products: as on the machine of docs/planning.md."""
 _PYTHON_S = 2.1e-3
 """What :func:`_work_in_python` takes on that machine."""
-_CODES_BYTES = _WIDE * _NARROW // 2
 _UINT8, _FLOAT = 2, 1
 _EXTERNAL = 1
+_PAGE_BYTES = 4096
 
 
-def measure(title: str, features: tuple[str, ...], memory_bytes: int, *, seconds: float = 0.7) -> Machine:
-    """Measure this machine.
+def measure(title: str, features: tuple[str, ...], memory_bytes: int, shape: Shape, *, seconds: float = 0.7) -> Machine:
+    """Measure this machine, with products of a model.
+
+    Its rates are those by which the formulas of :mod:`edge.planning.speed` give the times that were measured.
 
     Args:
         title: its name.
         features: of its processor.
         memory_bytes: that the service may take.
+        shape: of the model.
         seconds: for each of two figures.
     """
     threads = physical_cores()
+    int8 = has_int8_kernels(features)
+    products = sample(shape, int8=int8)
     with TemporaryDirectory(prefix="qwedge-plan-") as folder:
-        write_model(Path(folder))
+        write_model(Path(folder), products)
         session = Session(Path(folder), threads=threads, spin_us=1000)
-        decode_s = _fastest(_Chain(session, _DECODE_ROWS).run, seconds)
+        decode_s = _fastest(_Step(session, products, _DECODE_ROWS).run, seconds)
         rows = _FEW_ROWS
-        compute_s = _fastest(_Chain(session, rows).run, seconds / 3)
+        compute_s = _fastest(_Step(session, products, rows).run, seconds / 3)
         if compute_s * _MANY_ROWS / _FEW_ROWS < _MOST_SECONDS:
             rows = _MANY_ROWS
-            compute_s = _fastest(_Chain(session, rows).run, seconds)
-    gops = 2 * sum(product.num_weights for product in PRODUCTS) * rows / compute_s / 1e9
+            compute_s = _fastest(_Step(session, products, rows).run, seconds)
+    gops = sum(operations(each, int8=int8) for each in products) * rows / compute_s / 1e9
     return Machine(
         title=title,
         cores=threads,
         features=features,
-        read_gbs=sum(product.num_bytes for product in PRODUCTS) / decode_s / 1e9,
+        read_gbs=sum(each.num_bytes for each in products) / decode_s / 1e9,
         read_source="measured now",
         gops=gops,
         attention_gflops=_ATTENTION_SHARE * gops,
@@ -69,6 +76,20 @@ def measure(title: str, features: tuple[str, ...], memory_bytes: int, *, seconds
         storage_mbs=1e5,
         memory_bytes=memory_bytes,
         power_w=None,
+    )
+
+
+def sample(shape: Shape, *, int8: bool) -> tuple[Product, ...]:
+    """The products of so many of a model's layers as no cache holds, or of all.
+
+    Without int8 kernels 8-bit ones are made in 4 bits: it is what takes them apart (``Machine.dequantize_ns``).
+    """
+    layers = shape.num_layers
+    one = sum(each.num_bytes for each in shape.layers) / layers
+    some = min(layers, math.ceil(_SAMPLE_BYTES / one))
+    products = (replace(each, count=math.ceil(each.count * some / layers)) for each in shape.layers)
+    return tuple(
+        each if int8 or each.form.bits != 8 else replace(each, form=replace(each.form, bits=4)) for each in products
     )
 
 
@@ -84,17 +105,27 @@ def _fastest(work: Callable[[], Any], seconds: float) -> float:
     return min(times)
 
 
-class _Chain:
-    """The products, one after the other, with so many rows."""
+class _Step:
+    """All products, one after the other, with so many rows."""
 
-    def __init__(self, session: Session, rows: int) -> None:
+    def __init__(self, session: Session, products: Sequence[Product], rows: int) -> None:
         # A step is bound to its arrays by their addresses: they live as long as it.
-        self._x = np.ones((rows, _NARROW), np.float32)
-        self._y = np.zeros_like(self._x)
-        self._step = session.step({"x0": self._x}, {f"x{2 * _PAIRS}": self._y}, [])
+        self._inputs = {f"x{columns}": np.ones((rows, columns), np.float32) for columns in _widths(products)}
+        self._outputs = {f"y{i}": np.zeros((rows, each.rows), np.float32) for i, each in enumerate(_matrices(products))}
+        self._step = session.step(self._inputs, self._outputs, [])
 
     def run(self) -> None:
         self._step.run()
+
+
+def _matrices(products: Sequence[Product]) -> list[Product]:
+    """Each matrix by itself, in the order of layers."""
+    most = max(each.count for each in products)
+    return [replace(each, count=1) for i in range(most) for each in products if i < each.count]
+
+
+def _widths(products: Sequence[Product]) -> list[int]:
+    return sorted({each.columns for each in products})
 
 
 def _work_in_python() -> int:
@@ -104,50 +135,53 @@ def _work_in_python() -> int:
     return total
 
 
-def write_model(folder: Path) -> None:
-    """The chain of products: random codes, and scales of zero."""
-    offset = 0
-    nodes, initializers = [], []
-    for i in range(2 * _PAIRS):
-        rows, columns = (_NARROW, _WIDE) if i % 2 else (_WIDE, _NARROW)
-        blocks = columns // _FORM.block
-        for part, kind, shape, item in (
-            ("codes", _UINT8, (rows, blocks, _FORM.block // 2), 1),
-            ("scales", _FLOAT, (rows, blocks), 4),
-        ):
-            size = int(np.prod(shape)) * item
-            initializers.append(_external(f"{part}{i}", kind, shape, offset, size))
-            offset += -(-size // 4096) * 4096
-        nodes.append(_node(i, rows, columns))
-    values = [_value(11, "x0"), _value(12, f"x{2 * _PAIRS}")]
-    graph = b"".join(
-        [
-            *(_field(1, node) for node in nodes),
-            _field(2, b"probe"),
-            *(_field(5, each) for each in initializers),
-            *values,
-        ]
-    )
+def write_model(folder: Path, products: Sequence[Product]) -> None:
+    """Products with matrices of random codes and of scales of zero, or of zeros where they are floats.
+
+    Product i of all reads ``x{columns}`` and writes ``y{i}``.
+    """
+    graph, noise, offset = b"", os.urandom(1 << 20), 0
+    with (folder / WEIGHTS).open("wb") as file:
+        for i, each in enumerate(_matrices(products)):
+            for name, kind, dims, size in _tensors(i, each):
+                graph += _field(5, _external(name, kind, dims, offset, size))
+                if kind == _UINT8:
+                    file.seek(offset)
+                    file.write(((noise[i:] + noise[:i]) * (size // len(noise) + 1))[:size])
+                offset += -(-size // _PAGE_BYTES) * _PAGE_BYTES
+            graph += _field(1, _node(i, each)) + _value(12, f"y{i}", each.rows)
+        file.truncate(offset)
+    graph += _field(2, b"probe") + b"".join(_value(11, f"x{columns}", columns) for columns in _widths(products))
     opsets = [_field(8, _field(1, b"") + _number(2, 23)), _field(8, _field(1, b"com.microsoft") + _number(2, 1))]
     (folder / GRAPH).write_bytes(b"".join([_number(1, 10), _field(7, graph), *opsets]))
-    codes = os.urandom(_CODES_BYTES)
-    with (folder / WEIGHTS).open("wb") as file:
-        for i in range(2 * _PAIRS):
-            file.seek(i * offset // (2 * _PAIRS))
-            file.write(codes[i:] + codes[:i])
-        file.truncate(offset)
 
 
-def _node(i: int, rows: int, columns: int) -> bytes:
-    """A MatMulNBits from ``x{i}`` to ``x{i + 1}``."""
-    numbers = {"N": rows, "K": columns, "bits": int(_FORM.bits), "block_size": _FORM.block, "accuracy_level": 4}
-    attributes = [
-        _field(5, _field(1, name.encode()) + _number(3, value) + _number(20, 2)) for name, value in numbers.items()
+def _tensors(i: int, product: Product) -> list[tuple[str, int, tuple[int, ...], int]]:
+    """Name, type, shape and bytes of a matrix' parts."""
+    form = product.form
+    if form.is_float:
+        return [(f"weights{i}", _FLOAT, (product.columns, product.rows), product.num_bytes)]
+    blocks = -(-product.columns // form.block)
+    block_bytes = int(form.block * form.bits) // 8
+    return [
+        (f"codes{i}", _UINT8, (product.rows, blocks, block_bytes), product.rows * blocks * block_bytes),
+        (f"scales{i}", _FLOAT, (product.rows, blocks), product.rows * blocks * 4),
     ]
-    inputs = [_field(1, name.encode()) for name in (f"x{i}", f"codes{i}", f"scales{i}")]
-    return b"".join(
-        [*inputs, _field(2, f"x{i + 1}".encode()), _field(4, b"MatMulNBits"), *attributes, _field(7, b"com.microsoft")]
-    )
+
+
+def _node(i: int, product: Product) -> bytes:
+    """A product."""
+    form = product.form
+    inputs = [f"x{product.columns}", *(name for name, *_ in _tensors(i, product))]
+    edges = [*(_field(1, name.encode()) for name in inputs), _field(2, f"y{i}".encode())]
+    if form.is_float:
+        return b"".join([*edges, _field(4, b"MatMul")])
+    sizes = {"N": product.rows, "K": product.columns, "bits": int(form.bits), "block_size": form.block}
+    attributes = [
+        _field(5, _field(1, name.encode()) + _number(3, value) + _number(20, 2))
+        for name, value in {**sizes, "accuracy_level": 4}.items()
+    ]
+    return b"".join([*edges, _field(4, b"MatMulNBits"), *attributes, _field(7, b"com.microsoft")])
 
 
 def _external(name: str, kind: int, shape: tuple[int, ...], offset: int, size: int) -> bytes:
@@ -157,9 +191,9 @@ def _external(name: str, kind: int, shape: tuple[int, ...], offset: int, size: i
     return dims + _number(2, kind) + _field(8, name.encode()) + entries + _number(14, _EXTERNAL)
 
 
-def _value(number: int, name: str) -> bytes:
-    """An input or output of the graph [rows, 2048] float32."""
-    dims = _field(1, _field(2, b"rows")) + _field(1, _number(1, _NARROW))
+def _value(number: int, name: str, width: int) -> bytes:
+    """An input or output of the graph [rows, width] float32."""
+    dims = _field(1, _field(2, b"rows")) + _field(1, _number(1, width))
     kind = _field(1, _number(1, _FLOAT) + _field(2, dims))
     return _field(number, _field(1, name.encode()) + _field(2, kind))
 

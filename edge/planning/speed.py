@@ -152,12 +152,16 @@ def _read_s(product: Product, machine: Machine) -> float:
 
 def _multiply_s(product: Product, machine: Machine, num_tokens: int) -> float:
     """Seconds of a product with many rows: arithmetic, or reading the weights where the rows are few."""
-    rate = machine.gops * 1e9 * (_format_speed(product.form) if machine.int8 else 1.0)
     dequantize_s = 0.0
     if not machine.int8 and product.form.bits == 8:
         dequantize_s = math.ceil(num_tokens / 256) * product.num_weights * machine.dequantize_ns * 1e-9
-    compute_s = 2 * product.num_weights * num_tokens / rate
+    compute_s = operations(product, int8=machine.int8) * num_tokens / (machine.gops * 1e9)
     return dequantize_s + max(compute_s, product.num_bytes / (machine.read_gbs * 1e9))
+
+
+def operations(product: Product, *, int8: bool) -> float:
+    """Of a row, as many as of 4 bits in blocks of 128 would take the same time (``Machine.gops``)."""
+    return 2 * product.num_weights / (_format_speed(product.form) if int8 else 1.0)
 
 
 def _format_speed(form: Format) -> float:

@@ -35,7 +35,7 @@ from edge.planning.machine import has_int8_kernels
 from edge.planning.memory import Serving, kv_bytes, one_conversation, packed_bytes, predict_memory
 from edge.planning.models import NARROW, Part, known_models, known_recipes, shape_of
 from edge.planning.plan import make_plan, table
-from edge.planning.probe import PRODUCTS, measure
+from edge.planning.probe import measure, sample
 from edge.planning.shape import Product, Shape
 from edge.planning.speed import predict_speed
 from export.architectures import architecture_for
@@ -216,13 +216,14 @@ import sys
 from pathlib import Path
 from edge.engine.heap import trim_heap
 from edge.engine.session import Session
-from edge.planning.probe import write_model
+from edge.planning.models import shape_of
+from edge.planning.probe import sample, write_model
 
 def anonymous():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
 
-write_model(Path(sys.argv[1]))
+write_model(Path(sys.argv[1]), sample(shape_of("qwen3-0.6b"), int8=True))
 before = anonymous()
 session = Session(Path(sys.argv[1]), threads=1, spin_us=0)
 trim_heap()
@@ -235,7 +236,7 @@ def test_packed_weights_take_what_is_predicted(tmp_path: Path) -> None:
         pytest.skip("this processor has no kernels for int8 activations")
     line = [sys.executable, "-c", PACKED, str(tmp_path)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-    predicted = sum(packed_bytes(product, int8=True) for product in PRODUCTS)
+    predicted = sum(packed_bytes(product, int8=True) for product in sample(shape_of("qwen3-0.6b"), int8=True))
     assert int(done.stdout) == pytest.approx(predicted, rel=0.06)
 
 
@@ -314,12 +315,25 @@ def test_speed_follows_bytes_and_products() -> None:
     assert joules == pytest.approx(10 * large.decode.seconds)
 
 
-def test_this_machine_is_measured() -> None:
-    machine = measure("here", ("avx2",), 1 << 30, seconds=0.02)
+@pytest.mark.parametrize("recipe", ["balanced", "int8", "fp32"])
+def test_this_machine_is_measured(recipe: str) -> None:
+    machine = measure("here", ("avx2",), 1 << 30, shape_of("qwen2.5-0.5b", recipe), seconds=0.02)
     assert 0.01 < machine.read_gbs < 10_000
     assert 0.01 < machine.gops < 100_000
     assert machine.int8
     assert not replace(machine, features=("asimd",)).int8
+
+
+def test_a_machine_is_measured_with_the_models_own_products() -> None:
+    shape = shape_of("qwen3.5-4b")
+    some, whole = sample(shape, int8=True), sum(each.num_bytes for each in shape.layers)
+    assert [(each.rows, each.columns, each.form) for each in some] == [
+        (each.rows, each.columns, each.form) for each in shape.layers
+    ]
+    assert 150 << 20 <= sum(each.num_bytes for each in some) < whole
+    assert sample(shape_of("qwen2.5-0.5b", "fp32"), int8=True)[0].count >= 1
+    # Without int8 kernels what is in 8 bits is counted by what takes it apart.
+    assert {each.form.bits for each in sample(shape, int8=False)} == {4}
 
 
 def proc(folder: Path, *, available_kb: int = 4_000_000, swap_kb: int = 0, group: str | None = None) -> Path:
