@@ -8,6 +8,7 @@ does not list, before onnxruntime opens anything (onnxruntime itself has no inte
 from edge.bundle.files import Progress, hash_file
 from edge.bundle.manifest import (
     CHAT_TEMPLATE,
+    EXACT_BLOCKS,
     GENERATION,
     GRAPH,
     MANIFEST,
@@ -33,6 +34,7 @@ from edge.bundle.verify import read_manifest, read_manifest_bytes, read_signatur
 
 __all__ = [
     "CHAT_TEMPLATE",
+    "EXACT_BLOCKS",
     "GENERATION",
     "GRAPH",
     "MANIFEST",

@@ -28,6 +28,8 @@ CacheType = Literal["float32", "float16", "int8"]
 _ITEM_BYTES: dict[CacheType, int] = {"float32": 4, "float16": 2, "int8": 1}
 Target = Literal["cpu", "cuda", "webgpu"]
 """What a graph is made for: processors, NVIDIA's GPUs, or GPUs with Vulkan (docs/gpu.md)."""
+EXACT_BLOCKS = {4: 32, 8: 64}
+"""By bits, the largest blocks with which a row has the same bits in every product (docs/lab-notes.md)."""
 
 
 class _Model(BaseModel):

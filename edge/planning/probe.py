@@ -20,6 +20,7 @@ import numpy as np
 
 from edge.bundle import GRAPH, WEIGHTS
 from edge.engine.engine import physical_cores
+from edge.engine.rows import row_multiple
 from edge.engine.session import Session
 from edge.planning.machine import Machine, has_int8_kernels
 from edge.planning.shape import Product, Shape
@@ -27,7 +28,7 @@ from edge.planning.speed import operations
 
 _SAMPLE_BYTES = 150 << 20
 """Of products: more than caches hold. On a Xeon with a large L3, 72 MiB are read twice as fast as a model."""
-_DECODE_ROWS, _FEW_ROWS, _MANY_ROWS = 2, 16, 128
+_FEW_ROWS, _MANY_ROWS = 16, 128
 _MOST_SECONDS = 1.5
 _ATTENTION_SHARE = 0.05
 """Attention over one token, floating-point operations to those of products: as on the machine of docs/planning.md."""
@@ -56,7 +57,7 @@ def measure(title: str, features: tuple[str, ...], memory_bytes: int, shape: Sha
     with TemporaryDirectory(prefix="qwedge-plan-") as folder:
         write_model(Path(folder), products)
         session = Session(Path(folder), threads=threads, spin_us=1000)
-        decode_s = _fastest(_Step(session, products, _DECODE_ROWS).run, seconds)
+        decode_s = _fastest(_Step(session, products, row_multiple(shape.row_multiple)).run, seconds)
         rows = _FEW_ROWS
         compute_s = _fastest(_Step(session, products, rows).run, seconds / 3)
         if compute_s * _MANY_ROWS / _FEW_ROWS < _MOST_SECONDS:

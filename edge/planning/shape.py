@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from edge.bundle import KVLayout, StateLayout
+from edge.bundle import EXACT_BLOCKS, KVLayout, StateLayout
 
 FLOAT_BITS = 32
 PACKED_BLOCK_BYTES = 8
@@ -117,6 +117,13 @@ class Shape:
     def widest(self) -> int:
         """Columns of the widest activations: gate and up together."""
         return max(product.rows for product in self.layers)
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows that a decode step has a multiple of, as the manifest of a bundle says it."""
+        quantized = [product.form for product in self.layers if not product.form.is_float]
+        exact = all(form.block <= EXACT_BLOCKS.get(int(form.bits), 0) for form in quantized)
+        return 1 if quantized and exact else 2
 
     @property
     def bytes_per_token(self) -> int:

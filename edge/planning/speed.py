@@ -19,6 +19,8 @@ _LAYER_S = 60e-6
 """Of a layer's operators that are neither products nor attention."""
 _STEP_S = 0.5e-3
 """Of Python for a step."""
+_GATHERED_S = 2e-9
+"""Of a number in the rows of candidates, which one thread makes floats."""
 _START_S, _IMPORT_S, _VOCABULARY_S = 0.35, 0.5, 2.8e-6
 """Of Python, the imports, and an id of the vocabulary."""
 _HASH_BYTES_PER_S, _PACK_BYTES_PER_S = 1.2e9, 0.9e9
@@ -115,9 +117,9 @@ def predict_speed(shape: Shape, machine: Machine, *, prompt_tokens: int, output_
 
 def _decode(shape: Shape, machine: Machine, past: int) -> DecodeStep:
     products = sum(_read_s(product, machine) for product in shape.products)
-    rows = shape.candidates * shape.table.num_bytes // shape.table.rows
+    gathered_s = _GATHERED_S * shape.candidates * shape.hidden_size / machine.speed
     return DecodeStep(
-        weights=products + rows / (machine.read_gbs * 1e9),
+        weights=products + gathered_s,
         attention=shape.attention_flops * past / (machine.attention_gflops * 1e9),
         state=_state_s(shape, machine),
         layers=shape.num_layers * _LAYER_S / machine.speed,

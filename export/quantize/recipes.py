@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final, Literal
 
+from edge.bundle import EXACT_BLOCKS
 from edge.errors import ConfigError
 
 COARSE_BITS: Final = 4
 """Of a table's codes, those that a head in two stages multiplies with."""
 NARROW: Final = 1024
 """Channels of hidden states: with fewer, a product has less to average errors over, and a model less to spare."""
-_EXACT_BLOCKS = {4: 32, 8: 64}
-"""By bits, the largest blocks with which a row has the same bits in every product (docs/lab-notes.md)."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ def row_multiple(forms: Iterable[Format]) -> int:
     With larger blocks MatMulNBits sums the last of an odd number of rows in another order than all others, on x86; and
     so does a float product with a single row.
     """
-    return 1 if all(isinstance(form, Blockwise) and form.block <= _EXACT_BLOCKS[form.bits] for form in forms) else 2
+    return 1 if all(isinstance(form, Blockwise) and form.block <= EXACT_BLOCKS[form.bits] for form in forms) else 2
 
 
 MEASURED_ON = "Qwen2.5-Coder-0.5B-Instruct or the 1.5B on wikitext-2 and HumanEval (tests/bench/divergence.py)"

@@ -192,6 +192,13 @@ def test_a_graph_is_read_as_what_the_tables_say(model: str, recipe: str, tmp_pat
     assert read.attention_flops == known.attention_flops
 
 
+@pytest.mark.parametrize("recipe", ["balanced", "fast", "small", "nodot", "quality", "int8", "fp32"])
+@pytest.mark.parametrize("model", ["qwen2.5-0.5b", "qwen3.5-4b"])
+def test_rows_of_a_step_are_those_of_the_export(model: str, recipe: str) -> None:
+    exported = RECIPES[recipe].fitted(shape_of(model).hidden_size, is_calibrated=False)
+    assert shape_of(model, recipe).row_multiple == exported.row_multiple
+
+
 def test_a_float_graph_has_float_products(tmp_path: Path) -> None:
     shape = read_shape(*built("qwen2.5-0.5b", "fp32", tmp_path))
     assert counted(shape) == counted(shape_of("qwen2.5-0.5b", "fp32"))
@@ -308,7 +315,7 @@ def test_speed_follows_bytes_and_products() -> None:
     assert small.decode_tokens_per_second > 5 * large.decode_tokens_per_second
     assert small.load_s < large.load_s
     faster = predict_speed(shape_of("qwen3-8b"), replace(machine, read_gbs=2 * machine.read_gbs), prompt_tokens=128)
-    assert faster.decode.weights == pytest.approx(large.decode.weights / 2)
+    assert faster.decode.weights == pytest.approx(large.decode.weights / 2, rel=0.05)
     assert faster.prefill.weights == pytest.approx(large.prefill.weights, rel=0.1)
     watts = replace(machine, power_w=10.0)
     joules = predict_speed(shape_of("qwen3-8b"), watts, prompt_tokens=128).joules_per_token
