@@ -26,7 +26,10 @@ from tests.firmware.updates import (
 SWUPDATE = FIRMWARE / "swupdate"
 MAKE = SWUPDATE / "make-image.sh"
 ATTEMPTS = 5
-"""Of asking: 2022.12 run by hand may end before it has installed anything, and takes away files that it still reads."""
+"""Of asking: 2022.12 run by hand may end before it has installed anything, takes away files that it still reads, and
+one of some thousand never ended."""
+LIMITED = ("timeout", "--kill-after=5", "60")
+"""What runs it, so that an attempt that never ends is one of :data:`ATTEMPTS`. Others take a second."""
 SUCCESS = "SWUPDATE successful !"
 """What it says only of what it has done. "SWUpdate was successful !" it says of an early end too; its status is no
 better."""
@@ -47,7 +50,8 @@ class Made:
     def check(self, image: Path, *, board: str = BOARD, revision: str = "1", authority: str = "authority") -> str:
         """What ``swupdate --check`` says of an image."""
         return attempt(
-            *("swupdate", "--check", "--image", image, "--select", "program,A", "--cert-purpose", "codeSigning"),
+            *(*LIMITED, "swupdate", "--check", "--image", image),
+            *("--select", "program,A", "--cert-purpose", "codeSigning"),
             *("--key", self.folder / authority / "ca.pem", "--hwrevision", f"{board}:{revision}", "--loglevel", "4"),
         ).stdout
 
@@ -162,14 +166,14 @@ def device(made: Made, tmp_path: Path) -> Iterator[Device]:
 def update(device: Device, image: Path) -> str:
     """Install an image as the service would, with the arguments that its configuration gives; returns what it says."""
     return device.attempt(
-        "sh", "-c", f". /etc/swupdate/conf.d/10-qwedge && swupdate $SWUPDATE_ARGS -i '{image}'"
+        *("sh", "-c", f". /etc/swupdate/conf.d/10-qwedge && {' '.join(LIMITED)} swupdate $SWUPDATE_ARGS -i '{image}'")
     ).stdout
 
 
 def update_until(device: Device, image: Path, is_there: Callable[[], object]) -> None:
     """Install until it is there: run by hand, SWUpdate 2022.12 sometimes ends before it has installed anything."""
     said = ""
-    for _ in range(5):
+    for _ in range(ATTEMPTS):
         said = update(device, image)
         if is_there():
             return
@@ -203,7 +207,7 @@ def test_the_slot_in_use_is_not_written_to(made: Made, device: Device) -> None:
         device.slots(*command)
     device.run("sh", "-c", "echo QWEDGE_SLOT=A >/run/qwedge-slots/mounted")
     before = device.run("sha256sum", "/run/qwedge-slots/A")
-    device.attempt("swupdate", "-f", "/etc/swupdate/swupdate.cfg", "-e", "program,A", "-i", made.application)
+    device.attempt(*LIMITED, "swupdate", "-f", "/etc/swupdate/swupdate.cfg", "-e", "program,A", "-i", made.application)
     assert device.run("sha256sum", "/run/qwedge-slots/A") == before
 
 
