@@ -288,7 +288,7 @@ def _print_report(report: Report, comparison: Comparison | None) -> None:
     if comparison is not None:
         low, high = comparison.interval
         print(f"against  {comparison.baseline}: {comparison.difference:+.1%} ({low:+.1%} to {high:+.1%}), ", end="")
-        print(f"{len(comparison.gained)} gained, {len(comparison.lost)} lost, p {comparison.p_value:.2f}")
+        print(f"{len(comparison.gained)} gained, {len(comparison.lost)} lost, p {comparison.p_value:.2g}")
         for name, ids in (("gained", comparison.gained), ("lost", comparison.lost)):
             if ids:
                 print(f"{name:<8} {', '.join(ids)}")

@@ -85,7 +85,7 @@ def _comparison(found: Comparison) -> Iterator[str]:
     yield f"<p>{found.difference:+.1%} over {found.cases} cases ({low:+.1%} to {high:+.1%}, 95%): "
     yield f"{found.score:.1%} now, {found.baseline_score:.1%} then. "
     yield f"{len(found.gained)} gained, {len(found.lost)} lost; "
-    yield f"if neither were better, a split like this would have a probability of {found.p_value:.2f}.</p>\n"
+    yield f"if neither were better, a split like this would have a probability of {found.p_value:.2g}.</p>\n"
 
 
 def _groups(report: Report) -> Iterator[str]:

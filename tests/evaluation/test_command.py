@@ -142,7 +142,7 @@ def test_a_bundle_is_loaded_evaluated_and_compared_with_itself(qwedge: Run, tmp_
     done = qwedge(plain, "--bundle", tmp_path / "bundle", "--against", tmp_path / "bundle", "--threads", "1")
     assert done.status == 0, done.stderr
     assert "plain: tiny (int8)" in done.stdout
-    assert "+0.0% (+0.0% to +0.0%), 0 gained, 0 lost, p 1.00" in done.stdout
+    assert "+0.0% (+0.0% to +0.0%), 0 gained, 0 lost, p 1\n" in done.stdout
     done = qwedge(plain, "--bundle", tmp_path / "bundle", "--model", "tiny:missing", "--threads", "1")
     assert "the model 'tiny:missing' is not served here" in done.stderr
 

@@ -273,6 +273,7 @@ def test_the_page_shows_and_escapes(suite: Suite) -> None:
     assert html.count("<details>") == 12
     assert "0.0%" in html
     assert "12 lost" in html
+    assert "a probability of 0.00049.</p>" in html
     assert '<th scope="row">tokens of answers</th><td>24</td>' in html
 
 

@@ -24,6 +24,7 @@ def test_a_suite_is_run_and_compared(browser: Browser, tmp_path: Path) -> None:
         assert texts(browser, "#cases td:nth-child(2)").count("passed") == second["passed"]
         browser.choose("#compare", browser.run("return document.querySelector('#compare option:nth-child(2)').value"))
         browser.wait("document.querySelector('#result-summary').innerText.includes('gained')")
+        assert browser.text("#result-summary").endswith("2 gained, 1 lost against fake-0.1b (int4) (p = 1)")
         assert set(texts(browser, "#cases td:nth-child(3)")) == {"passed", "failed"}
         browser.click("#only-failed")
         assert count(browser, "#cases tr") == 12 - second["passed"]

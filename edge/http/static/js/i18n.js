@@ -48,6 +48,11 @@ export function number(value, digits = 0) {
   return value.toLocaleString(current, { minimumFractionDigits: digits, maximumFractionDigits: digits });
 }
 
+/** A number with two digits that count. */
+export function significant(value) {
+  return value.toLocaleString(current, { maximumSignificantDigits: 2 });
+}
+
 /** A number of bytes, in MB or GB. */
 export function bytes(value) {
   if (value < 1e3) return `${value} B`;

@@ -3,7 +3,7 @@
 import { getJson, sendJson } from "../api.js";
 import { confirmed } from "../dialogs.js";
 import { button, byId, element, problem, setText } from "../dom.js";
-import { dateTime, number, onLanguageChange, t } from "../i18n.js";
+import { dateTime, number, onLanguageChange, significant, t } from "../i18n.js";
 
 const EVERY_MS = 1000;
 const MAX_SUMMARY = 120; // characters
@@ -212,7 +212,7 @@ function summary(run) {
   if (comparison) {
     parts.push(t("comparison", {
       gained: comparison.gained.length, lost: comparison.lost.length, name: comparison.baseline,
-      p: number(comparison.p_value, 3) }));
+      p: significant(comparison.p_value) }));
   }
   return parts.join(" · ");
 }
